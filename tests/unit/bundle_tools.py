@@ -1,0 +1,51 @@
+"""How the bundle tests damage a bundle, and ask that it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from tmd_engines import Bundle, BundleError
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edit_manifest(folder: Path, edit: Edit) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+def reseal(folder: Path) -> None:
+    """Makes sizes and hashes right again, as somebody who wants to harm would."""
+
+    def edit(document: dict[str, Any]) -> None:
+        for name in document["files"]:
+            content = (folder / name).read_bytes()
+            document["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    edit_manifest(folder, edit)
+
+
+def edit_graph(folder: Path, edit: Callable[[onnx.ModelProto], None], name: str = "backbone") -> None:
+    path = folder / f"{name}.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    path.write_bytes(model.SerializeToString())
+    reseal(folder)
+
+
+def refused(folder: Path) -> str:
+    """The message with which the folder is refused; it is one line."""
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message

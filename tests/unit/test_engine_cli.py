@@ -1,0 +1,148 @@
+"""`tmd-engine` prints what is there, and ends with 1 for a failure and 2 for bad usage, never with a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.unit.bundle_tools import edit_manifest
+from tmd_engines import doctor
+from tmd_engines.cli import main
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_inspect_prints_what_is_in_the_bundle(synthetic_bundle: Path) -> None:
+    result = invoke("inspect", synthetic_bundle)
+    assert result.exit_code == 0
+    for expected in (
+        "synthetic (wan2.1-t2v, tmd): 3 blocks",
+        "2 steps (of 1/2/3/4)",
+        "17 frames of 64x64 pixels at 8 frames per second",
+        "backbone: fp32, opset 23",
+        "max error 0.0e+00 and cosine 1.000000 against itself",
+        "frames uint8[batch,4,8*height,8*width,3]",
+        "tests/synthetic.py",
+    ):
+        assert expected in result.output
+
+
+def test_inspect_json_is_the_manifest(synthetic_bundle: Path) -> None:
+    result = invoke("inspect", synthetic_bundle, "--json")
+    document = json.loads(result.stdout)
+    assert document.pop("folder") == str(synthetic_bundle.resolve())
+    assert document == json.loads((synthetic_bundle / "manifest.json").read_text())
+
+
+def test_inspect_prints_a_bundle_that_lacks_parts(synthetic_bundle: Path) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        document["text"]["tokenizer"] = None
+        for name in ("text_encoder", "decoder_first"):
+            del document["graphs"][name]
+        document["graphs"]["backbone"]["accuracy"] = None
+        document["provenance"]["source_sha256"] = {"weights.safetensors": "0" * 64}
+
+    edit_manifest(synthetic_bundle, edit)
+    result = invoke("inspect", synthetic_bundle)
+    assert result.exit_code == 0
+    assert "no tokenizer" in result.output and "accuracy not measured" in result.output
+    assert "weights.safetensors sha256 0000" in result.output
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_broken_bundle_is_one_sentence_and_exit_code_1(synthetic_bundle: Path, as_json: list[str]) -> None:
+    (synthetic_bundle / "backbone.onnx.data").unlink()
+    result = invoke("inspect", synthetic_bundle, *as_json)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert "backbone.onnx.data is missing" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "a", "b"), ("inspect", "--colour"), ("build",)])
+def test_bad_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+def test_doctor_says_what_is_there() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for expected in ("python ", "cpu ", "onnxruntime ", "openvino ", "tensorrt ", "nvidia "):
+        assert expected in result.output
+
+
+def test_doctor_json() -> None:
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert document["engines"]["onnxruntime"]["implemented"] is True
+    assert document["engines"]["onnxruntime"]["version"]
+    assert document["engines"]["tensorrt"]["implemented"] is False
+    assert document["cpu"]["cores"] >= 1
+
+
+def test_doctor_names_missing_and_broken_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(name: str) -> Any:
+        if name == "openvino":
+            raise ModuleNotFoundError("No module named 'openvino'", name="openvino")
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.11: cannot open shared object file\nmore")
+        return SimpleNamespace(__version__="1.2.3")
+
+    monkeypatch.setattr(doctor, "import_module", importing)
+    output = invoke("doctor").output
+    assert "onnxruntime  1.2.3" in output
+    assert "not installed: pip install openvino" in output
+    assert "installed, but cannot be imported: libnvinfer.so.11: cannot open shared object file more" in output
+
+
+def test_doctor_reads_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "580.65.06, NVIDIA H200, 9.0\n580.65.06, NVIDIA RTX A1, Mobile, 8.6\n"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=answer))
+    output = invoke("doctor").output
+    assert "driver 580.65.06: NVIDIA H200 (compute capability 9.0); NVIDIA RTX A1, Mobile (compute" in output
+
+
+def test_doctor_survives_a_hanging_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hanging(*args: Any, **kwargs: Any) -> None:
+        assert kwargs["timeout"] <= 10
+        raise subprocess.TimeoutExpired("nvidia-smi", 10)
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", hanging)
+    assert invoke("doctor").exit_code == 0
+
+
+def test_help_and_import_bring_no_heavy_library() -> None:
+    code = (
+        "import sys, tmd_engines, tmd_engines.cli\n"
+        "try: tmd_engines.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'onnx', 'onnxruntime', 'pydantic', 'torch', 'openvino', 'tensorrt', 'av', 'rich'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("LOADED []\n")
+
+
+def test_opening_and_loading_bring_no_torch(synthetic_bundle: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tmd_engines import Bundle, load\n"
+        "load(Bundle.open(sys.argv[1]), 'backbone', threads=1)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(synthetic_bundle)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
