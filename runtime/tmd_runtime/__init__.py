@@ -1,0 +1,62 @@
+"""From a prompt to a video with an exported model: tokenizer, noise, few-step loop, decoding, file, and `tmd-run`.
+
+Not here: torch (the reference is `tmd_ref`), the bundle format and the engines (`tmd_engines`), and any access to a
+network.
+
+    import tmd_runtime
+
+    pipeline = tmd_runtime.load()
+    result = pipeline("a red circle moving right on a black background", seed=1)
+    tmd_runtime.write_video("circle.mp4", result.frames, result.fps)
+
+Names are imported when first used, so that `import tmd_runtime` and `tmd-run --help` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import Cancelled, RuntimeFailure, UsageFailure
+
+if TYPE_CHECKING:
+    from .loop import StepInfo
+    from .noise import NoiseStream
+    from .pipeline import Pipeline, Result, load
+    from .settings import Settings
+    from .video import open_video, write_video
+
+__all__ = [
+    "Cancelled",
+    "NoiseStream",
+    "Pipeline",
+    "Result",
+    "RuntimeFailure",
+    "Settings",
+    "StepInfo",
+    "UsageFailure",
+    "load",
+    "open_video",
+    "write_video",
+]
+
+_HOME = {
+    "NoiseStream": "noise",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+    "Settings": "settings",
+    "StepInfo": "loop",
+    "load": "pipeline",
+    "open_video": "video",
+    "write_video": "video",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

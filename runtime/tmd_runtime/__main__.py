@@ -1,0 +1,5 @@
+"""`python -m tmd_runtime` is `tmd-run`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,161 @@
+"""The denoising loop: noise -> latents, with the flow head running several times on the features of one backbone pass.
+
+Not a sampler library: the one rule `transition` of TMD. All buffers are allocated and bound to the engines when the
+loop is made for a shape; after that a step sets two scalars and runs, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .errors import Cancelled, RuntimeFailure
+from .noise import NoiseStream
+from .schedule import rope_tables, shift_grid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from tmd_engines import Engine, Manifest
+
+    from .settings import Settings
+
+
+class StepInfo(NamedTuple):
+    """Told to the callback after each step: `done` of `total` steps of `stage` are over, the last one took `seconds`.
+
+    Stages: `load` (an engine was loaded), `text`, `backbone` (outer steps), `flow_head` (inner steps), `decode`
+    (latent frames).
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
+# Returns False to stop the run; None (no return statement) and True let it go on.
+Callback = Callable[[StepInfo], "bool | None"]
+
+
+class Timings:
+    """Seconds per stage of one run, and the callback's voice in it."""
+
+    def __init__(self, callback: Callback | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._callback = callback
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def stage(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.add(stage, perf_counter() - start)
+
+    def report(self, stage: str, done: int, total: int, seconds: float) -> None:
+        """A step is over. Raises Cancelled if the callback wants no more."""
+        if self._callback is None:
+            return
+        answer = self._callback(StepInfo(stage, done, total, seconds))
+        if answer is not None and not answer:
+            raise Cancelled(f"the run was stopped by its callback after step {done} of {total} of the stage {stage}.")
+
+
+def check_finite(stage: str, values: NDArray[Any]) -> None:
+    """Raises RuntimeFailure naming the stage if `values` hold NaN or Inf."""
+    # The sum is NaN or Inf exactly if one of them is (float32 cannot overflow float64), and needs no array of flags.
+    with np.errstate(invalid="ignore"):
+        total = float(np.sum(values, dtype=np.float64))
+    if not np.isfinite(total):
+        raise RuntimeFailure(
+            f"the stage {stage} gave NaN or Inf: there is no video to show. Try another engine or a bundle of higher "
+            "precision (fp32); if it stays, the weights are damaged: export the bundle again."
+        )
+
+
+class DenoiseLoop:
+    """Backbone and flow head bound to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens."""
+
+    def __init__(
+        self,
+        backbone: Engine,
+        flow_head: Engine,
+        manifest: Manifest,
+        latent_shape: tuple[int, int, int, int, int],
+        text_tokens: int,
+    ) -> None:
+        self._sampler = manifest.sampler
+        batch, _, frames, height, width = latent_shape
+        pt, ph, pw = manifest.model.patch_size
+        grid = (frames // pt, height // ph, width // pw)
+        dims = {"batch": batch, "frames": frames, "height": height, "width": width}
+        dims |= {"tokens": grid[0] * grid[1] * grid[2], "text": text_tokens}
+
+        self._x, self._t, self._prompt = (backbone.empty(name, **dims) for name in ("x", "t", "prompt_embeds"))
+        rope = {name: backbone.empty(name, **dims) for name in ("rope_cos", "rope_sin")}
+        for buffer, table in zip(rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
+            buffer[...] = table
+        features = {name: backbone.empty(name, **dims) for name in ("features", "context")}
+        self._features = features["features"]
+        self._backbone = backbone.bind({"x": self._x, "t": self._t, "prompt_embeds": self._prompt, **rope}, features)
+
+        self._noise, self._s, self._r = (flow_head.empty(name, **dims) for name in ("noise", "s", "r"))
+        # The flow head reads one y and writes the other; its first step reads the noise itself, which saves a copy.
+        self._y: list[NDArray[Any]] = [flow_head.empty("y_next", **dims) for _ in range(2)]
+        given = {"noise": self._noise, "s": self._s, "r": self._r, **features, **rope}
+        ways = ((self._noise, self._y[0]), (self._y[0], self._y[1]), (self._y[1], self._y[0]))
+        self._start, *self._turns = [flow_head.bind({"y": y, **given}, {"y_next": y_next}) for y, y_next in ways]
+
+    def run(self, prompt_embeds: NDArray[Any], settings: Settings, timings: Timings) -> NDArray[np.float32]:
+        """Latents `[1, C, T, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
+
+        Raises Cancelled if the callback says so, RuntimeFailure if a stage gives NaN or Inf.
+        """
+        outer, inner = settings.steps, settings.inner_steps
+        t = shift_grid(outer, self._sampler.shift, self._sampler.t_max)
+        s = shift_grid(inner, self._sampler.inner_shift, self._sampler.t_max)
+        stream = NoiseStream(settings.seed)
+        with timings.stage("noise"):
+            self._prompt[...] = prompt_embeds
+            self._x[...] = stream.normal(self._x.shape)
+        for i in range(outer, 0, -1):
+            start = perf_counter()
+            self._t[...] = t[i]
+            self._backbone()
+            check_finite("backbone", self._features)
+            seconds = perf_counter() - start
+            timings.add("backbone", seconds)
+            timings.report("backbone", outer - i + 1, outer, seconds)
+
+            with timings.stage("noise"):
+                self._noise[...] = stream.normal(self._noise.shape)
+            y = self._transition(s, (outer - i) * inner, outer * inner, timings)
+            with timings.stage("flow_head"):
+                # y is not needed any more: it holds the product, so that the update allocates nothing.
+                np.multiply(y, np.float32(t[i] - t[i - 1]), out=y)
+                np.subtract(self._x, y, out=self._x)
+                check_finite("flow_head", self._x)
+        latents: NDArray[np.float32] = self._x.astype(np.float32)
+        return latents
+
+    def _transition(self, s: NDArray[np.float64], done: int, total: int, timings: Timings) -> NDArray[Any]:
+        """The inner flow of one outer step; returns the buffer that holds the velocity y."""
+        inner = len(s) - 1
+        for k in range(inner):
+            start = perf_counter()
+            self._s[...] = s[inner - k]
+            self._r[...] = s[inner - k - 1]
+            step = self._turns[(k - 1) % 2] if k else self._start
+            step()
+            seconds = perf_counter() - start
+            timings.add("flow_head", seconds)
+            timings.report("flow_head", done + k + 1, total, seconds)
+        return self._y[(inner - 1) % 2]

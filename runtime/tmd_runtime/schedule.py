@@ -1,0 +1,75 @@
+"""The few numbers that drive the loop: time grids, RoPE tables, and how much work a run is.
+
+The same formulas stand in the PyTorch reference (`tmd_ref`), which is the oracle of the tests; the runtime may not
+import torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROPE_BASE = 10000.0
+# Wan's table has this many positions per axis; no model has seen more.
+ROPE_POSITIONS = 1024
+
+
+def shift_grid(steps: int, shift: float, t_max: float = 0.999) -> NDArray[np.float64]:
+    """Time grid of a few-step sampler, data to noise: 0 = t_0 < ... < t_steps = t_max.
+
+    Equispaced times k/steps warped by t = shift·t' / ((shift − 1)·t' + 1)  (TMD §3.2; Esser et al. 2024), the last
+    one held at `t_max` because Wan was trained up to 0.999 and not 1 (TMD, A.2).
+
+    Returns float64 `[steps + 1]`, dimensionless. Raises ValueError if steps < 1, shift < 1, t_max is not in (0, 1], or
+    so many steps do not fit below t_max.
+    """
+    if steps < 1:
+        raise ValueError(f"a time grid needs at least one step, not {steps}")
+    if shift < 1 or not 0 < t_max <= 1:
+        raise ValueError(f"a time grid needs a shift of at least 1 and t_max in (0, 1], not {shift} and {t_max}")
+    t = np.arange(steps + 1) / steps
+    grid: NDArray[np.float64] = shift * t / ((shift - 1) * t + 1)
+    grid[-1] = t_max
+    if grid[-2] >= t_max:
+        raise ValueError(
+            f"{steps} steps with shift {shift} reach {grid[-2]:.6f}, beyond t_max {t_max}: use fewer steps"
+        )
+    return grid
+
+
+def effective_nfe(steps: int, inner_steps: int, head_blocks: int, num_layers: int) -> float:
+    """Effective number of function evaluations M·(1 + (N − 1)·H/L)  (TMD Eq. 16): blocks run, in whole models."""
+    return steps * (1 + (inner_steps - 1) * head_blocks / num_layers)
+
+
+def rope_tables(
+    grid_t: int, grid_h: int, grid_w: int, head_dim: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine tables of Wan's three-axis rotary embedding, for tokens in the order t, h, w (w fastest).
+
+    `grid_*` count latent patches. The head_dim/2 rotation pairs are divided among the axes (22, 21, 21 of 64 for
+    Wan); each axis has its own complete ladder of angles position·10000^(−2i/dim_axis). Computed in float64: float32
+    angles near 1000 rad would lose 4 digits.
+
+    Returns (cos, sin), each float32 `[grid_t·grid_h·grid_w, head_dim/2]`. Raises ValueError if the grid is empty or
+    longer than the 1024 positions of Wan's table, or head_dim is odd.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and positive, not {head_dim}")
+    if min(grid_t, grid_h, grid_w) < 1 or max(grid_t, grid_h, grid_w) > ROPE_POSITIONS:
+        raise ValueError(
+            f"a token grid of {grid_t}x{grid_h}x{grid_w} has no rotary table: "
+            f"each axis needs 1 to {ROPE_POSITIONS} positions"
+        )
+    dim_hw = 2 * (head_dim // 6)
+    dim_t = head_dim - 2 * dim_hw
+    angles = np.empty((grid_t, grid_h, grid_w, head_dim // 2))
+    start = 0
+    for axis, (length, dim) in enumerate(((grid_t, dim_t), (grid_h, dim_hw), (grid_w, dim_hw))):
+        frequencies = ROPE_BASE ** (-2.0 * np.arange(dim // 2) / dim) if dim else np.empty(0)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = length
+        angles[..., start : start + dim // 2] = np.multiply.outer(np.arange(length), frequencies).reshape(shape)
+        start += dim // 2
+    flat = angles.reshape(-1, head_dim // 2)
+    return np.cos(flat).astype(np.float32), np.sin(flat).astype(np.float32)
