@@ -1,0 +1,185 @@
+"""Captioned clips rendered from a description: the data of the built-in model.
+
+A `Scene` says what is seen (shape, colour, background, motion, size, speed) and where; `caption` says it in words and
+`render` draws it, anti-aliased, from signed distances. Everything is a pure function of its arguments, so a dataset is
+a seed and a count. This is a data source for a model that can be trained on two CPU cores and judged by geometry; it is
+not a benchmark of video quality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 90, 240),
+    "yellow": (240, 220, 50),
+    "magenta": (220, 60, 210),
+    "cyan": (60, 215, 225),
+    "orange": (245, 140, 30),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {"black": (8, 8, 8), "gray": (110, 110, 110), "navy": (15, 20, 75)}
+SHAPES = ("circle", "square", "triangle", "star")
+MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "spinning", "bouncing")
+SIZES = {"small": 0.115, "medium": 0.15, "large": 0.19}  # radius / picture height; "medium" goes unsaid in a caption
+SPEEDS = {"slow": 0.6, "normal": 1.0, "fast": 1.5}  # "normal" goes unsaid in a caption
+
+_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+_MOTION_WORDS = {
+    "left": ("moving left", "moving to the left", "sliding left"),
+    "right": ("moving right", "moving to the right", "sliding right"),
+    "up": ("moving up", "moving upwards", "rising"),
+    "down": ("moving down", "moving downwards", "falling"),
+    "growing": ("growing", "getting bigger"),
+    "shrinking": ("shrinking", "getting smaller"),
+    "spinning": ("spinning", "rotating"),
+    "bouncing": ("bouncing", "bouncing up and down"),
+}
+_SPEED_WORDS = {"slow": ("slowly",), "normal": ("",), "fast": ("quickly", "fast")}
+_SENTENCES = (
+    "a {size} {color} {shape} {motion} {speed} on a {background} background",
+    "{size} {color} {shape} {motion} {speed}, {background} background",
+    "on a {background} background, a {size} {color} {shape} is {motion} {speed}",
+    "a {background} background with a {size} {color} {shape} {motion} {speed}",
+)
+
+# A shape as (fold symmetry n, tip radius, inner vertex radius) in units of the scene's radius. One edge, from the tip
+# at angle 0 to the inner vertex at angle pi/n, gives the whole outline by symmetry. For a convex polygon the inner
+# vertex is the middle of an edge. The radii give all four shapes a similar area.
+_OUTLINES = {
+    "square": (4, 1.25, 1.25 * np.cos(np.pi / 4)),
+    "triangle": (3, 1.45, 1.45 * np.cos(np.pi / 3)),
+    "star": (5, 1.5, 0.62),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows. `x`, `y`: middle of the path, in units of the picture's width and height."""
+
+    shape: str
+    color: str
+    background: str
+    motion: str
+    size: str = "medium"
+    speed: str = "normal"
+    x: float = 0.5
+    y: float = 0.5
+
+    @property
+    def combination(self) -> tuple[str, str, str, str]:
+        """The attributes that decide whether a scene is held out for testing."""
+        return self.shape, self.color, self.background, self.motion
+
+
+def combinations(held_out: bool) -> list[tuple[str, str, str, str]]:
+    """All (shape, color, background, motion) of the training set, or of the one in eight held out for testing.
+
+    Each value of each attribute occurs on both sides. A spinning circle looks like a still one and is left out.
+    """
+    chosen = []
+    for shape, color, background, motion in product(SHAPES, COLORS, BACKGROUNDS, MOTIONS):
+        if (shape, motion) == ("circle", "spinning"):
+            continue
+        index = SHAPES.index(shape) + list(COLORS).index(color) + 3 * list(BACKGROUNDS).index(background)
+        if ((index + MOTIONS.index(motion)) % 8 == 0) == held_out:
+            chosen.append((shape, color, background, motion))
+    return chosen
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
+    """A random scene: attributes uniform over `combinations(held_out)`, the place jittered around the middle."""
+    options = combinations(held_out)
+    shape, color, background, motion = options[rng.integers(len(options))]
+    size = str(rng.choice(list(SIZES)))
+    speed = str(rng.choice(list(SPEEDS)))
+    x, y = 0.5 + rng.uniform(-0.06, 0.06, size=2)
+    return Scene(shape, color, background, motion, size, speed, float(x), float(y))
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """The scene in words, in one of several phrasings drawn from `rng` (the first one without it)."""
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[0] if rng is None else options[rng.integers(len(options))]
+
+    text = pick(_SENTENCES).format(
+        size="" if scene.size == "medium" else scene.size,
+        color=scene.color,
+        shape=scene.shape,
+        background=scene.background,
+        motion=pick(_MOTION_WORDS[scene.motion]),
+        speed=pick(_SPEED_WORDS[scene.speed]),
+    )
+    return " ".join(text.split()).replace(" ,", ",").replace("a orange", "an orange")
+
+
+def coverage(shape: str, radius: np.ndarray, x: np.ndarray, y: np.ndarray, angle: np.ndarray, size: tuple[int, int]):
+    """How much of each pixel the shape covers.
+
+    `radius`, `x`, `y` in pixels and `angle` in radians, one value per frame `[F]`; `size` = (height, width).
+    Returns float32 `[F, H, W]` in 0..1: the signed distance to the outline, clamped to one pixel.
+    """
+    height, width = size
+    px = (np.arange(width) + 0.5)[None, None, :] - x[:, None, None]
+    py = (np.arange(height) + 0.5)[None, :, None] - y[:, None, None]
+    radius = radius[:, None, None]
+    distance = np.hypot(px, py)
+    if shape == "circle":
+        return np.clip(radius - distance + 0.5, 0, 1).astype(np.float32)
+    fold, tip, inner = _OUTLINES[shape]
+    half = np.pi / fold
+    # angle from the nearest tip, 0..half; a tip points up at angle 0 (a square stands on an edge)
+    upright = -np.pi / 2 + (half if shape == "square" else 0.0)
+    theta = np.arctan2(py, px) - upright - angle[:, None, None]
+    theta = np.abs((theta + half) % (2 * half) - half)
+    # signed distance to the line through (tip, 0) and inner*(cos half, sin half), positive outside
+    edge = np.array([inner * np.cos(half) - tip, inner * np.sin(half)])
+    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    outside = distance * (np.cos(theta) * normal[0] + np.sin(theta) * normal[1]) - radius * tip * normal[0]
+    return np.clip(0.5 - outside, 0, 1).astype(np.float32)
+
+
+def area(shape: str) -> float:
+    """Area of a shape of radius 1, in square units."""
+    if shape == "circle":
+        return float(np.pi)
+    fold, tip, inner = _OUTLINES[shape]
+    return float(fold * tip * inner * np.sin(np.pi / fold))
+
+
+def tracks(scene: Scene, frames: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Radius, x, y (pixels) and angle (radians) of the shape in each frame, float64 `[frames]` each."""
+    height, width = size
+    time = np.linspace(-0.5, 0.5, frames)
+    speed = SPEEDS[scene.speed]
+    radius = np.full(frames, SIZES[scene.size] * height)
+    x = np.full(frames, scene.x * width)
+    y = np.full(frames, scene.y * height)
+    angle = np.zeros(frames)
+    if scene.motion in _STEPS:
+        dx, dy = _STEPS[scene.motion]
+        x, y = x + 0.32 * speed * width * dx * time, y + 0.32 * speed * height * dy * time
+    elif scene.motion in ("growing", "shrinking"):
+        sign = 1 if scene.motion == "growing" else -1
+        radius = radius * np.exp(sign * time * (0.55 + 0.35 * speed))
+    elif scene.motion == "spinning":
+        angle = (time + 0.5) * speed * np.pi
+    elif scene.motion == "bouncing":
+        # one bounce when slow, two when fast: down from the top, up from the floor, back where it began
+        bounces = 2 if scene.speed == "fast" else 1
+        y = y + 0.3 * height * (np.abs(((time + 0.5) * bounces) % 1.0 * -2 + 1) * -1 + 0.5)
+    return radius, x, y, angle
+
+
+def render(scene: Scene, frames: int = 17, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """Draw a scene. `size` = (height, width) in pixels. Returns uint8 `[frames, H, W, 3]`, RGB."""
+    cover = coverage(scene.shape, *tracks(scene, frames, size), size)[..., None]
+    back = np.array(BACKGROUNDS[scene.background], np.float32)
+    front = np.array(COLORS[scene.color], np.float32)
+    return np.rint(back + (front - back) * cover).astype(np.uint8)
