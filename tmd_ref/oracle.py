@@ -1,7 +1,7 @@
 """Reads a clip back: colour, shape, motion and background, measured from pixels by geometry.
 
 The judge of models trained on `tmd_ref.scenes`. It knows the palette and the shapes, nothing of the models: background
-from the border, colour from the pixels that differ most from it, motion from the tracks of centre, area and orientation,
+from the border, colour from the pixels that differ most from it, motion from the tracks of centre, area and angle,
 shape by drawing every candidate at the measured place and size and taking the one that overlaps best.
 """
 
@@ -108,7 +108,7 @@ def _shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, areas: np.ndarray) -
 
 
 def _motion(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, areas: np.ndarray, shape: str) -> str | None:
-    """The motion of the track; thresholds are fractions of the picture's height, half of the slowest motion rendered."""
+    """The motion of the track; thresholds are about half of the slowest motion rendered, in picture heights."""
     height = alpha.shape[1]
     ends = max(1, len(x) // 6)
 

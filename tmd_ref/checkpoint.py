@@ -1,0 +1,63 @@
+"""Weights with their configuration in one safetensors file: the VAE, the text encoder and the teacher.
+
+(`tmd_ref.student` does the same for a student, whose two parts share weights.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from tmd_ref.umt5 import UMT5Config, UMT5Encoder
+from tmd_ref.vae import WanVAE, WanVAEConfig
+from tmd_ref.wan import WanConfig, WanTransformer
+
+Model = TypeVar("Model", WanVAE, UMT5Encoder, WanTransformer)
+_KINDS: dict[type, type] = {WanVAE: WanVAEConfig, UMT5Encoder: UMT5Config, WanTransformer: WanConfig}
+
+
+def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTransformer) -> None:
+    """Write weights, in the precision they have, and configuration; complete or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(weights, unfinished, metadata={"config": json.dumps(asdict(model.config))})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
+    """Read a file written by `save_model`: a `kind` on the CPU, float32, in evaluation mode.
+
+    Raises FileNotFoundError, or ValueError if the file holds something else.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}: expected the weights of a {kind.__name__}.")
+    config_class = _KINDS[kind]
+    try:
+        with safe_open(path, "pt") as file:
+            stored = json.loads((file.metadata() or {})["config"])
+        wanted = {field.name for field in fields(config_class)}
+        if set(stored) != wanted:
+            raise KeyError(f"its fields are {sorted(stored)}, not {sorted(wanted)}")
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        with torch.device("meta"):
+            model = kind(config)
+        model.load_state_dict({name: value.float() for name, value in load_file(path).items()}, assign=True)
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} does not hold a {kind.__name__} as written by this version: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,159 @@
+"""The recipe of the built-in model: sizes, seeds and schedules, and one function per stage.
+
+Every stage reads what the stages before it left in the run folder and resumes its own checkpoint, so an interrupted run
+goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tmd_ref.checkpoint import load_model, save_model
+from tmd_ref.distill.data import LatentDataset, channel_statistics, prepare
+from tmd_ref.distill.stage1 import tm_meanflow_loss
+from tmd_ref.distill.teacher import teacher_loss
+from tmd_ref.distill.text import SceneReader, text_loss, train_tokenizer
+from tmd_ref.distill.trainer import Schedule, fit
+from tmd_ref.distill.vae import LONG_WINDOWS, SHORT_WINDOWS, decoder_loss, init_vae, vae_loss
+from tmd_ref.student import TMDStudent, load_student, save_student
+from tmd_ref.text import Tokenizer
+from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
+from tmd_ref.wan import WAN_CONFIGS, WanTransformer
+
+Report = Callable[[str], None]
+
+VOCABULARY = 448
+CLIPS = 4000
+BATCH = 32
+HEAD_BLOCKS = 2
+OUTER_STEPS, INNER_STEPS = 2, 2
+SCHEDULES = {
+    "text": Schedule(steps=300, lr=2e-3, warmup=50),
+    "vae": Schedule(steps=4000, lr=2e-3, warmup=100, ema=0.995),
+    "vae_long": Schedule(steps=2000, lr=1.2e-3, warmup=50, ema=0.995),
+    "decoder": Schedule(steps=7000, lr=2e-3, warmup=100, ema=0.998),
+    "teacher": Schedule(steps=2800, lr=1.5e-3, warmup=150, ema=0.997),
+    "stage1": Schedule(steps=1000, lr=5e-4, warmup=50, ema=0.99),
+}
+SHIPPED = Path(__file__).parents[1] / "weights" / "tiny"
+
+
+def text(run: Path, report: Report = print) -> None:
+    """Tokenizer and text encoder -> `tokenizer.model`, `umt5.safetensors`."""
+    run.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(run / "tokenizer.model", VOCABULARY, seed=1)
+    tokenizer = _tokenizer(run)
+    torch.manual_seed(0)
+    config = dataclasses.replace(UMT5_CONFIGS["tiny"], vocab_size=tokenizer.vocab_size)
+    reader = SceneReader(UMT5Encoder(config))
+    fit(reader, text_loss(reader, tokenizer, seed=2), SCHEDULES["text"], run / "text", report=report)
+    save_model(run / "umt5.safetensors", reader.encoder)
+
+
+def vae(run: Path, report: Report = print) -> None:
+    """VAE -> `vae.safetensors`, its latent statistics in the configuration."""
+    torch.manual_seed(0)
+    model = WanVAE(WAN_VAE_CONFIGS["tiny"])
+    init_vae(model)
+    model = fit(model, vae_loss(model, 1, SHORT_WINDOWS), SCHEDULES["vae"], run / "vae", report=report)
+    model.requires_grad_(True)
+    model = fit(model, vae_loss(model, 8, LONG_WINDOWS), SCHEDULES["vae_long"], run / "vae_long", report=report)
+    mean, std = channel_statistics(model, seed=3)
+    model.config = dataclasses.replace(model.config, latents_mean=tuple(mean), latents_std=tuple(std))
+    save_model(run / "vae.safetensors", model)
+
+
+def data(run: Path, report: Report = print) -> None:
+    """Latents and prompt embeddings of the training scenes -> `data.safetensors`."""
+    encoder = load_model(run / "umt5.safetensors", UMT5Encoder)
+    prepare(
+        run / "data.safetensors",
+        load_model(run / "vae.safetensors", WanVAE),
+        encoder,
+        _tokenizer(run),
+        CLIPS,
+        4,
+        report,
+    )
+
+
+def decoder(run: Path, report: Report = print) -> None:
+    """The VAE's decoder, further, in its fixed latent space -> `vae_decoder.safetensors`."""
+    model = load_model(run / "vae.safetensors", WanVAE)
+    model.decoder.requires_grad_(True)
+    model.conv2.requires_grad_(True)
+    loss = decoder_loss(model, 9, LONG_WINDOWS)
+    save_model(run / "vae_decoder.safetensors", fit(model, loss, SCHEDULES["decoder"], run / "decoder", report=report))
+
+
+def teacher(run: Path, report: Report = print) -> None:
+    """Flow-matching teacher -> `teacher.safetensors`."""
+    torch.manual_seed(0)
+    model = WanTransformer(WAN_CONFIGS["tiny"])
+    model.compile()
+    loss = teacher_loss(model, LatentDataset(run / "data.safetensors"), seed=5, batch=BATCH)
+    save_model(run / "teacher.safetensors", fit(model, loss, SCHEDULES["teacher"], run / "teacher", report=report))
+
+
+def stage1(run: Path, report: Report = print) -> None:
+    """Student by TM-MeanFlow -> `student.safetensors`."""
+    torch.manual_seed(0)
+    wan = load_model(run / "teacher.safetensors", WanTransformer).requires_grad_(True)
+    student = TMDStudent.from_teacher(wan, HEAD_BLOCKS)
+    student.backbone.compile()
+    student.head.compile()
+    loss = tm_meanflow_loss(student, LatentDataset(run / "data.safetensors"), 6, 2 * BATCH, OUTER_STEPS, INNER_STEPS)
+    student = fit(student, loss, SCHEDULES["stage1"], run / "stage1", report=report)
+    save_student(run / "student.safetensors", student)
+
+
+def pack(run: Path, report: Report = print) -> None:
+    """All weights in float16 -> the folder `weights`, which `tmd-export --checkpoint` takes."""
+    out = run / "weights"
+    out.mkdir(exist_ok=True)
+    (out / "tokenizer.model").write_bytes((run / "tokenizer.model").read_bytes())
+    save_model(out / "umt5.safetensors", load_model(run / "umt5.safetensors", UMT5Encoder).half())
+    save_model(out / "vae.safetensors", load_model(run / "vae_decoder.safetensors", WanVAE).half())
+    save_model(out / "teacher.safetensors", load_model(run / "teacher.safetensors", WanTransformer).half())
+    save_student(out / "student.safetensors", load_student(run / "student.safetensors").half())
+    recipe = {k: dataclasses.asdict(v) for k, v in SCHEDULES.items()} | {"clips": CLIPS, "batch": BATCH}
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in out.iterdir())
+    report(f"{out}: {size / 1e6:.1f} MB")
+
+
+def evaluate(run: Path, report: Report = print) -> None:
+    """Teacher and student on held-out captions, as packed -> `evaluation.json`, `evaluation.png`."""
+    from tmd_ref.distill.evaluate import evaluate as measure
+
+    folder = run / "weights" if (run / "weights").exists() else SHIPPED
+    measure(folder, run, OUTER_STEPS, INNER_STEPS, report=report)
+
+
+def all(run: Path, report: Report = print) -> None:
+    """Every stage in order, skipping those whose result is there."""
+    for stage, result in (
+        (text, "umt5.safetensors"),
+        (vae, "vae.safetensors"),
+        (data, "data.safetensors"),
+        (decoder, "vae_decoder.safetensors"),
+        (teacher, "teacher.safetensors"),
+        (stage1, "student.safetensors"),
+        (pack, "weights"),
+        (evaluate, "evaluation.json"),
+    ):
+        if (run / result).exists():
+            report(f"{stage.__name__}: {run / result} is there, skipped")
+        else:
+            report(f"{stage.__name__}: {stage.__doc__}")
+            stage(run, report)
+
+
+def _tokenizer(run: Path) -> Tokenizer:
+    return Tokenizer(run / "tokenizer.model", WAN_CONFIGS["tiny"].text_len)
