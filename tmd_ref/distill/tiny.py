@@ -39,7 +39,7 @@ SCHEDULES = {
     "vae_long": Schedule(steps=2000, lr=1.2e-3, warmup=50, ema=0.995),
     "decoder": Schedule(steps=7000, lr=2e-3, warmup=100, ema=0.998),
     "teacher": Schedule(steps=2800, lr=1.5e-3, warmup=150, ema=0.997),
-    "stage1": Schedule(steps=1000, lr=5e-4, warmup=50, ema=0.99),
+    "stage1": Schedule(steps=900, lr=5e-4, warmup=50, ema=0.99),
 }
 SHIPPED = Path(__file__).parents[1] / "weights" / "tiny"
 
@@ -106,9 +106,7 @@ def stage1(run: Path, report: Report = print) -> None:
     torch.manual_seed(0)
     wan = load_model(run / "teacher.safetensors", WanTransformer).requires_grad_(True)
     student = TMDStudent.from_teacher(wan, HEAD_BLOCKS)
-    student.backbone.compile()
-    student.head.compile()
-    loss = tm_meanflow_loss(student, LatentDataset(run / "data.safetensors"), 6, 2 * BATCH, OUTER_STEPS, INNER_STEPS)
+    loss = tm_meanflow_loss(student, LatentDataset(run / "data.safetensors"), 6, BATCH, OUTER_STEPS, INNER_STEPS)
     student = fit(student, loss, SCHEDULES["stage1"], run / "stage1", report=report)
     save_student(run / "student.safetensors", student)
 
