@@ -44,7 +44,7 @@ def inspect(bundle: str, as_json: bool) -> None:
 
     opened = Bundle.open(bundle)
     if as_json:
-        document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json")}
+        document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json", exclude_unset=True)}
         click.echo(json.dumps(document, indent=2))
     else:
         for line in _describe(opened):

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from typing_extensions import Self
 
 from .errors import BundleError, quote
 
@@ -192,12 +191,16 @@ class Accuracy(_Part):
 
 
 class GraphInfo(_Part):
-    """One ONNX file, `X.onnx`, with its weights in `X.onnx.data` (`data` null: all weights are inside `file`)."""
+    """One ONNX file, `X.onnx`, with its weights in `X.onnx.data` (`data` null: all weights are inside `file`).
+
+    `precision` is that of the arithmetic, `storage` that of the large weights in the file, each cast when it is fp16.
+    """
 
     file: FileName
     data: FileName | None = None
     opset: Annotated[int, Field(ge=1, le=1000)]
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+    storage: Literal["fp32", "fp16"] | None = None
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     accuracy: Accuracy | None = None

@@ -1,0 +1,56 @@
+"""From trained weights to a bundle: torch modules traced to ONNX graphs, checked, compared with the reference, written.
+
+This package reads checkpoints and writes what `tmd_engines` reads; it does not train, and it runs a model only to
+compare. Adding a checkpoint family means a `Source`; adding a graph means a builder in `graphs.py`.
+
+    from tmd_export import export_bundle, open_source
+
+    result = export_bundle(open_source("tiny"), "my-bundle")
+    print(result.bundle.folder, result.graphs[0].accuracy)
+
+Names are imported when first used, so that `import tmd_export` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ExportError
+
+if TYPE_CHECKING:
+    from .export import ExportResult, GraphReport, Progress, export_bundle
+    from .sources import FolderSource, RandomSource, Source, open_source
+
+__all__ = [
+    "ExportError",
+    "ExportResult",
+    "FolderSource",
+    "GraphReport",
+    "Progress",
+    "RandomSource",
+    "Source",
+    "export_bundle",
+    "open_source",
+]
+
+_HOME = {
+    "ExportResult": "export",
+    "GraphReport": "export",
+    "Progress": "export",
+    "export_bundle": "export",
+    "FolderSource": "sources",
+    "RandomSource": "sources",
+    "Source": "sources",
+    "open_source": "sources",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

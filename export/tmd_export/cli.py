@@ -1,0 +1,261 @@
+"""`tmd-export`: weights to a bundle, from the command line.
+
+Only click is imported at the top, so that `--help` answers at once; torch comes in when there is something to export.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from .parts import MODELS, PARTS, ordered
+
+if TYPE_CHECKING:
+    from .export import ExportResult, Progress
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class Parts(click.ParamType["tuple[str, ...]"]):
+    """Names of graphs, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return ordered(part.strip() for part in value.split(",") if part.strip())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command(
+    "tmd-export",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"""\
+\b
+Examples:
+  tmd-export --model tiny --out my-bundle
+  tmd-export --model tiny --checkpoint runs/student --weights fp16 --out my-bundle
+  tmd-export --model wan1.3b --random-weights 0 --out wan-noise
+
+\b
+The parts are {", ".join(PARTS)}.
+A checkpoint is a folder with student.safetensors, and for the other parts
+vae.safetensors, umt5.safetensors and tokenizer.model, as tmd-distill leaves it.
+
+\b
+Every graph is compared with the PyTorch reference on ONNX Runtime: an error
+above 1e-4 is a failure (with --weights fp16 and weights that float16 does not
+hold exactly: a cosine below 0.9999).
+
+\b
+Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
+The bundle appears under its name only when it is complete.""",
+)
+@click.option("--model", type=click.Choice(MODELS), required=True, help="Architecture, and name in the manifest.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Trained weights.  [default: the built-in ones, for tiny]",
+)
+@click.option(
+    "--random-weights",
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="Weights from this seed instead: no download, and a model that shows noise. Wan sizes leave text_encoder out.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The bundle to write.")
+@click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")
+@click.option(
+    "--weights",
+    type=click.Choice(("fp32", "fp16")),
+    default="fp32",
+    show_default=True,
+    help="How weights are stored; the arithmetic is fp32 in both.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
+def command(
+    model: str,
+    checkpoint: Path | None,
+    random_weights: int | None,
+    out: Path,
+    parts: tuple[str, ...] | None,
+    weights: str,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
+    if checkpoint is not None and random_weights is not None:
+        raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
+    if checkpoint is None and random_weights is None and model != "tiny":
+        raise click.UsageError(f"{model} has no built-in weights: give --checkpoint DIR or --random-weights SEED.")
+    start = perf_counter()
+    try:
+        result = _export(model, checkpoint, random_weights, out, parts, weights, overwrite, not no_verify, quiet)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        _fail(message, as_json)
+    except KeyboardInterrupt:
+        click.echo("tmd-export: stopped, nothing was written.", err=True)
+        sys.exit(INTERRUPTED)
+    if as_json:
+        click.echo(json.dumps(_record(result, perf_counter() - start), indent=2))
+    elif not quiet:
+        _print_table(result, perf_counter() - start)
+
+
+def _export(
+    model: str,
+    checkpoint: Path | None,
+    random_weights: int | None,
+    out: Path,
+    parts: tuple[str, ...] | None,
+    weights: str,
+    overwrite: bool,
+    verify: bool,
+    quiet: bool,
+) -> ExportResult:
+    visible = sys.stderr.isatty() and not quiet
+    with _Line() if visible else nullcontext() as line:
+        if line is not None:
+            line.show("loading")
+        from .export import export_bundle
+        from .sources import open_source
+
+        source = open_source(model, checkpoint, random_weights)
+        return export_bundle(
+            source, out, parts, weights=weights, verify=verify, overwrite=overwrite, report=line or _reporter(quiet)
+        )
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell for an error that is not this program's own fault; None for one that is."""
+    from tmd_engines import BundleError, EngineError
+
+    from .errors import ExportError
+
+    if isinstance(error, (ExportError, BundleError, EngineError)):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this model. Close other programs, or choose fewer --parts."
+    if isinstance(error, ImportError):
+        return f"{error}. Exporting needs torch and onnx: pip install 'tmd[export]'"
+    return None
+
+
+def _fail(message: str, as_json: bool) -> NoReturn:
+    click.echo(f"tmd-export: {message}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": message}, indent=2))
+    sys.exit(FAILED)
+
+
+def _reporter(quiet: bool) -> Callable[[Progress], None] | None:
+    """Without a terminal: one line when a graph begins."""
+    if quiet:
+        return None
+
+    def show(progress: Progress) -> None:
+        if progress.stage == "build":
+            click.echo(f"{progress.graph} ({progress.done + 1} of {progress.total})", err=True)
+
+    return show
+
+
+class _Line:
+    """What a terminal shows during the work: the graph, its stage, how many graphs are over, the time."""
+
+    LABELS = {  # noqa: RUF012
+        "build": "building the reference",
+        "trace": "tracing",
+        "write": "writing and checking",
+        "verify": "comparing with the reference",
+    }
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("", total=None)
+
+    def show(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def __call__(self, progress: Progress) -> None:
+        text = f"{progress.graph}: {self.LABELS[progress.stage]}"
+        self._progress.update(self._task, description=text, total=progress.total, completed=progress.done)
+
+    def __enter__(self) -> _Line:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _print_table(result: ExportResult, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tmd_engines.bundle import format_size
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("graph")
+    for title in ("nodes", "size", "max error", "cosine", "time"):
+        table.add_column(title, justify="right")
+    for graph in result.graphs:
+        found = graph.accuracy
+        error, cosine = (f"{found.max_abs_error:.1e}", f"{found.cosine:.7f}") if found else ("not measured", "")
+        table.add_row(graph.name, str(graph.nodes), format_size(graph.bytes), error, cosine, f"{graph.seconds:.1f} s")
+    Console(soft_wrap=True).print(table)
+    frames = [graph for graph in result.graphs if graph.accuracy and graph.accuracy.levels_changed]
+    for graph in frames:
+        click.echo(f"{graph.name}: {graph.accuracy.entry()['reference'].partition('; ')[2]}")  # type: ignore[union-attr]
+    rounded = sum(graph.rounded for graph in result.graphs)
+    if rounded:
+        click.echo(f"{rounded} values of the weights were rounded to float16")
+    total = sum(file.size for file in result.bundle.manifest.files.values())
+    click.echo(f"{result.bundle.folder}: {format_size(total)}, {seconds:.1f} s")
+
+
+def _record(result: ExportResult, seconds: float) -> dict[str, Any]:
+    graphs = {}
+    for graph in result.graphs:
+        found = graph.accuracy.entry() if graph.accuracy else None
+        graphs[graph.name] = {
+            "nodes": graph.nodes,
+            "bytes": graph.bytes,
+            "seconds": round(graph.seconds, 3),
+            "rounded_values": graph.rounded,
+            "accuracy": found,
+        }
+    total = sum(file.size for file in result.bundle.manifest.files.values())
+    return {"out": str(result.bundle.folder), "bytes": total, "seconds": round(seconds, 3), "graphs": graphs}
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `tmd-export`; `args` are those of the process unless given."""
+    # Ended by a service manager, clean up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    command.main(args, prog_name="tmd-export")
+    raise SystemExit(0)

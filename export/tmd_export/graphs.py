@@ -1,0 +1,249 @@
+"""The five graphs of a bundle: which module computes each, and what its inputs and outputs are called.
+
+A `Graph` is a torch module with the interface that the manifest will state. Everything else of the export (tracing,
+lint, verification) reads that interface and knows no model. Letters in shapes as in `tmd_ref.wan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tmd_engines import TensorSpec
+from tmd_ref.student import FlowHead, TMDStudent, flow_head_step
+from tmd_ref.umt5 import UMT5Encoder
+from tmd_ref.vae import WanVAE
+
+from .parts import PARTS
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module to export and its interface in the order of its arguments and results.
+
+    `multiples`: symbols whose sizes come in steps (height in patches). `vocabulary`: ids below it are valid, for graphs
+    that take ids.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int = 1
+
+    def __post_init__(self) -> None:
+        self.module.eval()
+
+    def sizes(self, **dims: int) -> dict[str, int]:
+        """`dims` and the number of tokens that they make."""
+        tokens = dims.get("frames", 1) // self.multiples.get("frames", 1)
+        for side in ("height", "width"):
+            tokens *= dims.get(side, 1) // self.multiples.get(side, 1)
+        return {**dims, "tokens": tokens}
+
+    def random_inputs(self, seed: int, **dims: int) -> dict[str, Tensor]:
+        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, a mask of ragged lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = self.sizes(**dims)
+        angles: Tensor | None = None
+        given: dict[str, Tensor] = {}
+        for spec in self.inputs:
+            shape = spec.resolve(**sizes)
+            if spec.name == "input_ids":
+                given[spec.name] = torch.randint(0, self.vocabulary, shape, generator=generator)
+            elif spec.name == "attention_mask":
+                lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+                given[spec.name] = (torch.arange(shape[1]) < lengths).long()
+            elif spec.name in ("t", "s"):
+                given[spec.name] = torch.rand(shape, generator=generator)
+            elif spec.name == "r":
+                given[spec.name] = given["s"] * torch.rand(shape, generator=generator)
+            elif spec.name.startswith("rope_"):
+                angles = 6.3 * torch.rand(shape, generator=generator) if angles is None else angles
+                given[spec.name] = angles.cos() if spec.name == "rope_cos" else angles.sin()
+            else:
+                given[spec.name] = torch.randn(shape, generator=generator)
+        return given
+
+
+class FlowHeadStep(nn.Module):
+    """The flow head with the inner update around it, so that every host runs the same arithmetic."""
+
+    def __init__(self, head: FlowHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(
+        self,
+        y: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        r: Tensor,
+        features: Tensor,
+        context: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+    ) -> Tensor:
+        return flow_head_step(self.head, y, noise, s, r, features, context, rope_cos, rope_sin)
+
+
+class DecoderFirst(nn.Module):
+    """Normalised latents of the first latent frame to one picture and the caches."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        video, caches = self.vae.decode_first(latents)
+        return (to_frames(video), *caches)
+
+
+class DecoderStep(nn.Module):
+    """Normalised latents of a later latent frame and the caches to its pictures and the next caches."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        video, caches_next = self.vae.decode_step(latents, caches)
+        return (to_frames(video), *caches_next)
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Video `[B,3,F,H,W]`, already clamped to -1..1 by the decoder -> uint8 `[B,F,H,W,3]`, rounded to nearest."""
+    return torch.round(video * 127.5 + 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def text_encoder(encoder: UMT5Encoder) -> Graph:
+    ids: Shape = ("batch", "text")
+    return Graph(
+        "text_encoder",
+        encoder,
+        (_tensor("input_ids", ids, "int64"), _tensor("attention_mask", ids, "int64")),
+        (_tensor("prompt_embeds", ("batch", "text", encoder.config.dim)),),
+        vocabulary=encoder.config.vocab_size,
+    )
+
+
+def backbone(student: TMDStudent) -> Graph:
+    config = student.config
+    return Graph(
+        "backbone",
+        student.backbone,
+        (
+            _tensor("x", ("batch", config.in_channels, "frames", "height", "width")),
+            _tensor("t", ("batch",)),
+            _tensor("prompt_embeds", ("batch", "text", config.text_dim)),
+            *_rope(config.head_dim),
+        ),
+        (
+            _tensor("features", ("batch", "tokens", config.dim)),
+            _tensor("context", ("batch", "text", config.dim)),
+        ),
+        _patches(config.patch_size),
+    )
+
+
+def flow_head(student: TMDStudent) -> Graph:
+    config = student.config
+    latents: Shape = ("batch", config.out_channels, "frames", "height", "width")
+    return Graph(
+        "flow_head",
+        FlowHeadStep(student.head),
+        (
+            _tensor("y", latents),
+            _tensor("noise", latents),
+            _tensor("s", ("batch",)),
+            _tensor("r", ("batch",)),
+            _tensor("features", ("batch", "tokens", config.dim)),
+            _tensor("context", ("batch", "text", config.dim)),
+            *_rope(config.head_dim),
+        ),
+        (_tensor("y_next", latents),),
+        _patches(config.patch_size),
+    )
+
+
+def decoder_first(vae: WanVAE) -> Graph:
+    caches = _cache_shapes(vae)
+    outputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
+    return Graph("decoder_first", DecoderFirst(vae), (_latent_frame(vae),), (_frames(vae, 1), *outputs))
+
+
+def decoder_step(vae: WanVAE) -> Graph:
+    caches = _cache_shapes(vae)
+    inputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
+    outputs = [_tensor(f"cache_{number:02d}_next", shape) for number, shape in enumerate(caches)]
+    return Graph(
+        "decoder_step",
+        DecoderStep(vae),
+        (_latent_frame(vae), *inputs),
+        (_frames(vae, temporal_stride(vae.config.temporal_downsample)), *outputs),
+    )
+
+
+def temporal_stride(temporal_downsample: tuple[bool, ...]) -> int:
+    """Video frames per latent frame, after the first."""
+    return 1 << sum(temporal_downsample)
+
+
+def spatial_stride(dim_mult: tuple[int, ...]) -> int:
+    """Pixels per latent, in height and in width."""
+    return 1 << (len(dim_mult) - 1)
+
+
+BUILDERS: Mapping[str, Callable[..., Graph]] = {
+    "text_encoder": text_encoder,
+    "backbone": backbone,
+    "flow_head": flow_head,
+    "decoder_first": decoder_first,
+    "decoder_step": decoder_step,
+}
+"""Part -> the function that makes its graph, from the model of `parts.MODEL_OF`."""
+
+if tuple(BUILDERS) != PARTS:
+    raise RuntimeError("graphs.BUILDERS and parts.PARTS name different graphs")
+
+
+def _tensor(name: str, shape: Shape, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)  # type: ignore[arg-type]
+
+
+def _rope(head_dim: int) -> tuple[TensorSpec, TensorSpec]:
+    shape: Shape = ("tokens", head_dim // 2)
+    return _tensor("rope_cos", shape), _tensor("rope_sin", shape)
+
+
+def _patches(patch_size: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("frames", "height", "width"), patch_size, strict=True))
+
+
+def _latent_frame(vae: WanVAE) -> TensorSpec:
+    return _tensor("latents", ("batch", vae.config.z_dim, 1, "height", "width"))
+
+
+def _frames(vae: WanVAE, count: int) -> TensorSpec:
+    stride = spatial_stride(vae.config.dim_mult)
+    return _tensor("frames", ("batch", count, _times(stride, "height"), _times(stride, "width"), 3), "uint8")
+
+
+def _cache_shapes(vae: WanVAE) -> list[Shape]:
+    """Shapes of the caches, asked of the decoder itself: with latents of one pixel their sizes are the factors."""
+    with torch.no_grad():
+        _, caches = vae.decode_first(torch.zeros(1, vae.config.z_dim, 1, 1, 1))
+    return [
+        ("batch", cache.shape[1], cache.shape[2], _times(cache.shape[3], "height"), _times(cache.shape[4], "width"))
+        for cache in caches
+    ]
+
+
+def _times(factor: int, symbol: str) -> str:
+    return symbol if factor == 1 else f"{factor}*{symbol}"
