@@ -39,7 +39,7 @@ SCHEDULES = {
     "vae_long": Schedule(steps=2000, lr=1.2e-3, warmup=50, ema=0.995),
     "decoder": Schedule(steps=7000, lr=2e-3, warmup=100, ema=0.998),
     "teacher": Schedule(steps=2800, lr=1.5e-3, warmup=150, ema=0.997),
-    "stage1": Schedule(steps=900, lr=5e-4, warmup=50, ema=0.99),
+    "stage1": Schedule(steps=750, lr=5e-4, warmup=50, ema=0.99),
 }
 SHIPPED = Path(__file__).parents[1] / "weights" / "tiny"
 
