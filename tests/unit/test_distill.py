@@ -133,6 +133,57 @@ def test_stage1_with_r_equal_s_and_no_guidance_is_flow_matching_of_the_head():
     assert scalars["instant"].item() == pytest.approx((squared / x[0].numel()).mean().item(), rel=1e-5)
 
 
+class LinearStudent:
+    """A head that is linear in y, s and r: its derivative is known, and a finite difference gives it exactly."""
+
+    config = SMALL
+
+    class head:
+        fusion = None
+
+        def __new__(cls, y, s, r, *features):
+            return 0.3 * y + (2 * s + r).view(-1, 1, 1, 1, 1)
+
+    def backbone(self, x, t, prompt_embeds, cos, sin):
+        return x, prompt_embeds
+
+
+def test_stage1_with_r_below_s_is_the_meanflow_identity():
+    """u' = v - (s - r)·du/ds with du/ds = -(0.3·v + 2) for u = y1 - head, v = y1 - y  (TMD Eq. 8-10)."""
+    data, batch = Data(), 6
+    value, _ = tm_meanflow_loss(LinearStudent(), data, 3, batch, 2, 2, guidance=1.0, dropout=0.0, instant_share=0.0)(5)
+
+    generator = step_generator(3, 5)
+    x, _ = data.batch(batch, generator)
+    torch.rand(batch, generator=generator)
+    x1, y1 = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    torch.randint(1, 3, (batch,), generator=generator)
+    s, r = (v.view(-1, 1, 1, 1, 1) for v in sample_inner_times(batch, 2, generator, instant_share=0.0))
+    assert (r < s).any()
+    y = x1 - x
+    v = y1 - y
+    u = y1 - (0.3 * ((1 - s) * y + s * y1) + 2 * s + r)
+    squared = (u - (v + (s - r) * (0.3 * v + 2))).square().flatten(1).sum(1)
+    assert value.item() == pytest.approx((squared / (squared + x[0].numel())).mean().item(), rel=1e-4)
+
+
+def test_stage1_guides_the_target_against_the_negative_prompt():
+    """With guidance g the target's velocity is y_neg + g·(y - y_neg), y_neg the head's own for the negative prompt."""
+    data, batch = Data(), 6
+    value, _ = tm_meanflow_loss(LinearStudent(), data, 3, batch, 2, 2, guidance=3.0, dropout=0.0, instant_share=1.0)(5)
+
+    generator = step_generator(3, 5)
+    x, _ = data.batch(batch, generator)
+    torch.rand(batch, generator=generator)
+    x1, y1 = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    torch.randint(1, 3, (batch,), generator=generator)
+    s = sample_inner_times(batch, 2, generator, instant_share=1.0)[0].view(-1, 1, 1, 1, 1)
+    y = x1 - x
+    head = 0.3 * ((1 - s) * y + s * y1) + 3 * s  # the same for either prompt
+    squared = (3 * (head - y)).square().flatten(1).sum(1)
+    assert value.item() == pytest.approx((squared / (squared + x[0].numel())).mean().item(), rel=1e-4)
+
+
 def test_stage1_trains_backbone_and_head_alike():
     student = small_student()
     value, _ = tm_meanflow_loss(student, Data(), 0, 4, 2, 2)(0)
