@@ -59,15 +59,15 @@ def init_vae(vae: WanVAE, log_variance: float = -6.0) -> None:
     forgets how bright a flat picture is unless a bias gives it something to compare with; and little noise in the
     latents, where the usual variance of 1 takes hundreds of steps to fight.
     """
-    for name, weight in vae.named_parameters():
+    weights = dict(vae.named_parameters())
+    for name, weight in weights.items():
         if name.endswith(".weight"):
             nn.init.kaiming_normal_(weight)
-        elif name in ("encoder.conv1.bias", "decoder.conv1.bias"):
-            nn.init.uniform_(weight, -1, 1)
         elif name.endswith(".bias"):
             nn.init.zeros_(weight)
-        if name == "conv1.bias":
-            nn.init.constant_(weight[vae.config.z_dim :], log_variance)
+    for part in ("encoder", "decoder"):
+        nn.init.uniform_(weights[f"{part}.conv1.bias"], -1, 1)
+    nn.init.constant_(weights["conv1.bias"][vae.config.z_dim :], log_variance)
 
 
 def vae_loss(
