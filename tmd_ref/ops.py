@@ -26,6 +26,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(at_least_float32(x), (x.shape[-1],), at_least_float32(weight), eps)
 
 
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight `[D]`, of the transformer and of the text encoder."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

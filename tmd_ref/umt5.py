@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmd_ref.ops import at_least_float32, attention, cast_for, rms_norm
+from tmd_ref.ops import RMSNorm, at_least_float32, attention, cast_for
 
 # Where distance buckets 1 to 15 begin. Distances below 8 have one each, then come ceil(8·16^(k/8)) for k = 0..7, as
 # integers so that no engine's logarithm can round a distance of 16 or 32 into the wrong bucket.
@@ -51,16 +51,6 @@ def relative_buckets() -> list[int]:
         distance = sum(abs(offset) >= start for start in _BUCKET_STARTS)
         buckets.append(distance + 16 * (offset > 0))
     return buckets
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class RelativePositions(nn.Module):

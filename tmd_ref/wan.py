@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmd_ref.ops import at_least_float32, attention, cast_for, rms_norm, rotary_embedding, rotary_operands
+from tmd_ref.ops import RMSNorm, at_least_float32, attention, cast_for, rotary_embedding, rotary_operands
 
 RopeOperands = tuple[Tensor, Tensor]
 
@@ -104,16 +104,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -16,7 +16,10 @@ def main() -> None:
 
 @main.group()
 def tiny() -> None:
-    """The built-in model, from rendered scenes to a TMD student. Run the stages in the order listed by `all`."""
+    """The built-in model, from rendered scenes to a TMD student.
+
+    Stages in order: text, vae, data, decoder, teacher, stage1, pack, evaluate.
+    """
 
 
 def _options(command):
