@@ -7,13 +7,14 @@ The same schema for people is `docs/bundle.md`; change both together.
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Annotated, Any, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .errors import BundleError, quote
+from .strict_json import read_json
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -62,6 +63,7 @@ Dimension = Annotated[int | str, AfterValidator(_check_dimension)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 StepCount = Annotated[int, Field(ge=1, le=1000)]
 Shift = Annotated[float, Field(ge=1.0, le=1000.0)]
+TimeLevel = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class _Part(BaseModel):
@@ -69,18 +71,22 @@ class _Part(BaseModel):
 
 
 class ModelInfo(_Part):
-    """What the graphs compute. Counts; `dim` is the token width D, `patch_size` (frames, height, width) in latents."""
+    """What the graphs compute. Counts; `dim` is the token width D, `patch_size` (frames, height, width) in latents.
+
+    Kind "tmd" is a student with an inner flow, whose `fusion` says how the flow head takes in the features; kind "wan"
+    is a Wan transformer in the same two graphs, without inner flow and without fusion.
+    """
 
     name: Text
     family: Text
-    kind: Literal["tmd"]
+    kind: Literal["tmd", "wan"]
     dim: Count
     num_layers: Count
     head_blocks: Count
     num_heads: Count
     head_dim: Count
     patch_size: tuple[Count, Count, Count]
-    fusion: Literal["gated", "concat"]
+    fusion: Literal["gated", "concat"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -92,11 +98,14 @@ class ModelInfo(_Part):
             raise ValueError(
                 f"head_blocks {self.head_blocks} leaves no block of num_layers {self.num_layers} to the backbone"
             )
+        if (self.fusion is None) != (self.kind == "wan"):
+            raise ValueError(f"fusion {quote(self.fusion)} does not go with kind {quote(self.kind)}")
         return self
 
 
-class SamplerInfo(_Part):
-    """How to sample: defaults, and the step counts the model was trained for. Times are dimensionless, 0 is data."""
+class TransitionSampler(_Part):
+    """How to sample a TMD student: defaults, and the step counts that it was trained for. Times are dimensionless, 0 is
+    data."""
 
     rule: Literal["transition"]
     steps: StepCount
@@ -109,13 +118,51 @@ class SamplerInfo(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for default, allowed in (("steps", "allowed_steps"), ("inner_steps", "allowed_inner_steps")):
-            values = getattr(self, allowed)
-            if list(values) != sorted(set(values)):
-                raise ValueError(f"{allowed} must be ascending without repeats")
-            if getattr(self, default) not in values:
-                raise ValueError(f"{default} {getattr(self, default)} is not among {allowed} {list(values)}")
+        _check_allowed("steps", self.steps, self.allowed_steps)
+        _check_allowed("inner_steps", self.inner_steps, self.allowed_inner_steps)
         return self
+
+
+class VelocitySampler(_Part):
+    """How to sample a model of kind "wan", whose output is the velocity at the time it was asked for.
+
+    `times` (noise to data, 0 left out): n steps go through the first n of them, then to 0; null: Wan's own grid of n
+    times, warped by `shift`. `allowed_steps` null: any number. `time_rounding` is what the network is told of 1000·t;
+    the update itself uses t as it is. `init_scale` multiplies the first noise. `guidance` 1 means one pass per step,
+    anything else a second one with `negative_prompt` (null: the empty prompt).
+    """
+
+    rule: Literal["euler", "renoise", "unipc"]
+    steps: StepCount
+    allowed_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=1000)] | None = None
+    shift: Shift
+    times: Annotated[tuple[TimeLevel, ...], Field(min_length=1, max_length=1000)] | None = None
+    time_rounding: Literal["none", "integer", "bfloat16"]
+    init_scale: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
+    negative_prompt: Text | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.allowed_steps is not None:
+            _check_allowed("steps", self.steps, self.allowed_steps)
+        if self.times is not None:
+            if any(later >= earlier for earlier, later in pairwise(self.times)):
+                raise ValueError("times must be descending without repeats")
+            if self.allowed_steps is None or max(self.allowed_steps) > len(self.times):
+                raise ValueError(f"allowed_steps must be given, up to {len(self.times)}: there are as many times")
+        return self
+
+
+def _check_allowed(name: str, default: int, allowed: tuple[int, ...]) -> None:
+    if list(allowed) != sorted(set(allowed)):
+        raise ValueError(f"allowed_{name} must be ascending without repeats")
+    if default not in allowed:
+        raise ValueError(f"{name} {default} is not among allowed_{name} {list(allowed)}")
+
+
+SamplerInfo = TransitionSampler | VelocitySampler
+RULES = ("transition", "euler", "renoise", "unipc")
 
 
 class LatentInfo(_Part):
@@ -143,14 +190,38 @@ class VideoInfo(_Part):
     fps: Annotated[int, Field(ge=1, le=1000)]
 
 
+class EmbeddingTable(_Part):
+    """A token embedding kept outside the graphs: `rows` x `dim` values in `file`, little-endian, row after row."""
+
+    file: FileName
+    dtype: Literal["float32", "float16", "bfloat16"]
+    rows: Annotated[int, Field(ge=1, le=1 << 24)]
+    dim: Count
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.rows * self.dim * (4 if self.dtype == "float32" else 2)
+
+
 class TextInfo(_Part):
-    """Prompt side: sentencepiece `tokenizer` file (null: none here), `max_length` in tokens, embedding `dim`."""
+    """Prompt side: sentencepiece `tokenizer` file (null: none here), `max_length` in tokens, embedding `dim`.
+
+    With an `embedding`, the graph `text_encoder` takes `token_embeds` (rows of that table) in place of `input_ids`.
+    """
 
     tokenizer: FileName | None = None
     max_length: Annotated[int, Field(ge=1, le=65_536)]
     dim: Count
     pad_id: Annotated[int, Field(ge=0, le=1 << 24)]
     eos_id: Annotated[int, Field(ge=0, le=1 << 24)]
+    embedding: EmbeddingTable | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.embedding is not None and max(self.pad_id, self.eos_id) >= self.embedding.rows:
+            raise ValueError(f"pad_id {self.pad_id} and eos_id {self.eos_id} must be rows of embedding")
+        return self
 
 
 class TensorSpec(_Part):
@@ -193,14 +264,15 @@ class Accuracy(_Part):
 class GraphInfo(_Part):
     """One ONNX file, `X.onnx`, with its weights in `X.onnx.data` (`data` null: all weights are inside `file`).
 
-    `precision` is that of the arithmetic, `storage` that of the large weights in the file, each cast when it is fp16.
+    `precision` is that of the arithmetic, `storage` that of the large weights in the file, each with a `Cast` (fp16) or
+    a `DequantizeLinear` (int8) behind it.
     """
 
     file: FileName
     data: FileName | None = None
     opset: Annotated[int, Field(ge=1, le=1000)]
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
-    storage: Literal["fp32", "fp16"] | None = None
+    storage: Literal["fp32", "fp16", "int8"] | None = None
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     accuracy: Accuracy | None = None
@@ -241,7 +313,7 @@ class Manifest(_Part):
 
     schema_version: Literal[1]
     model: ModelInfo
-    sampler: SamplerInfo
+    sampler: Annotated[SamplerInfo, Field(discriminator="rule")]
     latents: LatentInfo
     video: VideoInfo
     text: TextInfo
@@ -262,6 +334,9 @@ class Manifest(_Part):
                     raise ValueError(f"graphs {quote(owners[file])} and {quote(name)} share {quote(file)}")
         if self.text.tokenizer is not None and self.text.tokenizer not in self.files:
             raise ValueError(f"text.tokenizer is {quote(self.text.tokenizer)}, which is not in files")
+        self._check_embedding(owners)
+        if (self.sampler.rule == "transition") != (self.model.kind == "tmd"):
+            raise ValueError(f"sampler.rule {quote(self.sampler.rule)} is not for kind {quote(self.model.kind)}")
         if (self.video.frames - 1) % self.latents.temporal_stride:
             raise ValueError(
                 f"video.frames {self.video.frames} is not 1 plus a multiple of {self.latents.temporal_stride}"
@@ -272,6 +347,22 @@ class Manifest(_Part):
                 raise ValueError(f"video.{side} {getattr(self.video, side)} is not a multiple of {unit} pixels")
         return self
 
+    def _check_embedding(self, owners: dict[str, str]) -> None:
+        table = self.text.embedding
+        if table is not None:
+            if table.file not in self.files:
+                raise ValueError(f"text.embedding needs {quote(table.file)}, which is not in files")
+            if table.file in owners or table.file == self.text.tokenizer:
+                raise ValueError(f"text.embedding shares {quote(table.file)} with another part")
+            if self.files[table.file].size != table.size:
+                raise ValueError(
+                    f"{quote(table.file)} has {self.files[table.file].size} bytes, and {table.rows} x {table.dim} of "
+                    f"{table.dtype} take {table.size}"
+                )
+        encoder = self.graphs.get("text_encoder")
+        if encoder is not None and any(spec.name == "token_embeds" for spec in encoder.inputs) != (table is not None):
+            raise ValueError("graph 'text_encoder' has an input 'token_embeds' exactly if there is a text.embedding")
+
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Checked manifest from the bytes of `manifest.json`; `where` names the file in messages.
@@ -280,7 +371,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{where} is larger than {MAX_MANIFEST_BYTES} bytes: no bundle needs that. {_REMEDY}")
-    document = _read_json(data, where)
+    try:
+        document = read_json(data)
+    except ValueError as error:
+        raise BundleError(f"{where} is not valid JSON: {error}. {_REMEDY}") from None
     if not isinstance(document, dict):
         raise BundleError(f"{where} holds a JSON {type(document).__name__}, not an object. {_REMEDY}")
     version = document.get("schema_version")
@@ -299,40 +393,20 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 _REMEDY = "Copy the bundle again, or make it again with tmd-export."
 
 
-def _read_json(data: bytes, where: str) -> Any:
-    """JSON that every reader understands alike: UTF-8, no repeated keys (readers differ in which one wins), no NaN."""
-
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {quote(key)} appears twice")
-            found[key] = value
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_repeats, parse_constant=no_constant)
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = quote(str(error), 200)[1:-1]
-    raise BundleError(f"{where} is not valid JSON: {reason}. {_REMEDY}")
-
-
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
+    loc = first["loc"]
+    if loc[:1] == ("sampler",) and loc[1:2] and loc[1] in RULES:
+        loc = (loc[0], *loc[2:])  # which member of the union it was is no place in the file
     place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{quote(part, 64)[1:-1]}"
-        for part in first["loc"]
-        if part != "[key]"
+        f"[{part}]" if isinstance(part, int) else f".{quote(part, 64)[1:-1]}" for part in loc if part != "[key]"
     ).lstrip(".")
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
     found = first["input"]
+    if first["type"].startswith("union_tag_"):  # pydantic's own sentence would repeat the tag as it stands
+        place, reason, found = f"{place}.rule", f"must be one of {', '.join(RULES)}", found.get("rule")
     shown = f" (found {quote(found)})" if isinstance(found, str | int | float | bool | None) else ""
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     return f"{place or 'manifest'}: {reason}{shown}{more}"

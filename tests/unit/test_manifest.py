@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.synthetic import manifest_without_files
+from tests.synthetic import manifest_without_files, velocity_sampler
 from tmd_engines import BundleError, Manifest, TensorSpec
 from tmd_engines.errors import quote
 from tmd_engines.manifest import MAX_MANIFEST_BYTES, parse_manifest
@@ -31,6 +31,18 @@ def valid_document() -> dict[str, Any]:
     document = manifest_without_files({"backbone": graph})
     names = ("backbone.onnx", "backbone.onnx.data", "tokenizer.model")
     document["files"] = {name: {"size": 10, "sha256": SHA} for name in names}
+    return document
+
+
+def valid_wan_document() -> dict[str, Any]:
+    """Of kind "wan", with fixed times and an embedding table outside the graphs."""
+    document = valid_document()
+    document["model"] |= {"kind": "wan", "fusion": None}
+    document["sampler"] = velocity_sampler(
+        rule="renoise", steps=2, allowed_steps=[1, 2, 3], times=[1.0, 0.757, 0.522], negative_prompt="static"
+    )
+    document["text"]["embedding"] = {"file": "table.bin", "dtype": "bfloat16", "rows": 300, "dim": 8}
+    document["files"]["table.bin"] = {"size": 300 * 8 * 2, "sha256": SHA}
     return document
 
 
@@ -125,6 +137,85 @@ def test_each_rule_of_the_schema_is_held(path: str, value: Any, said: str) -> No
         parse(document)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
+    manifest = parse(valid_wan_document())
+    assert manifest.model.fusion is None and manifest.sampler.rule == "renoise"
+    assert manifest.text.embedding is not None and manifest.text.embedding.size == 4800
+    assert parse(manifest.model_dump(mode="json")) == manifest
+    document = valid_wan_document()
+    document["sampler"] = velocity_sampler(rule="euler", allowed_steps=None, times=None)
+    for name in ("allowed_steps", "times", "init_scale", "negative_prompt"):
+        del document["sampler"][name]
+    sampler = parse(document).sampler
+    assert (sampler.rule, sampler.steps) == ("euler", 3)
+    assert sampler.rule != "transition" and sampler.times is None and sampler.init_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        # kind, fusion and rule belong together
+        ("model/kind", "tmd", "fusion None does not go with kind 'tmd'"),
+        ("model/fusion", "gated", "fusion 'gated' does not go with kind 'wan'"),
+        ("sampler", valid_document()["sampler"], "sampler.rule 'transition' is not for kind 'wan'"),
+        ("sampler/inner_steps", 2, "sampler.inner_steps"),
+        ("sampler/rule", "heun", "sampler.rule: must be one of transition, euler, renoise, unipc (found 'heun')"),
+        ("sampler/rule", None, "sampler.rule: must be one of"),
+        ("sampler", {}, "sampler.rule: must be one of"),
+        ("sampler", [], "sampler"),
+        # times
+        ("sampler/times", [0.5, 0.75, 0.25], "sampler: times must be descending"),
+        ("sampler/times", [1.0, 1.0, 0.5], "times must be descending"),
+        ("sampler/times", [1.0, 0.5, 0.0], "sampler.times[2]"),
+        ("sampler/times", [1.5, 0.5, 0.2], "sampler.times[0]"),
+        ("sampler/times", [], "sampler.times"),
+        ("sampler/times", [1.0, 0.5], "allowed_steps must be given, up to 2"),
+        ("sampler/allowed_steps", None, "allowed_steps must be given, up to 3"),
+        ("sampler/allowed_steps", [3, 2], "ascending"),
+        ("sampler/allowed_steps", [1, 3], "steps 2 is not among"),
+        ("sampler/steps", 0, "sampler.steps"),
+        # what goes with them
+        ("sampler/time_rounding", "float16", "sampler.time_rounding"),
+        ("sampler/init_scale", 0.0, "sampler.init_scale"),
+        ("sampler/guidance", -1.0, "sampler.guidance"),
+        ("sampler/guidance", "5", "sampler.guidance"),
+        ("sampler/negative_prompt", "", "sampler.negative_prompt"),
+        ("sampler/negative_prompt", "a\x1b[2J", "sampler.negative_prompt"),
+        ("sampler/shift", 0.5, "sampler.shift"),
+        # the embedding table
+        ("text/embedding/file", "other.bin", "text.embedding needs 'other.bin'"),
+        ("text/embedding/file", "tokenizer.model", "shares 'tokenizer.model'"),
+        ("text/embedding/file", "backbone.onnx.data", "shares 'backbone.onnx.data'"),
+        ("text/embedding/dtype", "int8", "text.embedding.dtype"),
+        ("text/embedding/dtype", "float32", "has 4800 bytes, and 300 x 8 of float32 take 9600"),
+        ("text/embedding/rows", 299, "take 4784"),
+        ("text/embedding/rows", 0, "text.embedding.rows"),
+        ("text/pad_id", 300, "must be rows of embedding"),
+    ],
+)
+def test_each_rule_of_the_other_kind_is_held(path: str, value: Any, said: str) -> None:
+    document = valid_wan_document()
+    put(document, path, value)
+    with pytest.raises(BundleError) as caught:
+        parse(document)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_token_embeddings_go_with_a_table_and_only_with_one() -> None:
+    document = valid_wan_document()
+    encoder = copy.deepcopy(document["graphs"]["backbone"]) | {"file": "text_encoder.onnx", "data": None}
+    document["files"]["text_encoder.onnx"] = {"size": 1, "sha256": SHA}
+    document["graphs"]["text_encoder"] = encoder
+    with pytest.raises(BundleError, match="exactly if there is a text"):
+        parse(document)
+    encoder["inputs"][0]["name"] = "token_embeds"
+    assert parse(document).text.embedding is not None
+    document["text"]["embedding"] = None
+    with pytest.raises(BundleError, match="exactly if there is a text"):
+        parse(document)
 
 
 @pytest.mark.parametrize("name", ["schema_version", "model", "files", "provenance"])
@@ -290,7 +381,7 @@ def test_fuzz_bytes_never_escape(data: bytes) -> None:
 @FUZZ
 @given(st.data())
 def test_fuzz_replaced_value_never_escapes(data: st.DataObject) -> None:
-    document = valid_document()
+    document = data.draw(st.sampled_from((valid_document, valid_wan_document)))()
     container, key = data.draw(st.sampled_from(places(document)))
     if data.draw(st.booleans()):
         container[key] = data.draw(JSON)
