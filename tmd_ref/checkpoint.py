@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,13 +35,9 @@ def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTr
         unfinished.unlink(missing_ok=True)
 
 
-def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
-    """Read a file written by `save_model`: a `kind` on the CPU, float32, in evaluation mode.
-
-    Raises FileNotFoundError, or ValueError if the file holds something else.
-    """
+def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:
+    """The configuration in a file written by `save_model`, without its weights. Arguments, errors: `load_model`."""
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)}: expected the weights of a {kind.__name__}.")
@@ -52,12 +48,26 @@ def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
         wanted = {field.name for field in fields(config_class)}
         if set(stored) != wanted:
             raise KeyError(f"its fields are {sorted(stored)}, not {sorted(wanted)}")
-        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-        with torch.device("meta"):
-            model = kind(config)
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise _foreign(path, kind, error) from error
+
+
+def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
+    """Read a file written by `save_model`: a `kind` on the CPU, float32, in evaluation mode.
+
+    Raises FileNotFoundError, or ValueError if the file holds something else.
+    """
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        model = kind(read_config(path, kind))
+    try:
         model.load_state_dict({name: value.float() for name, value in load_file(path).items()}, assign=True)
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} does not hold a {kind.__name__} as written by this version: {error}"
-        ) from error
+    except RuntimeError as error:
+        raise _foreign(path, kind, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _foreign(path: str | os.PathLike[str], kind: type, error: Exception) -> ValueError:
+    return ValueError(f"{os.fspath(path)} does not hold a {kind.__name__} as written by this version: {error}")

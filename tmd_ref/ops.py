@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SOFTMAX_IN_FLOAT32 = 1  # ONNX's number for the type
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32 if it is float16 or bfloat16, else `x` itself (float64 models stay float64)."""
@@ -48,11 +50,15 @@ def attention(
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
     if torch.onnx.is_in_onnx_export():
-        return torch.onnx.ops.attention(q, k, v, bias, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)[0]
+        # The operator's default is to sum the exponentials in the type of q.
+        softmax = None if v.dtype == torch.float32 else SOFTMAX_IN_FLOAT32
+        return torch.onnx.ops.attention(
+            q, k, v, bias, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale, softmax_precision=softmax
+        )[0]
     batch, tokens, dim = q.shape
-    heads = (batch, -1, num_heads, dim // num_heads)
+    split = (batch, -1, num_heads, dim // num_heads)
     out = F.scaled_dot_product_attention(
-        q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2), bias, scale=scale
+        q.view(split).transpose(1, 2), k.view(split).transpose(1, 2), v.view(split).transpose(1, 2), bias, scale=scale
     )
     return out.transpose(1, 2).reshape(batch, tokens, dim)
 

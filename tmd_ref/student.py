@@ -102,7 +102,7 @@ class Backbone(nn.Module):
         features = patchify(x, self.patch_embedding)
         for block in self.blocks:
             features = block(features, e0, context, operands)
-        return features, context
+        return features, at_least_float32(context)
 
 
 class FlowHead(nn.Module):
@@ -144,6 +144,7 @@ class FlowHead(nn.Module):
         e_interval, e0_interval = embed_time(interval, self.interval_embedding, self.interval_projection)
         h = self.fusion(features, patchify(y, self.patch_embedding), e0)
         e, e0 = e + e_interval, e0 + e0_interval
+        context = cast_for(self.blocks[0].get_submodule("cross_attn"), context)
         for block in self.blocks:
             h = block(h, e0, context, operands)
         return unpatchify(self.head(h, e), token_grid(y, self.config.patch_size), self.config.patch_size)
@@ -169,6 +170,15 @@ def flow_head_step(
     return y - (s - r).view(-1, 1, 1, 1, 1) * u
 
 
+def check_head_blocks(config: WanConfig, head_blocks: int) -> None:
+    """Raises ValueError if a cut before the last `head_blocks` blocks leaves one of the two parts without a block."""
+    if not 1 <= head_blocks < config.num_layers:
+        raise ValueError(
+            f"head_blocks is {head_blocks}, the transformer has {config.num_layers} blocks: backbone and flow head "
+            f"need at least one each, so choose 1 to {config.num_layers - 1}."
+        )
+
+
 class TMDStudent(nn.Module):
     """A backbone and a flow head that were one Wan transformer. `backbone` and `head` are usable alone."""
 
@@ -180,11 +190,7 @@ class TMDStudent(nn.Module):
         Raises ValueError if `head_blocks` does not leave both parts a block, or for an unknown fusion.
         """
         super().__init__()
-        if not 1 <= head_blocks < config.num_layers:
-            raise ValueError(
-                f"head_blocks is {head_blocks}, the transformer has {config.num_layers} blocks: backbone and flow head "
-                f"need at least one each, so choose 1 to {config.num_layers - 1}."
-            )
+        check_head_blocks(config, head_blocks)
         if fusion not in FUSIONS:
             raise ValueError(f"there is no fusion {fusion!r}: choose one of {', '.join(FUSIONS)}.")
         wan = wan or WanTransformer(config)
@@ -224,13 +230,9 @@ def save_student(path: str | os.PathLike[str], student: TMDStudent) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def load_student(path: str | os.PathLike[str]) -> TMDStudent:
-    """Read a student written by `save_student`, on the CPU in the stored precision.
-
-    Raises FileNotFoundError, or ValueError if the file holds something else.
-    """
+def read_student(path: str | os.PathLike[str]) -> TMDStudent:
+    """The student in a file written by `save_student`, without weights, on the meta device. Errors: `load_student`."""
     from safetensors import safe_open
-    from safetensors.torch import load_file
 
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -247,7 +249,17 @@ def load_student(path: str | os.PathLike[str]) -> TMDStudent:
             "give a file written by tmd-distill or save_student."
         ) from error
     with torch.device("meta"):
-        student = TMDStudent(*arguments)
+        return TMDStudent(*arguments)
+
+
+def load_student(path: str | os.PathLike[str]) -> TMDStudent:
+    """Read a student written by `save_student`, on the CPU in the stored precision.
+
+    Raises FileNotFoundError, or ValueError if the file holds something else.
+    """
+    from safetensors.torch import load_file
+
+    student = read_student(path)
     missing, unexpected = student.load_state_dict(load_file(path), strict=False, assign=True)
     if unexpected or set(missing) != _shared(student):
         names = sorted({*unexpected, *(set(missing) - _shared(student))})

@@ -24,6 +24,8 @@ class Tokenizer:
     """A sentencepiece model with T5's framing: `</s>` (id 1) after the text, padding (id 0) up to `max_length`.
 
     Text that looks like a special token ("</s>") is text here; Hugging Face's tokenizers would turn it into the token.
+    A sentencepiece model may offer its bytes for a character that it lacks. Wan was trained behind Hugging Face's
+    tokenizer for T5, which has no such fallback, so they become the unknown token here.
     """
 
     def __init__(self, model_file: str | os.PathLike[str], max_length: int) -> None:
@@ -58,7 +60,13 @@ class Tokenizer:
         input_ids = np.full((len(prompts), self.max_length), PAD_ID, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
-            ids = [*self._model.encode(clean_prompt(prompt))[: self.max_length - 1], EOS_ID]
+            ids = [*self._known(self._model.encode(clean_prompt(prompt)))[: self.max_length - 1], EOS_ID]
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
         return input_ids, attention_mask
+
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """`ids` with each run of bytes as one unknown token, as a run of unknown characters is one."""
+        unknown = self._model.unk_id()
+        known = [unknown if self._model.is_byte(token) else token for token in ids]
+        return [token for k, token in enumerate(known) if token != unknown or k == 0 or known[k - 1] != unknown]

@@ -106,8 +106,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
         """x `[B, S, E]`, offsets `[S, S]` for `RelativePositions`, mask `[B, 1, 1, S]` added to the scores."""
-        x = x + self.attn(cast_for(self.attn, self.norm1(x)), self.pos_embedding(offsets) + mask)
-        return x + self.ffn(cast_for(self.ffn, self.norm2(x)))
+        x = x + at_least_float32(self.attn(cast_for(self.attn, self.norm1(x)), self.pos_embedding(offsets) + mask))
+        return x + at_least_float32(self.ffn(cast_for(self.ffn, self.norm2(x))))
 
 
 class UMT5Encoder(nn.Module):
@@ -127,9 +127,13 @@ class UMT5Encoder(nn.Module):
         Returns prompt_embeds `[B, S, E]`. Rows of padding are zero: the encoder's own output there is not, and the
         diffusion model attends to them.
         """
-        x = at_least_float32(self.token_embedding(input_ids))
+        return self.encode(self.token_embedding(input_ids), attention_mask)
+
+    def encode(self, token_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `forward`, from the rows of `token_embedding` for the ids, `[B, S, E]`, looked up by the caller."""
+        x = at_least_float32(token_embeds)
         mask = (1 - attention_mask[:, None, None, :]).to(x.dtype) * torch.finfo(self.token_embedding.weight.dtype).min
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position = torch.arange(x.shape[1], device=x.device)
         offsets = (position[None, :] - position[:, None]).clamp(-_FAR, _FAR) + _FAR
         for block in self.blocks:
             x = block(x, offsets, mask)

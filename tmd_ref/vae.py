@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmd_ref.ops import attention
+from tmd_ref.ops import at_least_float32, attention, cast_for
 
 _WAN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -61,7 +61,8 @@ class History:
 
     def prepend(self, x: Tensor, frames: int) -> Tensor:
         """`[B,C,T,H,W]` -> `[B,C,frames+T,H,W]`: the kept frames (zeros at first) before `x`."""
-        joined = F.pad(x, (0, 0, 0, 0, frames, 0)) if self.first else torch.cat([next(self._past), x], dim=2)
+        past = None if self.first else next(self._past).to(x.dtype)
+        joined = F.pad(x, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat([past, x], dim=2)
         self.kept.append(joined[:, :, -frames:])
         return joined
 
@@ -71,7 +72,8 @@ class History:
 
 
 class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees no later frame: time padded on the left only, space symmetrically."""
+    """3-D convolution that sees no later frame: time padded on the left only, space symmetrically. Its input, and what
+    it keeps of it, takes the precision of its weights."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int], pad: bool = True, **kw):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
@@ -80,6 +82,7 @@ class CausalConv3d(nn.Conv3d):
         self.past_frames = kernel[0] - 1 if pad else 0
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = cast_for(self, x)
         if self.past_frames:
             zeros = (0, 0, 0, 0, self.past_frames, 0)
             x = F.pad(x, zeros) if history is None else history.prepend(x, self.past_frames)
@@ -95,6 +98,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = at_least_float32(x)
         # F.normalize(x, dim=1) with the same 1e-12; its vector_norm is several times slower on a CPU
         return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True).clamp_min(1e-24)) * (self.scale * self.gamma)
 
@@ -119,7 +123,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         norm1, act1, conv1, norm2, act2, _, conv2 = self.residual
         h = conv1(act1(norm1(x)), history)
-        return self.shortcut(x) + conv2(act2(norm2(h)), history)
+        return at_least_float32(self.shortcut(x)) + at_least_float32(conv2(act2(norm2(h)), history))
 
 
 class AttentionBlock(nn.Module):
@@ -133,9 +137,10 @@ class AttentionBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         height = x.shape[2]
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # [N,HW,C]
+        h = cast_for(self.to_qkv, self.norm(x))
+        q, k, v = self.to_qkv(h).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # [N,HW,C]
         out = attention(q, k, v, num_heads=1).transpose(1, 2)
-        return self.proj(out.unflatten(2, (height, -1)))
+        return at_least_float32(self.proj(out.unflatten(2, (height, -1))))
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         return x + per_frame(self._attend, x)
@@ -180,6 +185,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        x = cast_for(self.resample, x)
         if self.time_conv is not None:
             if history is None:
                 x = torch.cat([x[:, :, :1], _double(self.time_conv, x[:, :, 1:])], dim=2) if x.shape[2] > 1 else x
@@ -294,7 +300,7 @@ class WanVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,8h,8w]` in -1..1."""
-        return self.decoder(self.conv2(self.denormalise(latents))).clamp(-1, 1)
+        return self.decoder(self._unpack(latents)).clamp(-1, 1)
 
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]` and the caches for `decode_step`."""
@@ -306,5 +312,13 @@ class WanVAE(nn.Module):
 
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         history = History(caches)
-        video = self.decoder(self.conv2(self.denormalise(latents)), history)
-        return video.clamp(-1, 1), history.kept
+        video = self.decoder(self._unpack(latents), history)
+        return video.clamp(-1, 1), [at_least_float32(cache) for cache in history.kept]
+
+    def _unpack(self, latents: Tensor) -> Tensor:
+        """conv2(denormalise(latents)) as one convolution: W(std·z + mean) + b = (W·std)z + (W·mean + b), exactly.
+
+        An engine folds the weights when it loads the graph; what is left of the normalisation costs nothing.
+        """
+        mean, std = (self._constant(v, self.conv2.weight) for v in (self.config.latents_mean, self.config.latents_std))
+        return F.conv3d(latents, self.conv2.weight * std, self.conv2(mean).flatten())

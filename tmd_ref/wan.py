@@ -149,7 +149,7 @@ class Block(nn.Module):
         m = (at_least_float32(self.modulation) + e0).chunk(6, dim=1)
         h = cast_for(self.self_attn, modulate(x, m[0], m[1], self.eps))
         x = torch.addcmul(x, at_least_float32(self.self_attn(h, h, rope)), m[2])
-        x = x + self.cross_attn(cast_for(self.cross_attn, self.norm3(x)), context)
+        x = x + at_least_float32(self.cross_attn(cast_for(self.cross_attn, self.norm3(x)), context))
         h = cast_for(self.ffn, modulate(x, m[3], m[4], self.eps))
         return torch.addcmul(x, at_least_float32(self.ffn(h)), m[5])
 

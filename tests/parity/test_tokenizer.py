@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tmd_ref.text import Tokenizer, clean_prompt
+from tmd_runtime import tokenizer as runtime
 
 sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers")
@@ -54,16 +55,17 @@ def shuffled_lines():
     return [*CORPUS.splitlines() * 20, *(" ".join(rng.choice(words, 8)) for _ in range(500))]
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["", "byte fallback"])
+def model_file(request, tmp_path_factory):
+    """A model like UMT5's. Whether that one has the 256 bytes as pieces must make no difference to the ids."""
     folder = tmp_path_factory.mktemp("sentencepiece")
+    fallback = {"vocab_size": 440, "character_coverage": 0.98} if request.param else {}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(shuffled_lines()),
         model_prefix=str(folder / "spiece"),
-        vocab_size=210,
         model_type="unigram",
-        character_coverage=1.0,
-        byte_fallback=False,
+        byte_fallback=request.param,
+        **{"vocab_size": 210, "character_coverage": 1.0, **fallback},
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -95,6 +97,14 @@ def test_ids_equal_transformers(model_file, reference, prompt):
     )
     assert input_ids.tolist() == expected.input_ids.tolist()
     assert attention_mask.tolist() == expected.attention_mask.tolist()
+    if clean_prompt(prompt):
+        assert runtime.Tokenizer(model_file, MAX_LENGTH)(prompt).input_ids.tolist() == expected.input_ids.tolist()
+
+
+def test_the_prompts_reach_the_fallback(model_file):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    bytes_in = [any(model.is_byte(token) for token in model.encode(clean_prompt(prompt))) for prompt in PROMPTS]
+    assert sum(bytes_in) > (8 if model.is_byte(3) else -1)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -1,35 +1,15 @@
 """tmd_ref's UMT5 encoder against transformers' independent implementation, with random weights carried over."""
 
-import re
-
 import pytest
 import torch
 
+from tmd_export.checkpoints.names import converted
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder, relative_buckets
 
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
 CONFIG = UMT5Config(vocab_size=100, dim=48, num_heads=3, head_dim=20, ffn_dim=96, num_layers=3)
-
-RENAMED = (
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.", r"encoder.block.\1."),
-    (r"\.norm1\.", ".layer.0.layer_norm."),
-    (r"\.attn\.", ".layer.0.SelfAttention."),
-    (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
-    (r"\.norm2\.", ".layer.1.layer_norm."),
-    (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
-    (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
-    (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
-)
-
-
-def transformers_key(key):
-    for pattern, replacement in RENAMED:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +34,7 @@ def models():
             feed_forward_proj="gated-gelu",
         )
     ).eval()
-    weights = {transformers_key(key): value for key, value in ours.state_dict().items()}
+    weights = {converted("text_encoder", key): value for key, value in ours.state_dict().items()}
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     theirs.load_state_dict(weights, strict=True)
     return ours, theirs

@@ -1,10 +1,9 @@
 """tmd_ref's VAE against diffusers' independent implementation, with random weights carried over, and against itself."""
 
-import re
-
 import pytest
 import torch
 
+from tmd_export.checkpoints.names import converted
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -12,33 +11,6 @@ diffusers = pytest.importorskip("diffusers")
 TOLERANCE = 1e-4
 CONFIG = WanVAEConfig(dim=8)
 SHAPES = [(1, 1, 16, 16), (2, 5, 16, 24), (1, 9, 24, 16), (1, 13, 16, 8)]  # batch, frames, height, width
-
-RENAMED = (
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
-    (r"\.head\.0\.", ".norm_out."),
-    (r"\.head\.2\.", ".conv_out."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.downsamples\.", ".down_blocks."),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-)
-
-
-def diffusers_key(key):
-    for pattern, replacement in RENAMED:
-        key = re.sub(pattern, replacement, key)
-    match = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", key)
-    if match:  # stages of three residual blocks and an upsampling
-        stage, place = divmod(int(match[1]), 4)
-        key = f"decoder.up_blocks.{stage}.{f'resnets.{place}' if place < 3 else 'upsamplers.0'}.{match[2]}"
-    return key
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +29,7 @@ def models():
         num_res_blocks=CONFIG.num_res_blocks,
         temperal_downsample=list(CONFIG.temporal_downsample),
     ).eval()
-    weights = {diffusers_key(key): value for key, value in ours.state_dict().items()}
+    weights = {converted("vae", key): value for key, value in ours.state_dict().items()}
     assert len(weights) == 194
     theirs.load_state_dict(weights, strict=True)
     return ours, theirs
@@ -112,7 +84,7 @@ def test_the_official_size_has_its_parameter_count_and_statistics():
         ours = WanVAE(WAN_VAE_CONFIGS["wan2.1"])
         theirs = diffusers.AutoencoderKLWan()
     assert sum(weight.numel() for weight in ours.parameters()) == 126_892_531
-    shapes = {diffusers_key(key): value.shape for key, value in ours.state_dict().items()}
+    shapes = {converted("vae", key): value.shape for key, value in ours.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
     assert list(ours.config.latents_mean) == theirs.config.latents_mean
     assert list(ours.config.latents_std) == theirs.config.latents_std

@@ -1,10 +1,9 @@
 """tmd_ref's Wan transformer against diffusers' independent implementation, with random weights carried over."""
 
-import re
-
 import pytest
 import torch
 
+from tmd_export.checkpoints.names import converted
 from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer, rope_tables
 
 diffusers = pytest.importorskip("diffusers")
@@ -13,30 +12,6 @@ TOLERANCE = 1e-4
 
 # A head of 28 splits into 12 + 8 + 8 for (t, h, w), so that no two axes can be exchanged unnoticed.
 CONFIG = WanConfig(dim=84, ffn_dim=160, num_heads=3, num_layers=3, text_dim=48, text_len=12)
-
-RENAMED = (
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.head\.", "proj_out."),
-    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"\.(attn\d)\.([qkv])\.", r".\1.to_\2."),
-    (r"\.(attn\d)\.o\.", r".\1.to_out.0."),
-    (r"\.norm3\.", ".norm2."),
-    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."),
-)
-
-
-def diffusers_key(key):
-    for pattern, replacement in RENAMED:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +38,8 @@ def models():
         eps=CONFIG.eps,
         rope_max_seq_len=64,
     ).eval()
-    theirs.load_state_dict({diffusers_key(key): value for key, value in ours.state_dict().items()}, strict=True)
+    weights = {converted("transformer", key): value for key, value in ours.state_dict().items()}
+    theirs.load_state_dict(weights, strict=True)
     return ours, theirs
 
 
