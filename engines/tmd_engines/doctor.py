@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
 from importlib import import_module
 from typing import Any
 
+from .cpu import describe_cpu
 from .engine import is_implemented
+from .plan_cache import cache_folder, distrust
 
 # engine -> (module to import, what to install)
 _PACKAGES = {
@@ -17,24 +18,6 @@ _PACKAGES = {
     "openvino": ("openvino", "pip install openvino"),
     "tensorrt": ("tensorrt", "pip install tensorrt (needs an NVIDIA GPU and driver)"),
 }
-
-# The CPU features that decide how fast an engine is: vectors, then int8 and bfloat16 products, then matrix units.
-_FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
 
 
 def examine() -> dict[str, Any]:
@@ -45,14 +28,15 @@ def examine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": describe_cpu(),
         "engines": {name: _engine(name, *package) for name, package in _PACKAGES.items()},
         "nvidia": _nvidia(),
     }
 
 
 def _engine(name: str, module: str, install: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"implemented": is_implemented(name), "version": None, "problem": None, "install": None}
+    found: dict[str, Any] = dict.fromkeys(("version", "problem", "install", "note"))
+    found["implemented"] = is_implemented(name)
     try:
         found["version"] = str(getattr(import_module(module), "__version__", "unknown"))
     except ModuleNotFoundError as error:
@@ -61,26 +45,18 @@ def _engine(name: str, module: str, install: str) -> dict[str, Any]:
     except Exception as error:  # a broken installation may raise anything, and the doctor must survive it
         found["problem"] = f"installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
         found["install"] = install
+    else:
+        found["note"] = _openvino_note() if name == "openvino" else None
     return found
 
 
-def _cpu() -> dict[str, Any]:
-    """`name`, `cores` usable by this process, and those `features` that matter (None where they cannot be read)."""
-    fields: dict[str, str] = {}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, colon, value = line.partition(":")
-                if colon:
-                    fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass  # not Linux
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    return {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "features": [feature for feature in _FEATURES if feature in flags] if flags else None,
-    }
+def _openvino_note() -> str:
+    """How this CPU computes bf16 graphs, and where compiled graphs are kept."""
+    features = describe_cpu()["features"] or ()
+    units = [feature for feature in ("amx_bf16", "avx512_bf16") if feature in features]
+    folder = cache_folder()
+    kept = "off" if folder is None else (folder.exists() and distrust(folder)) or str(folder)
+    return f"bf16 graphs in {f'bfloat16 ({units[0]})' if units else 'float32'}, compiled graphs kept: {kept}"
 
 
 def _nvidia() -> dict[str, Any] | None:

@@ -15,10 +15,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol
 
 from .bundle import Bundle
+from .cpu import describe_cpu
 from .errors import EngineError, quote
 from .manifest import TensorSpec
 
@@ -96,7 +98,7 @@ class Engine(ABC):
 # name -> (module, class); None: the name is known, and its implementation comes with a later version.
 _IMPLEMENTATIONS: dict[str, tuple[str, str] | None] = {
     "onnxruntime": ("onnxruntime_engine", "OnnxRuntimeEngine"),
-    "openvino": None,
+    "openvino": ("openvino_engine", "OpenVinoEngine"),
     "tensorrt": None,
 }
 ENGINE_NAMES = ("auto", *_IMPLEMENTATIONS)
@@ -105,22 +107,44 @@ ENGINE_NAMES = ("auto", *_IMPLEMENTATIONS)
 def load(bundle: Bundle, graph: str, engine: str = "auto", device: str = "cpu", threads: int | None = None) -> Engine:
     """Makes a graph of a bundle executable.
 
-    `engine` is one of `ENGINE_NAMES`; "auto" takes the best that works for the device, today always ONNX Runtime.
+    `engine` is one of `ENGINE_NAMES`; "auto" is decided by `choose_engine`.
     `threads` is the number of CPU threads of one run, None for as many as there are physical cores.
     Raises EngineError if the graph, the engine or the device is not to be had (and says what to do), BundleError if the
     file changed since the bundle was opened.
     """
-    if engine not in ENGINE_NAMES:
-        raise EngineError(f"There is no engine {quote(engine)}. Choose one of: {', '.join(ENGINE_NAMES)}.")
-    implementation = _IMPLEMENTATIONS["onnxruntime" if engine == "auto" else engine]
-    if implementation is None:
-        ready = ", ".join(name for name, found in _IMPLEMENTATIONS.items() if found)
-        raise EngineError(f"The engine {engine} comes with a later version of tmd. Use one of: auto, {ready}.")
+    check_engine(engine)
+    if engine == "auto":
+        engine = choose_engine(bundle, graph)
+    implementation = _IMPLEMENTATIONS[engine]
+    assert implementation is not None  # check_engine has refused those
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise EngineError(f"threads is {quote(threads)}: give a whole number from 1 to 1024, or None for all cores.")
     module, name = implementation
     loaded: Engine = getattr(import_module(f".{module}", __package__), name)(bundle, graph, device, threads)
     return loaded
+
+
+def check_engine(engine: str) -> None:
+    """Raises EngineError unless `engine` is a name that this version of tmd has something behind."""
+    if engine not in ENGINE_NAMES:
+        raise EngineError(f"There is no engine {quote(engine)}. Choose one of: {', '.join(ENGINE_NAMES)}.")
+    if engine != "auto" and not is_implemented(engine):
+        ready = ", ".join(name for name, found in _IMPLEMENTATIONS.items() if found)
+        raise EngineError(f"The engine {engine} comes with a later version of tmd. Use one of: auto, {ready}.")
+
+
+def choose_engine(bundle: Bundle, graph: str) -> str:
+    """What "auto" means for a graph on a CPU, by what was measured (docs/speed.md); imports no engine to find out.
+
+    OpenVINO for a bf16 graph where it is installed and the CPU multiplies bfloat16, which is twice as fast as float32
+    there and which ONNX Runtime cannot do. ONNX Runtime for everything else: OpenVINO was 1.0 to 1.6 times as fast in
+    float32, and takes several times as long to get ready. Raises EngineError if the bundle has no such graph.
+    """
+    if bundle.graph_info(graph).precision == "bf16" and find_spec("openvino") is not None:
+        features = describe_cpu()["features"] or ()
+        if "avx512_bf16" in features or "amx_bf16" in features:
+            return "openvino"
+    return "onnxruntime"
 
 
 def is_implemented(engine: str) -> bool:

@@ -17,3 +17,8 @@ def quote(value: object, limit: int = 80) -> str:
         return f"a {type(value).__name__}"
     text = ascii(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def one_line(error: Exception) -> str:
+    """What a library said, without its line breaks and at most 500 characters, to stand inside our own message."""
+    return " ".join(str(error).split())[:500]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,68 @@ if TYPE_CHECKING:
 
 # What a plain attention may say besides its head counts; anything else keeps the standard operator.
 _PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
+
+# Operators that pass values on or give integers: there is nothing to round behind them.
+_EXACT = frozenset((
+    "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+))  # fmt: skip
+_MEASURES = frozenset(("Shape", "Size"))
+
+
+def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False) -> int:
+    """Makes every float16 and bfloat16 tensor between the inputs and outputs of the graph a float32 one.
+
+    ONNX Runtime's CPU provider has no bfloat16 arithmetic, and computes float16 by converting there and back around
+    every operator. The weights stay as they are in the data file, each with a `Cast` to float32 behind it, which ONNX
+    Runtime does once when it loads the graph. Values that the graph would round are not rounded, unless `rounding`:
+    then each is, to the type that it has in the graph, and the result is that of an engine that computes products in
+    float32 and stores every value in low precision. Returns how many weights got a `Cast`.
+
+    For graphs as tmd-export makes them: no `Constant` nodes, no functions or subgraphs.
+    """
+    from onnx import TensorProto, helper
+
+    low = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    types: dict[str, int] = {}  # name in the graph -> its low precision
+    renamed: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def cast(source: str, target: str, to: int) -> None:
+        nodes.append(helper.make_node("Cast", [source], [target], name=f"cast/{target}", to=to))
+
+    for weight in model.graph.initializer:
+        if weight.data_type in low:
+            types[weight.name] = weight.data_type
+            renamed[weight.name] = f"{weight.name}.upcast"
+            cast(weight.name, renamed[weight.name], TensorProto.FLOAT)
+    weights = len(nodes)
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            target = next(attribute for attribute in node.attribute if attribute.name == "to")
+            to, rounds = target.i, target.i in low
+            if rounds:
+                target.i = TensorProto.FLOAT
+        else:
+            to = next((types[name] for name in node.input if name in types), 0)
+            rounds = node.op_type not in _EXACT
+            if node.op_type in _MEASURES:
+                to = 0
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name and to in low:
+                types[name] = to
+                if rounding and rounds:
+                    node.output[index] = f"{name}.exact"
+                    cast(f"{name}.exact", f"{name}.rounded", to)
+                    cast(f"{name}.rounded", name, TensorProto.FLOAT)
+    if types:
+        nodes = [copy.deepcopy(node) for node in nodes]  # they belong to the list that is emptied next
+        del model.graph.node[:], model.graph.value_info[:]
+        model.graph.node.extend(nodes)
+    return weights
 
 
 def attention_to_multi_head_attention(model: onnx.ModelProto) -> int:
