@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from .errors import BundleError, EngineError
 
 if TYPE_CHECKING:
     from .bundle import Bundle
-    from .manifest import GraphInfo, TensorSpec
+    from .manifest import GraphInfo, SamplerInfo, TensorSpec
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,21 +35,99 @@ def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class _Size(click.ParamType):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX×]\s*([0-9]{1,5})\s*", value)
+        if not match:
+            self.fail(f"{value!r} is no size: write width x height in pixels, such as 832x480.", param, ctx)
+        return int(match[1]), int(match[2])
+
+
 @main.command()
 @click.argument("bundle", type=click.Path())
+@click.option("--size", type=_Size(), metavar="WxH", help="Size of the video to calculate with, in pixels.")
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
+@click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 @_errors_as_messages
-def inspect(bundle: str, as_json: bool) -> None:
-    """Check the folder BUNDLE completely, and print what is in it."""
+def inspect(
+    bundle: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    steps: int | None,
+    inner_steps: int | None,
+    as_json: bool,
+) -> None:
+    """Check the folder BUNDLE completely, and print what is in it and what a run needs.
+
+    Operations and memory are those of one run, at the size and with the steps that the bundle names or you do.
+    """
     from .bundle import Bundle
+    from .sizing_table import print_table, size_run
 
     opened = Bundle.open(bundle)
+    problem = None
+    try:
+        sized = size_run(opened, size, frames, steps, inner_steps)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except BundleError as error:  # the bundle itself is whole, and the rest can be told
+        sized, problem = None, str(error)
     if as_json:
         document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json", exclude_unset=True)}
+        document |= sized or {"run": None, "stages": None, "sizing_problem": problem}
         click.echo(json.dumps(document, indent=2))
+        return
+    for line in _describe(opened):
+        click.echo(line)
+    if sized:
+        print_table(sized)
     else:
-        for line in _describe(opened):
-            click.echo(line)
+        click.echo(f"a run      {problem}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+@_errors_as_messages
+def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bool) -> None:
+    """Compare every graph of BUNDLE on an engine with ONNX Runtime in float32; exit with 1 when one is off."""
+    from dataclasses import asdict
+
+    from .bundle import Bundle
+    from .verify import verify as checks
+
+    done = []
+    for check in checks(Bundle.open(bundle), engine, threads, seed):
+        done.append(check)
+        if not as_json:
+            numbers = [
+                "" if check.max_abs_error is None else f"max error {check.max_abs_error:.1e}",
+                "" if check.cosine is None else f"cosine {check.cosine:.6f}",
+                "" if check.max_levels is None else f"levels {check.max_levels}",
+            ]
+            measured = "".join(f"{number:<20}" for number in numbers)
+            state = "ok" if check.problem is None else f"FAILED: {check.problem}"
+            click.echo(f"{check.graph:<14} {check.precision:<5} {check.engine:<12} {measured} {state}")
+    failed = [check.graph for check in done if check.problem is not None]
+    if as_json:
+        click.echo(json.dumps({"passed": not failed, "graphs": [asdict(check) for check in done]}, indent=2))
+    elif all(check.engine == "onnxruntime" for check in done):
+        click.echo("ONNX Runtime was compared with itself: only NaN and Inf would have been found.")
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(done)} graphs failed ({', '.join(failed)}): do not use this bundle on this engine."
+        )
 
 
 @main.command()
@@ -75,6 +154,7 @@ def doctor(as_json: bool) -> None:
     click.echo("engines")
     for name, engine in found["engines"].items():
         state = engine["version"] or f"{engine['problem']}: {engine['install']}"
+        state += f", {engine['note']}" if engine["note"] else ""
         later = "" if engine["implemented"] else "  [tmd uses it from a later version on]"
         click.echo(f"  {name:<12} {state}{later}")
 
@@ -95,13 +175,10 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     yield f"           {len(manifest.files)} files, {format_size(total)}, sizes and sha256 are right"
     yield (
         f"model      {model.name} ({model.family}, {model.kind}): {model.num_layers} blocks, {model.head_blocks} of "
-        f"them flow head ({model.fusion}), width {model.dim}, {model.num_heads} heads of {model.head_dim}"
+        f"them flow head ({model.fusion or 'no fusion'}), width {model.dim}, {model.num_heads} heads of "
+        f"{model.head_dim}"
     )
-    yield (
-        f"sampler    {sampler.rule}: {sampler.steps} steps (of {_listed(sampler.allowed_steps)}), "
-        f"{sampler.inner_steps} inner steps (of {_listed(sampler.allowed_inner_steps)}), "
-        f"shift {sampler.shift:g}, inner shift {sampler.inner_shift:g}, t_max {sampler.t_max:g}"
-    )
+    yield f"sampler    {_sampler(sampler)}"
     yield f"video      {video.frames} frames of {video.width}x{video.height} pixels at {video.fps} frames per second"
     yield f"text       {text.tokenizer or 'no tokenizer'}, {text.max_length} tokens of width {text.dim}"
     yield "graphs"
@@ -116,6 +193,18 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     yield f"made by    {origin.tool}, {origin.created}"
     if origin.versions:
         yield f"           {', '.join(f'{library} {version}' for library, version in origin.versions.items())}"
+
+
+def _sampler(sampler: SamplerInfo) -> str:
+    allowed = _listed(sampler.allowed_steps) if sampler.allowed_steps else "any number"
+    text = f"{sampler.rule}: {sampler.steps} steps (of {allowed}), "
+    if sampler.rule == "transition":
+        return text + (
+            f"{sampler.inner_steps} inner steps (of {_listed(sampler.allowed_inner_steps)}), "
+            f"shift {sampler.shift:g}, inner shift {sampler.inner_shift:g}, t_max {sampler.t_max:g}"
+        )
+    grid = f"times {'/'.join(f'{t:g}' for t in sampler.times)}" if sampler.times else f"shift {sampler.shift:g}"
+    return text + f"{grid}, guidance {sampler.guidance:g}"
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.unit.bundle_tools import edit_manifest
+from tests.unit.bundle_tools import edit_graph, edit_manifest
 from tmd_engines import doctor
 from tmd_engines.cli import main
 
@@ -36,11 +37,48 @@ def test_inspect_prints_what_is_in_the_bundle(synthetic_bundle: Path) -> None:
         assert expected in result.output
 
 
-def test_inspect_json_is_the_manifest(synthetic_bundle: Path) -> None:
+def test_inspect_json_is_the_manifest_and_what_a_run_needs(synthetic_bundle: Path) -> None:
     result = invoke("inspect", synthetic_bundle, "--json")
     document = json.loads(result.stdout)
+    run, stages = document.pop("run"), document.pop("stages")
     assert document.pop("folder") == str(synthetic_bundle.resolve())
     assert document == json.loads((synthetic_bundle / "manifest.json").read_text())
+    assert (run["width"], run["height"], run["frames"], run["steps"], run["inner_steps"]) == (64, 64, 17, 2, 2)
+    assert run["peak_bytes"]["all"] > run["peak_bytes"]["low"] > 0
+    assert run["flops"] == sum(stage["flops"] * stage["calls"] for stage in stages.values())
+    assert list(stages) == ["text_encoder", "backbone", "flow_head", "decoder"]
+    assert stages["flow_head"]["calls"] == 4 and stages["flow_head"]["precision"] == "fp32"
+
+
+def test_inspect_calculates_with_the_size_and_steps_asked_for(synthetic_bundle: Path) -> None:
+    def stages(*arguments: str) -> dict[str, Any]:
+        stages: dict[str, Any] = json.loads(invoke("inspect", synthetic_bundle, "--json", *arguments).stdout)["stages"]
+        return stages
+
+    small, large = stages("--size", "64x96"), stages("--size", "128x96", "--frames", "33", "--inner-steps", "4")
+    assert large["decoder"]["flops"] == 2 * 33 / 17 * small["decoder"]["flops"]
+    assert large["flow_head"]["calls"] == 8
+    shown = invoke("inspect", synthetic_bundle, "--size", "128x96", "--steps", "3").output
+    assert "17 frames of 128x96, 3 steps of 2 inner steps" in shown
+    assert "one stage after the other" in shown and "decoder " in shown
+
+
+@pytest.mark.parametrize(
+    "wish", [("--size", "64"), ("--size", "65x64"), ("--frames", "16"), ("--frames", "0"), ("--steps", "0")]
+)
+def test_inspect_refuses_what_the_model_cannot_make(synthetic_bundle: Path, wish: tuple[str, str]) -> None:
+    result = invoke("inspect", synthetic_bundle, *wish)
+    assert result.exit_code == 2 and result.stdout == ""
+
+
+def test_inspect_prints_a_bundle_whose_graphs_cannot_be_counted(synthetic_bundle: Path) -> None:
+    def strange(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "Strange"
+
+    edit_graph(synthetic_bundle, strange)
+    assert "backbone.onnx cannot be sized: node Strange" in invoke("inspect", synthetic_bundle).output
+    document = json.loads(invoke("inspect", synthetic_bundle, "--json").stdout)
+    assert document["stages"] is None and "Strange" in document["sizing_problem"] and document["graphs"]
 
 
 def test_inspect_prints_a_bundle_that_lacks_parts(synthetic_bundle: Path) -> None:

@@ -1,0 +1,58 @@
+"""How much memory this process may still take, by what the kernel and the container say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process can take without swapping, in bytes; None where the system does not tell (not Linux).
+
+    The least of what the machine has (MemAvailable) and what the control groups around this process leave it; pages of
+    files that the kernel can drop count as free. `root` is where /proc and /sys are.
+    """
+    found = [size for size in (_machine(root), *_control_groups(root)) if size is not None]
+    return max(min(found), 0) if found else None
+
+
+def _machine(root: Path) -> int | None:
+    for line in _lines(root / "proc/meminfo"):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _control_groups(root: Path) -> Iterator[int]:
+    """What each memory limit leaves, from this process's own group up to the root (version 2 and version 1)."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the path may be the host's, which is not there; the limit then stands at the mount itself.
+        parts = Path(path.lstrip("/")).parts
+        for depth in range(len(parts), -1, -1):
+            left = _left(mount.joinpath(*parts[:depth]), *names)
+            if left is not None:
+                yield left
+
+
+def _left(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
+    limit, usage = ("".join(_lines(group / name)) for name in (limit_name, usage_name))
+    if not limit.isdigit() or not usage.isdigit():  # "max": no limit
+        return None
+    statistics = dict(line.split(maxsplit=1) for line in _lines(group / "memory.stat") if " " in line)
+    return int(limit) - int(usage) + int(statistics.get(cache_name, "0"))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
