@@ -21,6 +21,7 @@ from .errors import ExportError
 if TYPE_CHECKING:
     from .export import ExportResult, GraphReport, Progress, export_bundle
     from .sources import FolderSource, RandomSource, Source, open_source
+    from .wan_source import WanSource
 
 __all__ = [
     "ExportError",
@@ -30,6 +31,7 @@ __all__ = [
     "Progress",
     "RandomSource",
     "Source",
+    "WanSource",
     "export_bundle",
     "open_source",
 ]
@@ -43,6 +45,7 @@ _HOME = {
     "RandomSource": "sources",
     "Source": "sources",
     "open_source": "sources",
+    "WanSource": "wan_source",
 }
 
 

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .parts import MODELS, PARTS, ordered
+from .parts import MODELS, PARTS, ordered, parse_precision
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .export import ExportResult, Progress
+    from .sources import Source
 
 FAILED, INTERRUPTED = 1, 130
+COUNTED_BYTES = 100_000_000  # a file from this size on is written long enough to tell how far it is
 
 
 class Parts(click.ParamType["tuple[str, ...]"]):
@@ -38,6 +41,19 @@ class Parts(click.ParamType["tuple[str, ...]"]):
             self.fail(str(error), param, ctx)
 
 
+class Precision(click.ParamType[str]):
+    """A precision for all graphs, or one by one."""
+
+    name = "precision"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parse_precision(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 @click.command(
     "tmd-export",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -45,18 +61,32 @@ class Parts(click.ParamType["tuple[str, ...]"]):
 \b
 Examples:
   tmd-export --model tiny --out my-bundle
-  tmd-export --model tiny --checkpoint runs/student --weights fp16 --out my-bundle
+  tmd-export --model tiny --checkpoint runs/student --precision fp16 --out my-bundle
   tmd-export --model wan1.3b --random-weights 0 --out wan-noise
+  tmd-export --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
+  tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \
+      --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
 
 \b
 The parts are {", ".join(PARTS)}.
-A checkpoint is a folder with student.safetensors, and for the other parts
-vae.safetensors, umt5.safetensors and tokenizer.model, as tmd-distill leaves it.
+A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
+the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
+text-to-video folder as its authors publish it, the same in the layout of
+diffusers, or a single .safetensors, .pt or .pth file of one part. Its format
+and size are recognised from the tensors. With several, a file given by itself
+replaces that part of a folder, in any order. Parts that no checkpoint has are
+left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
+bidirectional ones and do not work.
 
 \b
-Every graph is compared with the PyTorch reference on ONNX Runtime: an error
-above 1e-4 is a failure (with --weights fp16 and weights that float16 does not
-hold exactly: a cosine below 0.9999).
+A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
+what would feel the rounding stay fp32. For single graphs:
+--precision bf16,decoder=fp16,text_encoder=fp32
+
+\b
+Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
+error above 1e-4 is a failure (in fp16 and bf16: a cosine below 0.9999; with
+int8 weights: below 0.99).
 
 \b
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
@@ -66,8 +96,9 @@ The bundle appears under its name only when it is complete.""",
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Trained weights.  [default: the built-in ones, for tiny]",
+    multiple=True,
+    metavar="PATH",
+    help="Trained weights, a folder or a file; may be given several times.  [default: the built-in ones, for tiny]",
 )
 @click.option(
     "--random-weights",
@@ -75,14 +106,32 @@ The bundle appears under its name only when it is complete.""",
     metavar="SEED",
     help="Weights from this seed instead: no download, and a model that shows noise. Wan sizes leave text_encoder out.",
 )
+@click.option(
+    "--decoder",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1) or lightvae (lightvaew2_1).",
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The bundle to write.")
 @click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")
 @click.option(
-    "--weights",
-    type=click.Choice(("fp32", "fp16")),
+    "--precision",
+    type=Precision(),
     default="fp32",
     show_default=True,
-    help="How weights are stored; the arithmetic is fp32 in both.",
+    metavar="P|PART=P,...",
+    help="Precision of all graphs, or of each.",
+)
+@click.option(
+    "--text-encoder-weights",
+    type=click.Choice(("int8",)),
+    help="Store the text encoder's weights in a quarter of the size, for the CPU; its arithmetic stays fp32.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(tuple(PRESETS)),
+    help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
+    "students, wan for all others]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
@@ -90,24 +139,34 @@ The bundle appears under its name only when it is complete.""",
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
 def command(
     model: str,
-    checkpoint: Path | None,
+    checkpoint: tuple[Path, ...],
     random_weights: int | None,
+    decoder: Path | None,
     out: Path,
     parts: tuple[str, ...] | None,
-    weights: str,
+    precision: str,
+    text_encoder_weights: str | None,
+    preset: str | None,
     overwrite: bool,
     no_verify: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
-    if checkpoint is not None and random_weights is not None:
+    if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
-    if checkpoint is None and random_weights is None and model != "tiny":
-        raise click.UsageError(f"{model} has no built-in weights: give --checkpoint DIR or --random-weights SEED.")
+    if not checkpoint and random_weights is None and model != "tiny":
+        raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
     start = perf_counter()
     try:
-        result = _export(model, checkpoint, random_weights, out, parts, weights, overwrite, not no_verify, quiet)
+        options = {
+            "precision": precision,
+            "text_encoder_weights": text_encoder_weights,
+            "preset": preset,
+            "verify": not no_verify,
+            "overwrite": overwrite,
+        }
+        result = _export(model, checkpoint, random_weights, decoder, out, parts, options, quiet)
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -124,13 +183,12 @@ def command(
 
 def _export(
     model: str,
-    checkpoint: Path | None,
+    checkpoint: tuple[Path, ...],
     random_weights: int | None,
+    decoder: Path | None,
     out: Path,
     parts: tuple[str, ...] | None,
-    weights: str,
-    overwrite: bool,
-    verify: bool,
+    options: dict[str, Any],
     quiet: bool,
 ) -> ExportResult:
     visible = sys.stderr.isatty() and not quiet
@@ -140,10 +198,23 @@ def _export(
         from .export import export_bundle
         from .sources import open_source
 
-        source = open_source(model, checkpoint, random_weights)
-        return export_bundle(
-            source, out, parts, weights=weights, verify=verify, overwrite=overwrite, report=line or _reporter(quiet)
-        )
+        kind = PRESETS[options["preset"] or "tmd"].kind
+        source = open_source(model, checkpoint, random_weights, decoder, kind)
+        if not quiet:
+            for note in (*source.notes, *_left_out(source, checkpoint, parts)):
+                click.echo(f"tmd-export: {note}", err=True)
+        return export_bundle(source, out, parts, **options, report=line or _reporter(quiet))
+
+
+def _left_out(source: Source, checkpoint: tuple[Path, ...], parts: tuple[str, ...] | None) -> list[str]:
+    """What the user may miss in a bundle of all that there are weights for."""
+    absent = [part for part in PARTS if part not in source.default_parts]
+    if not checkpoint or parts is not None or not absent:
+        return []
+    return [
+        f"{', '.join(absent)} left out: the checkpoint has no weights for it. To add it, give another --checkpoint "
+        "that has them."
+    ]
 
 
 def _message(error: Exception) -> str | None:
@@ -174,7 +245,7 @@ def _reporter(quiet: bool) -> Callable[[Progress], None] | None:
         return None
 
     def show(progress: Progress) -> None:
-        if progress.stage == "build":
+        if progress.stage == "trace":
             click.echo(f"{progress.graph} ({progress.done + 1} of {progress.total})", err=True)
 
     return show
@@ -184,9 +255,8 @@ class _Line:
     """What a terminal shows during the work: the graph, its stage, how many graphs are over, the time."""
 
     LABELS = {  # noqa: RUF012
-        "build": "building the reference",
         "trace": "tracing",
-        "write": "writing and checking",
+        "write": "writing",
         "verify": "comparing with the reference",
     }
 
@@ -202,7 +272,11 @@ class _Line:
         self._progress.update(self._task, description=text)
 
     def __call__(self, progress: Progress) -> None:
+        from tmd_engines.bundle import format_size
+
         text = f"{progress.graph}: {self.LABELS[progress.stage]}"
+        if progress.bytes_total >= COUNTED_BYTES:
+            text += f", {format_size(progress.bytes_done)} of {format_size(progress.bytes_total)}"
         self._progress.update(self._task, description=text, total=progress.total, completed=progress.done)
 
     def __enter__(self) -> _Line:
@@ -221,19 +295,18 @@ def _print_table(result: ExportResult, seconds: float) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("graph")
+    table.add_column("precision")
     for title in ("nodes", "size", "max error", "cosine", "time"):
         table.add_column(title, justify="right")
     for graph in result.graphs:
         found = graph.accuracy
         error, cosine = (f"{found.max_abs_error:.1e}", f"{found.cosine:.7f}") if found else ("not measured", "")
-        table.add_row(graph.name, str(graph.nodes), format_size(graph.bytes), error, cosine, f"{graph.seconds:.1f} s")
+        size, took = format_size(graph.bytes), f"{graph.seconds:.1f} s"
+        table.add_row(graph.name, graph.precision, str(graph.nodes), size, error, cosine, took)
     Console(soft_wrap=True).print(table)
     frames = [graph for graph in result.graphs if graph.accuracy and graph.accuracy.levels_changed]
     for graph in frames:
         click.echo(f"{graph.name}: {graph.accuracy.entry()['reference'].partition('; ')[2]}")  # type: ignore[union-attr]
-    rounded = sum(graph.rounded for graph in result.graphs)
-    if rounded:
-        click.echo(f"{rounded} values of the weights were rounded to float16")
     total = sum(file.size for file in result.bundle.manifest.files.values())
     click.echo(f"{result.bundle.folder}: {format_size(total)}, {seconds:.1f} s")
 
@@ -243,10 +316,10 @@ def _record(result: ExportResult, seconds: float) -> dict[str, Any]:
     for graph in result.graphs:
         found = graph.accuracy.entry() if graph.accuracy else None
         graphs[graph.name] = {
+            "precision": graph.precision,
             "nodes": graph.nodes,
             "bytes": graph.bytes,
             "seconds": round(graph.seconds, 3),
-            "rounded_values": graph.rounded,
             "accuracy": found,
         }
     total = sum(file.size for file in result.bundle.manifest.files.values())

@@ -2,69 +2,45 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter, Manifest, TensorSpec
+from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle import format_size
-from tmd_engines.files import sha256_hex
 from tmd_ref.text import EOS_ID, PAD_ID
 
-from . import verify as accuracy
 from .errors import ExportError
+from .graph_export import GraphReport, Tell, export_graph
 from .graphs import spatial_stride, temporal_stride
-from .lint import lint
-from .parts import ordered
+from .int8 import int8_bytes
+from .parts import ordered, parse_precision
+from .presets import Preset, find
 from .sources import TOKENIZER, Source
-from .storage import STORAGES, store_float16
-from .trace import OPSET, save, trace
+from .weights import build
 
+# Models that were not made for the size of their preset.
 VIDEO = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}
-WAN_VIDEO = {"frames": 81, "width": 832, "height": 480, "fps": 16}
-
-# What the built-in student is trained for, and what TMD reports for Wan.
-SAMPLER = {
-    "rule": "transition",
-    "steps": 2,
-    "inner_steps": 2,
-    "allowed_steps": [1, 2, 3, 4],
-    "allowed_inner_steps": [1, 2, 4],
-    "shift": 10.0,
-    "inner_shift": 10.0,
-    "t_max": 0.999,
-}
-STAGES = ("build", "trace", "write", "verify")
 
 
 class Progress(NamedTuple):
-    """Told before each stage of each graph: `done` of `total` graphs are over, `graph` is now in `stage`."""
+    """Told before each stage of each graph and, while weights are written or read, after each piece of them.
+
+    `done` of `total` graphs are over, `graph` is now in `stage`, one of `graph_export.STAGES`; `bytes_done` of
+    `bytes_total` in that stage, 0 if it does not count bytes.
+    """
 
     graph: str
     stage: str
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """What became of one graph. `bytes` counts the graph and its data; `rounded` the values changed by fp16 storage."""
-
-    name: str
-    nodes: int
-    bytes: int
-    seconds: float
-    rounded: int
-    accuracy: accuracy.Accuracy | None
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,35 +54,48 @@ def export_bundle(
     out: str | Path,
     parts: tuple[str, ...] | None = None,
     *,
-    weights: str = "fp32",
+    precision: str = "fp32",
+    text_encoder_weights: str | None = None,
+    preset: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     report: Callable[[Progress], None] | None = None,
 ) -> ExportResult:
     """Writes the bundle `out` with the graphs `parts` (None: all that the source is good for), complete or not at all.
 
-    `weights` is how constants are stored, "fp32" or "fp16"; the arithmetic is fp32 in both. `verify=False` skips the
-    comparison with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
+    `precision` is that of the large products, for all graphs or by graph: see `parts.parse_precision`. Inputs and
+    outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
+    text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `presets.PRESETS`, says
+    how the model is sampled (None: as the source says, or as its kind usually is). `verify=False` skips the comparison
+    with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
 
-    Raises ExportError if the source lacks something, a graph breaks a rule or a gate, or the machine is too small;
-    BundleError if `out` cannot be written; ValueError for an unknown part or kind of weights.
+    Weights pass through one at a time: the memory that this takes does not grow with the model.
+
+    Raises ExportError if the source lacks something, a graph breaks a rule or a gate, or the disk is too small;
+    BundleError if `out` cannot be written; ValueError for an unknown part or precision.
     """
     chosen = ordered(source.default_parts if parts is None else parts)
-    if weights not in STORAGES:
-        raise ValueError(f"weights cannot be stored as {weights!r}: choose among {', '.join(STORAGES)}.")
+    precisions = {part: parse_precision(precision)[part] for part in chosen}
+    if text_encoder_weights not in (None, "int8"):
+        raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
+    if text_encoder_weights and "text_encoder" in precisions:
+        precisions["text_encoder"] = text_encoder_weights
+    sampling = find(source.kind, preset)
+    if preset is None and source.sampler is not None:
+        sampling = replace(sampling, sampler=source.sampler)
     source.check(chosen)
     with BundleWriter(out, overwrite=overwrite) as writer:
-        _check_room(source, chosen, writer.folder, weights)
+        _check_room(source, precisions, writer.folder)
         entries: dict[str, dict[str, Any]] = {}
         reports = []
         tokenizer = source.tokenizer if "text_encoder" in chosen else None
-        document = _manifest(source, chosen, TOKENIZER if tokenizer else None, entries)
+        document = _manifest(source, sampling, chosen, TOKENIZER if tokenizer else None, entries)
         try:
             if tokenizer:
                 shutil.copyfile(tokenizer, writer.folder / TOKENIZER)
             for done, part in enumerate(chosen):
                 tell = _told(report, part, done, len(chosen))
-                reports.append(_export(source, part, writer.folder, weights, verify, document, tell))
+                reports.append(export_graph(source, part, precisions[part], writer.folder, document, verify, tell))
         except OSError as error:
             raise ExportError(
                 f"{writer.target.parent} cannot be written: {error}. Free some space, or choose another --out."
@@ -114,78 +103,20 @@ def export_bundle(
         return ExportResult(writer.commit(document), tuple(reports))
 
 
-def _export(
-    source: Source,
-    part: str,
-    folder: Path,
-    weights: str,
-    verify: bool,
-    document: dict[str, Any],
-    tell: Callable[[str], None],
-) -> GraphReport:
-    """Writes one graph into `folder` and its entry into `document`."""
-    start = time.perf_counter()
-    tell("build")
-    graph = source.graph(part)
-    inputs, outputs = graph.inputs, graph.outputs
-    cases = accuracy.reference(graph) if verify else []
-    tell("trace")
-    model = trace(graph)
-    rounded = store_float16(model) if weights == "fp16" else 0
-    tell("write")
-    path = save(model, folder, part)
-    del graph, model
-    gc.collect()  # they refer to themselves; without this ONNX Runtime's copy of the weights would come on top
-    nodes = lint(path, inputs, outputs)
-    data = path.with_name(f"{path.name}.data")
-    document["graphs"][part] = _entry(path, data if data.exists() else None, inputs, outputs, weights)
-    found = None
-    if verify:
-        tell("verify")
-        found = accuracy.measure(_unfinished(folder, document, part), part, cases)
-        accuracy.check(part, found, exact_weights=not rounded)
-        document["graphs"][part]["accuracy"] = found.entry()
-    size = sum(file.stat().st_size for file in (path, data) if file.exists())
-    return GraphReport(part, nodes, size, time.perf_counter() - start, rounded, found)
+def _told(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Tell:
+    return lambda stage, *size: report(Progress(part, stage, done, total, *size)) if report else None
 
 
-def _told(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Callable[[str], None]:
-    return lambda stage: report(Progress(part, stage, done, total)) if report else None
-
-
-def _entry(
-    path: Path, data: Path | None, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], weights: str
+def _manifest(
+    source: Source, preset: Preset, parts: tuple[str, ...], tokenizer: str | None, graphs: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
-        "file": path.name,
-        "data": data.name if data else None,
-        "opset": OPSET,
-        "precision": "fp32",
-        "storage": weights,
-        "inputs": [spec.model_dump(mode="json") for spec in inputs],
-        "outputs": [spec.model_dump(mode="json") for spec in outputs],
-        "accuracy": None,
-    }
-
-
-def _unfinished(folder: Path, document: dict[str, Any], part: str) -> Bundle:
-    """The files of one graph as a bundle that an engine can load, before there is a bundle."""
-    entry = document["graphs"][part]
-    files = {}
-    for name in filter(None, (entry["file"], entry["data"], document["text"]["tokenizer"])):
-        with open(folder / name, "rb", buffering=0) as file:
-            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": sha256_hex(file)}
-    return Bundle(folder, Manifest.model_validate_json(_json({**document, "graphs": {part: entry}, "files": files})))
-
-
-def _manifest(source: Source, parts: tuple[str, ...], tokenizer: str | None, graphs: dict[str, Any]) -> dict[str, Any]:
     wan, vae = source.wan, source.vae
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "name": source.model,
             "family": "wan2.1-t2v",
-            "kind": "tmd",
+            "kind": source.kind,
             "dim": wan.dim,
             "num_layers": wan.num_layers,
             "head_blocks": source.head_blocks,
@@ -194,7 +125,7 @@ def _manifest(source: Source, parts: tuple[str, ...], tokenizer: str | None, gra
             "patch_size": list(wan.patch_size),
             "fusion": source.fusion,
         },
-        "sampler": dict(SAMPLER),
+        "sampler": dict(preset.sampler),
         "latents": {
             "channels": vae.z_dim,
             "temporal_stride": temporal_stride(vae.temporal_downsample),
@@ -202,7 +133,7 @@ def _manifest(source: Source, parts: tuple[str, ...], tokenizer: str | None, gra
             "mean": list(vae.latents_mean),
             "std": list(vae.latents_std),
         },
-        "video": dict(VIDEO.get(source.model, WAN_VIDEO)),
+        "video": dict(VIDEO.get(source.model, preset.video)),
         "text": {
             "tokenizer": tokenizer,
             "max_length": wan.text_len,
@@ -221,10 +152,6 @@ def _manifest(source: Source, parts: tuple[str, ...], tokenizer: str | None, gra
     }
 
 
-def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document).encode()
-
-
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
@@ -239,27 +166,13 @@ def _versions() -> dict[str, str]:
     return {name: said for name, said in found.items() if said}
 
 
-def _check_room(source: Source, parts: tuple[str, ...], folder: Path, weights: str) -> None:
-    """Says at once, and not after an hour, that this machine is too small. Raises ExportError."""
-    sizes = {part: source.estimated_bytes(part) for part in parts}
-    needed = sum(sizes.values()) // (2 if weights == "fp16" else 1)
+def _check_room(source: Source, precisions: dict[str, str], folder: Path) -> None:
+    """Says at once, and not after an hour, that the disk is too small. Raises ExportError."""
+    built = {part: build(source, part, precision)[1] for part, precision in precisions.items()}
+    needed = sum(int8_bytes(built[part]) if precisions[part] == "int8" else built[part].bytes() for part in built)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
             f"the bundle takes about {format_size(needed)}, and {format_size(free)} are free in {folder.parent}: "
-            "free some space, choose another --out, fewer --parts, or --weights fp16."
+            "free some space, choose another --out, fewer --parts, or --precision bf16."
         )
-    largest = max(sizes, key=sizes.__getitem__)
-    memory = _physical_memory()
-    if memory and sizes[largest] > 0.95 * memory:
-        raise ExportError(
-            f"{largest} has {format_size(sizes[largest])} of weights, which must fit into the {format_size(memory)} of "
-            "memory of this machine: choose other --parts, or a larger machine."
-        )
-
-
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None  # Windows

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from tmd_engines import TensorSpec
+from tmd_ref.split import SplitWan
 from tmd_ref.student import FlowHead, TMDStudent, flow_head_step
+from tmd_ref.taehv import TAEHV
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 
 from .parts import PARTS
 
 Shape = tuple[int | str, ...]
+VideoDecoder = WanVAE | TAEHV
+
+TABLE_BYTES = 256 << 20  # in float32; a larger embedding table becomes a file of its own, of which a run reads few rows
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,21 @@ class FlowHeadStep(nn.Module):
         return flow_head_step(self.head, y, noise, s, r, features, context, rope_cos, rope_sin)
 
 
+class EncoderOfRows(nn.Module):
+    """The text encoder behind its embedding table: a prompt needs 512 of UMT5-XXL's 256,384 rows."""
+
+    def __init__(self, encoder: UMT5Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, token_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder.encode(token_embeds, attention_mask)
+
+
 class DecoderFirst(nn.Module):
     """Normalised latents of the first latent frame to one picture and the caches."""
 
-    def __init__(self, vae: WanVAE) -> None:
+    def __init__(self, vae: VideoDecoder) -> None:
         super().__init__()
         self.vae = vae
 
@@ -108,7 +124,7 @@ class DecoderFirst(nn.Module):
 class DecoderStep(nn.Module):
     """Normalised latents of a later latent frame and the caches to its pictures and the next caches."""
 
-    def __init__(self, vae: WanVAE) -> None:
+    def __init__(self, vae: VideoDecoder) -> None:
         super().__init__()
         self.vae = vae
 
@@ -123,17 +139,18 @@ def to_frames(video: Tensor) -> Tensor:
 
 
 def text_encoder(encoder: UMT5Encoder) -> Graph:
-    ids: Shape = ("batch", "text")
-    return Graph(
-        "text_encoder",
-        encoder,
-        (_tensor("input_ids", ids, "int64"), _tensor("attention_mask", ids, "int64")),
-        (_tensor("prompt_embeds", ("batch", "text", encoder.config.dim)),),
-        vocabulary=encoder.config.vocab_size,
-    )
+    """From token ids; from rows of the embedding table if that is too large to lie in a graph."""
+    config, ids = encoder.config, ("batch", "text")
+    mask = _tensor("attention_mask", ids, "int64")
+    prompt_embeds = _tensor("prompt_embeds", (*ids, config.dim))
+    if 4 * config.vocab_size * config.dim > TABLE_BYTES:
+        rows = _tensor("token_embeds", (*ids, config.dim))
+        return Graph("text_encoder", EncoderOfRows(encoder), (rows, mask), (prompt_embeds,))
+    tokens = _tensor("input_ids", ids, "int64")
+    return Graph("text_encoder", encoder, (tokens, mask), (prompt_embeds,), vocabulary=config.vocab_size)
 
 
-def backbone(student: TMDStudent) -> Graph:
+def backbone(student: TMDStudent | SplitWan) -> Graph:
     config = student.config
     return Graph(
         "backbone",
@@ -152,9 +169,24 @@ def backbone(student: TMDStudent) -> Graph:
     )
 
 
-def flow_head(student: TMDStudent) -> Graph:
+def flow_head(student: TMDStudent | SplitWan) -> Graph:
+    """The second graph: one step of a student's inner flow, or the rest of a Wan transformer that has none."""
     config = student.config
     latents: Shape = ("batch", config.out_channels, "frames", "height", "width")
+    if isinstance(student, SplitWan):
+        return Graph(
+            "flow_head",
+            student.head,
+            (
+                _tensor("x", ("batch", config.in_channels, "frames", "height", "width")),
+                _tensor("t", ("batch",)),
+                _tensor("features", ("batch", "tokens", config.dim)),
+                _tensor("context", ("batch", "text", config.dim)),
+                *_rope(config.head_dim),
+            ),
+            (_tensor("velocity", latents),),
+            _patches(config.patch_size),
+        )
     return Graph(
         "flow_head",
         FlowHeadStep(student.head),
@@ -172,22 +204,17 @@ def flow_head(student: TMDStudent) -> Graph:
     )
 
 
-def decoder_first(vae: WanVAE) -> Graph:
-    caches = _cache_shapes(vae)
+def decoder_first(vae: VideoDecoder) -> Graph:
+    frames, caches = _decoded(vae, later=False)
     outputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
-    return Graph("decoder_first", DecoderFirst(vae), (_latent_frame(vae),), (_frames(vae, 1), *outputs))
+    return Graph("decoder_first", DecoderFirst(vae), (_latent_frame(vae),), (frames, *outputs))
 
 
-def decoder_step(vae: WanVAE) -> Graph:
-    caches = _cache_shapes(vae)
+def decoder_step(vae: VideoDecoder) -> Graph:
+    frames, caches = _decoded(vae, later=True)
     inputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
     outputs = [_tensor(f"cache_{number:02d}_next", shape) for number, shape in enumerate(caches)]
-    return Graph(
-        "decoder_step",
-        DecoderStep(vae),
-        (_latent_frame(vae), *inputs),
-        (_frames(vae, temporal_stride(vae.config.temporal_downsample)), *outputs),
-    )
+    return Graph("decoder_step", DecoderStep(vae), (_latent_frame(vae), *inputs), (frames, *outputs))
 
 
 def temporal_stride(temporal_downsample: tuple[bool, ...]) -> int:
@@ -226,20 +253,23 @@ def _patches(patch_size: tuple[int, int, int]) -> dict[str, int]:
     return dict(zip(("frames", "height", "width"), patch_size, strict=True))
 
 
-def _latent_frame(vae: WanVAE) -> TensorSpec:
+def _latent_frame(vae: VideoDecoder) -> TensorSpec:
     return _tensor("latents", ("batch", vae.config.z_dim, 1, "height", "width"))
 
 
-def _frames(vae: WanVAE, count: int) -> TensorSpec:
-    stride = spatial_stride(vae.config.dim_mult)
-    return _tensor("frames", ("batch", count, _times(stride, "height"), _times(stride, "width"), 3), "uint8")
+def _decoded(vae: VideoDecoder, later: bool) -> tuple[TensorSpec, list[Shape]]:
+    """Frames and shapes of the caches that the first latent frame gives, or a `later` one.
 
-
-def _cache_shapes(vae: WanVAE) -> list[Shape]:
-    """Shapes of the caches, asked of the decoder itself: with latents of one pixel their sizes are the factors."""
+    Asked of the decoder itself: with latents of one pixel, its sizes are the factors.
+    """
     with torch.no_grad():
-        _, caches = vae.decode_first(torch.zeros(1, vae.config.z_dim, 1, 1, 1))
-    return [
+        pixel = torch.zeros(1, vae.config.z_dim, 1, 1, 1, device=next(vae.parameters()).device)
+        video, caches = vae.decode_first(pixel)
+        if later:
+            video, caches = vae.decode_step(pixel, caches)
+    _, _, count, height, width = video.shape
+    frames = _tensor("frames", ("batch", count, _times(height, "height"), _times(width, "width"), 3), "uint8")
+    return frames, [
         ("batch", cache.shape[1], cache.shape[2], _times(cache.shape[3], "height"), _times(cache.shape[4], "width"))
         for cache in caches
     ]

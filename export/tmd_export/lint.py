@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from tmd_engines import TensorSpec
 
 from .errors import ExportError
-from .trace import INLINE_BYTES, OPSET
+from .storage import INLINE_BYTES
+from .trace import OPSET
 
 if TYPE_CHECKING:
     import onnx
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 # Standard operators that ONNX Runtime, OpenVINO and TensorRT (10.15 or newer) all have. No control flow, and none of
 # ScatterND, GatherND, Resize, Loop, If, Scan, NonZero, which one of them refuses or runs on the host.
 ALLOWED = frozenset((
-    "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "Div", "Expand", "Gather", "Gelu", "Gemm",
-    "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "RMSNormalization", "Range", "Reciprocal", "ReduceSum",
-    "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice", "Split", "Sqrt", "Squeeze", "Sub",
-    "Transpose", "Unsqueeze",
+    "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
+    "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "RMSNormalization", "Range", "Reciprocal",
+    "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice", "Split", "Sqrt",
+    "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 ))  # fmt: skip
 
 
@@ -65,9 +66,10 @@ def allowed_operators(model: onnx.ModelProto, *_: object) -> Problems:
 
 
 def canonical_attention(model: onnx.ModelProto, *_: object) -> Problems:
-    """3-D attention and interleaved rotation: what the lowerings of the engines recognise."""
-    from onnx import helper
+    """3-D attention and interleaved rotation, what the lowerings of the engines recognise; softmax sums in float32."""
+    from onnx import TensorProto, helper
 
+    low = any(weight.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for weight in model.graph.initializer)
     for node in model.graph.node:
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Attention":
@@ -76,6 +78,8 @@ def canonical_attention(model: onnx.ModelProto, *_: object) -> Problems:
                 yield f"node {node.name} is not attention in its 3-D form with q_num_heads = kv_num_heads"
             if attributes.get("is_causal") or any(node.output[1:]) or any(node.input[4:]):
                 yield f"node {node.name} is causal attention or one with caches"
+            if low and attributes.get("softmax_precision") != TensorProto.FLOAT:
+                yield f"node {node.name} sums the exponentials of its softmax in low precision"
         if node.op_type == "RotaryEmbedding" and not (attributes.get("interleaved") and attributes.get("num_heads")):
             yield f"node {node.name} is not an interleaved rotary embedding of 3-D tensors"
 

@@ -20,6 +20,10 @@ MODELS = ("tiny", "wan1.3b", "wan14b")
 """What `--model` can be."""
 
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""What the large products of a graph can be computed in."""
+
+
 def ordered(parts: Iterable[str]) -> tuple[str, ...]:
     """`parts` without repeats, in the order of `PARTS`. Raises ValueError for an unknown or no name."""
     wanted = list(parts)
@@ -28,3 +32,28 @@ def ordered(parts: Iterable[str]) -> tuple[str, ...]:
         problem = f"there is no part {unknown[0]!r}" if unknown else "no part is named"
         raise ValueError(f"{problem}: choose among {', '.join(PARTS)}.")
     return tuple(part for part in PARTS if part in wanted)
+
+
+def parse_precision(text: str) -> dict[str, str]:
+    """Part -> precision for every part of `PARTS`, from "bf16" or "bf16,decoder=fp16,text_encoder=fp32".
+
+    A precision alone is for all parts that are not named; "decoder" names both decoders. Without one, those parts stay
+    fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. Raises ValueError.
+    """
+    default, named = "fp32", dict[str, str]()
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        part, equals, precision = (piece.strip() for piece in item.rpartition("="))
+        if precision not in PRECISIONS:
+            raise ValueError(f"there is no precision {precision!r}: choose among {', '.join(PRECISIONS)}.")
+        members = [name for name in PARTS if part in (name, name.partition("_")[0])]
+        if equals and (not members or part == "flow"):
+            raise ValueError(f"there is no part {part!r}: choose among {', '.join(PARTS)}.")
+        if not equals:
+            default = precision
+        named |= dict.fromkeys(members, precision)
+    if named.get("text_encoder") == "fp16":
+        raise ValueError("values of the text encoder leave float16's range: choose bf16 or fp32 for it.")
+    chosen = dict.fromkeys(PARTS, default) | named
+    if chosen["text_encoder"] == "fp16":
+        chosen["text_encoder"] = "bf16"
+    return chosen

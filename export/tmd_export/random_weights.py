@@ -6,26 +6,16 @@ Training's initial values would not do: they are zero in places, and a graph tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def fill_at_random(module: nn.Module, names: Mapping[int, str], seed: int) -> None:
-    """Gives every parameter of `module` that lies on the meta device values from `seed` and its name.
+def random_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Float32 values of `shape` that depend on `seed` and `name` alone, and on torch's build in their last bit.
 
-    `names`: id of the parameter -> its name in the whole model, so that a part of a model gets the same values however
-    much of the rest is built. Values depend on torch's build in their last bit only.
+    `name` is that of the weight in the whole model, such as "student.backbone.blocks.0.modulation".
     """
-    for owner in module.modules():
-        for key, weight in list(owner.named_parameters(recurse=False)):
-            if weight.is_meta:
-                values = _values(names[id(weight)], weight.shape, seed)
-                setattr(owner, key, nn.Parameter(values, requires_grad=False))
-
-
-def _values(name: str, shape: torch.Size, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     mean, spread = _distribution(name, shape)

@@ -1,34 +1,35 @@
 """Where the weights come from: the built-in model, a folder of checkpoints, or a seed.
 
-A `Source` knows the sizes of its models and builds the module of one graph when asked, so that an export need not hold
-more weights than the graph in work. What it is not: a reader of official Wan checkpoints.
+A `Source` tells the sizes of its models and hands out their weights one tensor at a time, so that an export holds no
+more than the tensor in work. What this file is not: the reader of official Wan checkpoints.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tmd_ref
 from tmd_engines.files import sha256_hex
-from tmd_ref.checkpoint import load_model
-from tmd_ref.student import TMDStudent, load_student
+from tmd_ref.checkpoint import read_config
+from tmd_ref.split import SplitWan
+from tmd_ref.student import TMDStudent, read_student
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
-from tmd_ref.wan import WAN_CONFIGS, WanConfig
+from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 
+from .checkpoints import Tensors, open_tensors
 from .errors import ExportError
-from .graphs import BUILDERS, Graph
 from .parts import MODEL_OF, PARTS
-from .random_weights import fill_at_random
+from .random_weights import random_tensor
 
 FILE_OF = {"student": "student.safetensors", "vae": "vae.safetensors", "text_encoder": "umt5.safetensors"}
 TOKENIZER = "tokenizer.model"
@@ -38,40 +39,52 @@ T = TypeVar("T")
 
 
 class Source(ABC):
-    """The models of one bundle.
+    """The models of one bundle: their sizes at once, their weights one tensor at a time.
 
-    `model` is the name in the manifest and `origin` the sentence in its provenance. `tokenizer` is the file that
-    belongs to the text encoder, None if there is none; `default_parts` the graphs to export when none are named.
+    `model` is the name in the manifest, `origin` the sentence in its provenance, `kind` "tmd" for a student with an
+    inner flow and "wan" for a transformer without (then `fusion` is None). `tokenizer` is the file that belongs to the
+    text encoder, None if there is none; `default_parts` the graphs to export when none are named. `sampler` is the
+    manifest's entry of that name, None for the exporter's default; `notes` are sentences that the user should read.
     """
 
     model: str
     origin: str
+    kind: str = "tmd"
     wan: WanConfig
     head_blocks: int
-    fusion: str
+    fusion: str | None
     tokenizer: Path | None
     default_parts: tuple[str, ...]
+    sampler: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
-    @abstractmethod
     def vae(self) -> WanVAEConfig:
-        """Sizes and latent statistics of the VAE."""
+        """Sizes and latent statistics of the VAE whose latents the transformer makes."""
+        return WAN_VAE_CONFIGS["wan2.1"]
 
     @abstractmethod
     def check(self, parts: tuple[str, ...]) -> None:
         """Raises ExportError, before any work, if one of `parts` cannot be built from this source."""
 
     @abstractmethod
-    def graph(self, part: str) -> Graph:
-        """The graph with its weights, float32 on the CPU, in evaluation mode. Raises ExportError."""
+    def module(self, which: str) -> nn.Module:
+        """A model, one of `parts.MODEL_OF`'s values, with its parameters on the meta device. Raises ExportError."""
 
     @abstractmethod
-    def estimated_bytes(self, part: str) -> int:
-        """About how many bytes the weights of this part take in float32."""
+    def tensor(self, which: str, name: str) -> Tensor:
+        """The weight `name` of `module(which).named_parameters()`, on the CPU, as it is stored: mapped from the disk
+        where the format allows. Keep it no longer than needed. Raises ExportError if there is none."""
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         """sha256 of each file that `parts` are made from."""
         return {}
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make` constructs, in evaluation mode, its parameters on the meta device."""
+    with torch.device("meta"):
+        return make().eval().requires_grad_(False)
 
 
 class FolderSource(Source):
@@ -83,23 +96,28 @@ class FolderSource(Source):
     default_parts = PARTS
 
     def __init__(self, folder: str | Path, model: str, origin: str | None = None) -> None:
-        """Reads the student. `model` names the bundle, and the sizes of the VAE if the folder has none.
+        """Reads the student's sizes. `model` names the bundle, and the sizes of the VAE if the folder has none.
 
         Raises ExportError if there is no student or it cannot be read.
         """
         self.folder, self.model = Path(folder), model
         self.origin = origin or f"checkpoint {self.folder.name}"
-        path = self.folder / FILE_OF["student"]
-        if not path.is_file():
-            raise ExportError(_no_student(self.folder))
-        self._student = _read(path, load_student).float().eval().requires_grad_(False)
-        self.wan, self.head_blocks = self._student.config, self._student.head_blocks
-        self.fusion = self._student.fusion
+        if not self._existing(FILE_OF["student"]):
+            raise ExportError(f"{self.folder} has no {FILE_OF['student']}: it is no folder of tmd-distill.")
+        self._files: dict[str, Tensors] = {}
+        student = self.module("student")
+        if not isinstance(student, TMDStudent):
+            raise TypeError(f"read_student gave a {type(student).__name__}")
+        self.wan, self.head_blocks, self.fusion = student.config, student.head_blocks, student.fusion
         self.tokenizer = self._existing(TOKENIZER)
 
-    @property
+    @cached_property
     def vae(self) -> WanVAEConfig:
-        return self._vae.config if self._existing(FILE_OF["vae"]) else WAN_VAE_CONFIGS[_vae_name(self.model)]
+        path = self._existing(FILE_OF["vae"])
+        if path is None:
+            return WAN_VAE_CONFIGS[vae_name(self.model)]
+        config: WanVAEConfig = read_file(path, lambda path: read_config(path, WanVAE))
+        return config
 
     def check(self, parts: tuple[str, ...]) -> None:
         for part in parts:
@@ -110,30 +128,34 @@ class FolderSource(Source):
                         f"{self.folder} has no {name}, which {part} needs: put it there, or choose other parts "
                         f"(--parts {','.join(possible)})."
                     )
-        if "text_encoder" in parts:
-            _read(self.folder / TOKENIZER, lambda path: Tokenizer(path, self.wan.text_len))
-
-    def graph(self, part: str) -> Graph:
-        kind = MODEL_OF[part]
-        if kind == "text_encoder":
-            encoder = self._load("text_encoder", UMT5Encoder)
-            words = Tokenizer(self.folder / TOKENIZER, self.wan.text_len).vocab_size
-            self._match(
-                "text_encoder", encoder.config.dim, "the student reads text features of width", self.wan.text_dim
-            )
-            if words > encoder.config.vocab_size:
+        kinds = {MODEL_OF[part] for part in parts}
+        if "text_encoder" in kinds:
+            config = read_file(self.folder / FILE_OF["text_encoder"], lambda path: read_config(path, UMT5Encoder))
+            words = read_file(self.folder / TOKENIZER, lambda path: Tokenizer(path, self.wan.text_len)).vocab_size
+            self._match("text_encoder", config.dim, "the student reads text features of width", self.wan.text_dim)
+            if words > config.vocab_size:
                 raise ExportError(
-                    f"{self.folder / TOKENIZER} has {words} words and {FILE_OF[kind]} {encoder.config.vocab_size}: "
+                    f"{self.folder / TOKENIZER} has {words} words and {FILE_OF['text_encoder']} {config.vocab_size}: "
                     "they do not belong together. Take both from one training run."
                 )
-            return BUILDERS[part](encoder)
-        if kind == "vae":
-            self._match("vae", self._vae.config.z_dim, "the student makes latents of width", self.wan.out_channels)
-            return BUILDERS[part](self._vae)
-        return BUILDERS[part](self._student)
+        if "vae" in kinds:
+            self._match("vae", self.vae.z_dim, "the student makes latents of width", self.wan.out_channels)
+        for kind in kinds:
+            self.module(kind)
 
-    def estimated_bytes(self, part: str) -> int:
-        return (self.folder / FILE_OF[MODEL_OF[part]]).stat().st_size
+    def module(self, which: str) -> nn.Module:
+        path = self.folder / FILE_OF[which]
+        make: Callable[[Path], nn.Module] = {
+            "student": read_student,
+            "vae": lambda path: WanVAE(read_config(path, WanVAE)),
+            "text_encoder": lambda path: UMT5Encoder(read_config(path, UMT5Encoder)),
+        }[which]
+        return read_file(path, lambda path: _fitting(path, on_meta(lambda: make(path))))
+
+    def tensor(self, which: str, name: str) -> Tensor:
+        if which not in self._files:
+            self._files[which] = open_tensors([self.folder / FILE_OF[which]])
+        return self._files[which].read(name)
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         found = {}
@@ -141,13 +163,6 @@ class FolderSource(Source):
             with open(self.folder / name, "rb", buffering=0) as file:
                 found[name] = sha256_hex(file)
         return found
-
-    @cached_property
-    def _vae(self) -> WanVAE:
-        return self._load("vae", WanVAE)
-
-    def _load(self, kind: str, model: type[T]) -> T:
-        return _read(self.folder / FILE_OF[kind], lambda path: load_model(path, model))  # type: ignore[type-var]
 
     def _existing(self, name: str) -> Path | None:
         return self.folder / name if (self.folder / name).is_file() else None
@@ -168,18 +183,20 @@ class RandomSource(Source):
         model: str,
         seed: int,
         *,
+        kind: str = "tmd",
         wan: WanConfig | None = None,
         head_blocks: int | None = None,
         fusion: str = "gated",
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
     ) -> None:
-        """`model` is one of `parts.MODELS`, or any name if all sizes are given."""
-        self.model, self.seed, self.fusion = model, seed, fusion
+        """`model` is one of `parts.MODELS`, or any name if all sizes are given; `kind` as in `Source`."""
+        self.model, self.seed, self.kind = model, seed, kind
+        self.fusion = fusion if kind == "tmd" else None
         self.origin = f"random weights, seed {seed}"
         self.wan = wan or WAN_CONFIGS[model]
         self.head_blocks = head_blocks or HEAD_BLOCKS[model]
-        self._vae_config = vae or WAN_VAE_CONFIGS[_vae_name(model)]
+        self._vae_config = vae or WAN_VAE_CONFIGS[vae_name(model)]
         self._text = text or UMT5_CONFIGS["tiny" if model == "tiny" else "umt5-xxl"]
         tokenizer = built_in_folder() / TOKENIZER
         self.tokenizer = tokenizer if model == "tiny" and tokenizer.is_file() else None
@@ -187,6 +204,7 @@ class RandomSource(Source):
         self.default_parts = tuple(
             part for part in PARTS if part != "text_encoder" or self._text != UMT5_CONFIGS["umt5-xxl"]
         )
+        self._shapes: dict[str, dict[str, torch.Size]] = {}
 
     @property
     def vae(self) -> WanVAEConfig:
@@ -195,34 +213,23 @@ class RandomSource(Source):
     def check(self, parts: tuple[str, ...]) -> None:
         """Everything can be built."""
 
-    def graph(self, part: str) -> Graph:
-        kind = MODEL_OF[part]
-        model = self._on_meta(kind)
-        names = {id(weight): f"{kind}.{name}" for name, weight in model.named_parameters()}
-        if kind == "student":
-            graph = BUILDERS[part](model)
-            fill_at_random(graph.module, names, self.seed)  # this part alone: the other may not fit
-            return graph
-        fill_at_random(model, names, self.seed)
-        return BUILDERS[part](model)
+    def module(self, which: str) -> nn.Module:
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "student": self._student,
+            "vae": lambda: WanVAE(self.vae),
+            "text_encoder": lambda: UMT5Encoder(self._text),
+        }
+        return on_meta(makers[which])
 
-    def estimated_bytes(self, part: str) -> int:
-        model = self._on_meta(MODEL_OF[part])
-        used: dict[str, nn.Module] = {"backbone": model, "flow_head": model}
-        if isinstance(model, TMDStudent):
-            used = {"backbone": model.backbone, "flow_head": model.head}
-        elif isinstance(model, WanVAE):
-            used = {"decoder_first": model.decoder, "decoder_step": model.decoder}
-        return sum(4 * weight.numel() for weight in used.get(part, model).parameters())
+    def tensor(self, which: str, name: str) -> Tensor:
+        if which not in self._shapes:
+            self._shapes[which] = {key: weight.shape for key, weight in self.module(which).state_dict().items()}
+        return random_tensor(f"{which}.{name}", self._shapes[which][name], self.seed)
 
-    def _on_meta(self, kind: str) -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module
-            if kind == "student":
-                model = TMDStudent(self.wan, self.head_blocks, self.fusion)
-            else:
-                model = WanVAE(self.vae) if kind == "vae" else UMT5Encoder(self._text)
-        return model.eval().requires_grad_(False)
+    def _student(self) -> nn.Module:
+        if self.kind == "wan":
+            return SplitWan(WanTransformer(self.wan), self.head_blocks)
+        return TMDStudent(self.wan, self.head_blocks, self.fusion or "gated")
 
 
 def built_in_folder() -> Path:
@@ -230,52 +237,58 @@ def built_in_folder() -> Path:
     return Path(tmd_ref.__file__).parent / "weights" / "tiny"
 
 
-def open_source(model: str, checkpoint: str | Path | None = None, random_seed: int | None = None) -> Source:
+def open_source(
+    model: str,
+    checkpoint: str | Path | Sequence[str | Path] | None = None,
+    random_seed: int | None = None,
+    decoder: str | Path | None = None,
+    random_kind: str = "tmd",
+) -> Source:
     """The source that the command line means. Raises ExportError if there are no such weights.
 
-    `checkpoint`: a folder (see `FolderSource`) whose student must have the sizes of `model`. `random_seed`: weights
-    from this seed. Neither: the built-in weights, which only `tiny` has.
+    `checkpoint`: a folder as tmd-distill leaves it (see `FolderSource`), or one or more published checkpoints (see
+    `WanSource`); the transformer must have the sizes of `model`. `random_seed`: weights from this seed, for a
+    model of `random_kind` (see `Source.kind`). Neither: the built-in weights, which only `tiny` has. `decoder`: a file
+    with another decoder (see `decoders.WithDecoder`).
     """
     if model not in WAN_CONFIGS:
         raise ExportError(f"there is no model {model!r}: choose one of {', '.join(WAN_CONFIGS)}.")
+    if decoder is not None:
+        from .decoders import WithDecoder
+
+        return WithDecoder(open_source(model, checkpoint, random_seed, random_kind=random_kind), decoder)
+    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint or ())
     if random_seed is not None:
-        if checkpoint is not None:
+        if paths:
             raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
-        return RandomSource(model, random_seed)
-    if checkpoint is not None:
-        source = FolderSource(checkpoint, model)
-        _check_architecture(source.wan, model, Path(checkpoint))
+        return RandomSource(model, random_seed, kind=random_kind)
+    if len(paths) == 1 and (Path(paths[0]) / FILE_OF["student"]).is_file():
+        source = FolderSource(paths[0], model)
+        check_architecture(source.wan, WAN_CONFIGS[model], model, Path(paths[0]))
         return source
+    if paths:
+        from .wan_source import WanSource
+
+        return WanSource(paths, model)
     if model != "tiny":
-        raise ExportError(f"{model} has no built-in weights: give --checkpoint DIR, or --random-weights SEED.")
+        raise ExportError(f"{model} has no built-in weights: give --checkpoint PATH, or --random-weights SEED.")
     if not built_in_folder().is_dir():
         raise ExportError(
             f"the built-in weights are missing from this installation ({built_in_folder()}): install tmd again, or "
-            "give --checkpoint DIR or --random-weights SEED."
+            "give --checkpoint PATH or --random-weights SEED."
         )
     return FolderSource(built_in_folder(), model, "built-in weights")
 
 
-def _check_architecture(found: WanConfig, model: str, folder: Path) -> None:
+def check_architecture(found: WanConfig, wanted: WanConfig, model: str, where: Path) -> None:
+    """Raises ExportError if the student in `where` has other sizes than `model`, which has those of `wanted`."""
     for name in (field.name for field in fields(found)):
-        have, want = getattr(found, name), getattr(WAN_CONFIGS[model], name)
+        have, want = getattr(found, name), getattr(wanted, name)
         if have != want:
             raise ExportError(
-                f"the student in {folder} has {name} {have}, and {model} has {want}: this is another model. "
+                f"the student in {where} has {name} {have}, and {model} has {want}: this is another model. "
                 "Choose its own --model, or export it from Python with tmd_export.FolderSource and a name of its own."
             )
-
-
-def _no_student(folder: Path) -> str:
-    expected = (
-        "a checkpoint is a folder with student.safetensors (and vae.safetensors, umt5.safetensors, tokenizer.model for "
-        "the other parts), as tmd-distill leaves it"
-    )
-    if not folder.is_dir():
-        return f"{folder} is not a folder: {expected}. Check the path."
-    official = [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("*.pth")]
-    what = f", only {official[0].name} of an official release, which this version does not read" if official else ""
-    return f"{folder} has no student.safetensors{what}: {expected}."
 
 
 def _files_of(part: str) -> tuple[str, ...]:
@@ -283,11 +296,31 @@ def _files_of(part: str) -> tuple[str, ...]:
     return (FILE_OF[MODEL_OF[part]], TOKENIZER) if part == "text_encoder" else (FILE_OF[MODEL_OF[part]],)
 
 
-def _vae_name(model: str) -> str:
+def _fitting(path: Path, module: nn.Module) -> nn.Module:
+    """`module`, if `path` holds its weights and no others. A weight under two names is stored under the first."""
+    from safetensors import safe_open
+
+    wanted = {name: weight.shape for name, weight in module.named_parameters()}
+    with safe_open(path, "pt") as file:
+        found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        have, want = (f"{list(there[name])}" if name in there else "nothing" for there in (found, wanted))
+        raise ExportError(
+            f"{path} does not hold the weights of its own configuration: it has {have} as {name} where {want} "
+            f"belongs{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. It was changed or comes from another "
+            "version; save it again."
+        )
+    return module
+
+
+def vae_name(model: str) -> str:
+    """Which of `WAN_VAE_CONFIGS` makes the latents of `model`."""
     return "tiny" if model == "tiny" else "wan2.1"
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T:
+def read_file(path: Path, read: Callable[[Path], T]) -> T:
     """`read(path)`, with all that a wrong file can cause as one sentence."""
     from safetensors import SafetensorError
 

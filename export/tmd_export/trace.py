@@ -1,4 +1,7 @@
-"""Torch module -> ONNX graph in its canonical form: opset 23, standard operators, symbolic sizes, one data file."""
+"""Torch module -> ONNX graph in its canonical form: opset 23, standard operators, symbolic sizes, weights by name.
+
+Its large weights are not there: a graph is traced with placeholders, and `storage` writes what belongs in their place.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from tmd_engines import TensorSpec
 
 from .errors import ExportError
 from .graphs import Graph
+from .weights import SMALL, Weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,15 +25,16 @@ if TYPE_CHECKING:
 OPSET = 23
 # All different and none 1: torch would take equal sizes for one and a size of 1 for a constant.
 TRACED = {"batch": 2, "frames": 3, "height": 4, "width": 6, "text": 5}
-INLINE_BYTES = 256  # larger tensors go to the data file; shapes and scalars stay where shape inference reads them
 
 
-def trace(graph: Graph) -> ir.Model:
+def trace(graph: Graph, weights: Weights) -> ir.Model:
     """`graph` as an ONNX model whose inputs and outputs are named and sized as the graph's interface says.
 
-    The weights are torch's own memory until they are saved. Raises ExportError if torch cannot export the module, or
-    if a size that should be free became a constant.
+    Initializers that are in `weights`, by their names, are placeholders without values. `weights` forgets those that
+    the graph does without. Raises ExportError if torch cannot export the module, or if a size that should be free
+    became a constant.
     """
+    weights.put_placeholders(graph.module)
     inputs = graph.random_inputs(0, **TRACED)
     with _quietly(), torch.no_grad():
         try:
@@ -47,8 +51,10 @@ def trace(graph: Graph) -> ir.Model:
             )
             if program is None:
                 raise RuntimeError("torch gave no program")
-            _name_transposed_weights(program.model)
+            weights.drop_unused({name for name, value in program.model.graph.initializers.items() if value.uses()})
+            held = _hold_out(program.model, weights)
             program.optimize()
+            _put_back(program.model, held)
         except Exception as error:
             raise ExportError(
                 f"torch {torch.__version__} cannot export {graph.name}: {_root_cause(error)}. "
@@ -59,15 +65,6 @@ def trace(graph: Graph) -> ir.Model:
     _strip(model)
     model.graph.name = graph.name
     return model
-
-
-def save(model: ir.Model, folder: Path, name: str) -> Path:
-    """Writes `name.onnx` and its one data file `name.onnx.data` into `folder`; returns the path of the first."""
-    import onnx_ir as ir
-
-    path = folder / f"{name}.onnx"
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
-    return path
 
 
 def _root_cause(error: BaseException) -> str:
@@ -98,15 +95,46 @@ def _dynamic_shapes(graph: Graph, values: list[torch.Tensor]) -> tuple[Any, ...]
     return tuple(shapes)
 
 
-def _name_transposed_weights(model: ir.Model) -> None:
-    """The optimizer stores a transposed weight under the name of the transposition's result: let that tell the weight.
+def _hold_out(model: ir.Model, weights: Weights) -> dict[str, ir.Value]:
+    """Makes the large weights inputs of the graph, so that no pass of the optimizer looks at values that are not there.
 
-    Who looks into a graph, or quantizes it, finds `blocks.0.ffn.0.weight.T` where torch would have left `val_61`.
+    What the module does to a weight alone, transposing and flattening, becomes part of its name: it is done to the
+    values when they are written.
     """
-    for node in model.graph:
-        source = node.inputs[0] if node.op_type == "Transpose" else None
-        if source is not None and source.is_initializer() and source.name and len(source.uses()) == 1:
-            node.outputs[0].name = f"{source.name}.T"
+    import onnx_ir as ir
+
+    graph = model.graph
+    known = {name: value for name, value in graph.initializers.items() if name in weights}
+    held = {name: value for name, value in known.items() if weights.form(name)[0].numel() > SMALL}
+    for name, value in held.items():
+        del graph.initializers[name]
+        value.const_value = None
+    names = list(held)
+    for name in names:  # grows while it is read: a weight can be flattened and then transposed
+        value = held[name]
+        for node in value.consumers():
+            suffix = {"Transpose": ".T", "Reshape": ".flat"}.get(node.op_type)
+            if suffix is None or node.inputs[0] is not value:
+                continue
+            result, shape = node.outputs[0], ir.Shape(weights.form(name + suffix)[0])
+            if result.shape is not None and result.shape != shape:
+                raise RuntimeError(f"the weight {name} is used as {result.shape}, a layout that has no name")
+            held[name + suffix] = laid_out = ir.Value(name=name + suffix, shape=shape, type=value.type)
+            names.append(name + suffix)
+            result.replace_all_uses_with(laid_out)
+            graph.remove(node, safe=True)
+    held = {name: value for name, value in held.items() if value.uses()}
+    graph.inputs.extend(held.values())
+    return held
+
+
+def _put_back(model: ir.Model, held: dict[str, ir.Value]) -> None:
+    """The opposite of `_hold_out`, after the optimizer."""
+    for name, value in held.items():
+        if not value.uses():
+            raise RuntimeError(f"the optimizer dropped the weight {name}")
+        model.graph.inputs.remove(value)
+        model.graph.initializers[name] = value
 
 
 def _apply_interface(model: ir.Model, graph: Graph) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tmd_engines import Bundle, load
+from tmd_engines import Bundle
+from tmd_engines.onnxruntime_engine import OnnxRuntimeEngine
 
 from .errors import ExportError
 from .graphs import Graph
 
-MAX_ERROR = 1e-4  # for float outputs when the graph has the reference's own weights
-MIN_COSINE = 0.9999  # for float outputs when the weights were rounded to float16
+MAX_ERROR = 1e-4  # for float outputs of an fp32 graph, times their RMS where that is above 1 (a decoder's caches)
+MIN_COSINE = 0.9999  # for all outputs of a graph in low precision
+MIN_COSINE_INT8 = 0.99  # and of one whose weights are int8
 MAX_LEVELS = 1  # for uint8 frames: a value may round the other way,
 MAX_LEVEL_SHARE = 0.005  # but few may
 
@@ -45,7 +47,8 @@ class Accuracy:
     """A graph's outputs against the reference's, worst case over sizes.
 
     `max_abs_error` is that of the float outputs, `cosine` that of all; of `levels_total` uint8 values `levels_changed`
-    differ, by `max_levels` at most.
+    differ, by `max_levels` at most. `scaled_error` is as `max_abs_error`, of outputs divided by their RMS where that is
+    above 1; None: the same. `scope`: which part of the graph was measured, if it was not all of it.
     """
 
     max_abs_error: float
@@ -53,10 +56,12 @@ class Accuracy:
     max_levels: int = 0
     levels_changed: int = 0
     levels_total: int = 0
+    scope: str = ""
+    scaled_error: float | None = None
 
     def entry(self) -> dict[str, Any]:
         """As the manifest states it."""
-        reference = "tmd_ref fp32"
+        reference = ", ".join(filter(None, ("tmd_ref fp32", self.scope)))
         if self.levels_total:
             reference += f"; {self.levels_changed} of {self.levels_total} uint8 values differ"
             reference += f", by {self.max_levels}" if self.levels_changed else ""
@@ -64,7 +69,10 @@ class Accuracy:
 
 
 def reference(graph: Graph) -> list[Case]:
-    """Runs the torch module at `SIZES`. Raises ExportError if its outputs say nothing, because they are all alike."""
+    """Runs the torch module, which has its weights, at `SIZES`.
+
+    Raises ExportError if its outputs say nothing, because they are all alike.
+    """
     cases = []
     for seed, dims in enumerate(SIZES):
         given = graph.random_inputs(seed + 1, **dims)
@@ -82,10 +90,15 @@ def reference(graph: Graph) -> list[Case]:
     return cases
 
 
-def measure(bundle: Bundle, name: str, cases: list[Case]) -> Accuracy:
-    """Runs the graph `name` of `bundle` on ONNX Runtime and compares; the gates are in `check`."""
-    worst, cosine, max_levels, changed, total = 0.0, 1.0, 0, 0, 0
-    with load(bundle, name, engine="onnxruntime") as engine:
+def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = False) -> Accuracy:
+    """Runs the graph `name` of `bundle` on ONNX Runtime and compares; the gates are in `check`.
+
+    Where the graph has low precision its values are rounded, although this engine computes in float32. `as_stored`:
+    weights are read from the file when they are used, for graphs that nearly fill the memory.
+    """
+    as_stored = as_stored or bundle.graph_info(name).precision != "fp32"
+    worst, scaled, cosine, max_levels, changed, total = 0.0, 0.0, 1.0, 0, 0, 0
+    with OnnxRuntimeEngine(bundle, name, "cpu", None, as_stored=as_stored) as engine:
         for case in cases:
             outputs = {output: engine.empty(output, **case.sizes) for output in engine.outputs}
             engine.run(case.inputs, outputs)
@@ -97,26 +110,32 @@ def measure(bundle: Bundle, name: str, cases: list[Case]) -> Accuracy:
                     changed, total = changed + int(np.count_nonzero(levels)), total + levels.size
                 else:
                     error = float(np.abs(found - expected).max())
-                    worst = math.inf if math.isnan(error) else max(worst, error)
+                    error = math.inf if math.isnan(error) else error
+                    worst = max(worst, error)
+                    scaled = max(scaled, error / max(1.0, math.sqrt(float(np.square(expected, dtype=float).mean()))))
                 cosine = min(cosine, _cosine(found, expected))
-    return Accuracy(worst, cosine, max_levels, changed, total)
+    precision = bundle.graph_info(name).precision
+    scope = "" if precision == "fp32" else f"values rounded to {precision}"
+    return Accuracy(worst, cosine, max_levels, changed, total, scaled_error=scaled, scope=scope)
 
 
-def check(name: str, found: Accuracy, exact_weights: bool) -> None:
-    """Raises ExportError unless `found` passes the gates; `exact_weights`: no weight was rounded for storage."""
-    problem = None
+def check(name: str, found: Accuracy, precision: str) -> None:
+    """Raises ExportError unless `found` passes the gates for graphs of this precision."""
+    problem, exact = None, precision == "fp32"
+    least = MIN_COSINE_INT8 if precision == "int8" else MIN_COSINE
+    error = found.max_abs_error if found.scaled_error is None else found.scaled_error
     if not math.isfinite(found.max_abs_error):
         problem = "it gives NaN or Inf"
-    elif exact_weights and found.max_abs_error > MAX_ERROR:
-        problem = f"its outputs are up to {found.max_abs_error:.2g} off, more than {MAX_ERROR:g}"
-    elif not exact_weights and found.cosine < MIN_COSINE:
-        problem = f"with weights rounded to float16 the cosine is {found.cosine:.6f}, below {MIN_COSINE}"
-    elif exact_weights and found.max_levels > MAX_LEVELS:
+    elif exact and error > MAX_ERROR:
+        problem = f"its outputs are up to {error:.2g} off, more than {MAX_ERROR:g}"
+    elif not exact and found.cosine < least:
+        problem = f"in {precision} the cosine is {found.cosine:.6f}, below {least}"
+    elif exact and found.max_levels > MAX_LEVELS:
         problem = f"its frames are up to {found.max_levels} levels of 255 off, more than {MAX_LEVELS}"
-    elif exact_weights and found.levels_changed > MAX_LEVEL_SHARE * found.levels_total:
+    elif exact and found.levels_changed > MAX_LEVEL_SHARE * found.levels_total:
         problem = f"{found.levels_changed} of {found.levels_total} values of its frames are a level off"
     if problem:
-        remedy = "Use the versions in constraints.txt." if exact_weights else "Store the weights as fp32."
+        remedy = "Use the versions in constraints.txt." if exact else f"Choose --precision {name}=fp32."
         raise ExportError(f"{name} on ONNX Runtime differs from the reference: {problem}. {remedy}")
 
 

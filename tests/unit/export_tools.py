@@ -8,8 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import onnx_ir
+import pytest
 
-from tmd_export import ExportResult, RandomSource, export_bundle
+from tmd_export import ExportResult, RandomSource, Source, export_bundle, graph_export
+from tmd_export.graphs import Graph
+from tmd_export.weights import Weights, build
 from tmd_ref.umt5 import UMT5Config
 from tmd_ref.vae import WanVAEConfig
 from tmd_ref.wan import WanConfig
@@ -31,6 +34,19 @@ def small_export() -> ExportResult:
     return export_bundle(small_source(), Path(folder.name) / "bundle")
 
 
-def small_graph(part: str) -> onnx_ir.Model:
-    """A fresh copy of a graph of `small_export()`, weights in its file: what tracing gives, without its seconds."""
-    return onnx_ir.load(small_export().bundle.graph_path(part))
+def small_graph(graph: Graph, _: Weights | None = None) -> onnx_ir.Model:
+    """What tracing `graph` of `small_source()` gives, without its seconds: a fresh copy from `small_export()`."""
+    return onnx_ir.load(small_export().bundle.graph_path(graph.name))
+
+
+def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, exports of `small_source()` take their graphs from `small_export()`."""
+    small_export()  # which traces, if it is the first time
+    monkeypatch.setattr(graph_export, "trace", small_graph)
+
+
+def with_weights(source: Source, part: str) -> Graph:
+    """The graph `part` with its weights in float32: the reference."""
+    graph, weights = build(source, part)
+    weights.fill(graph.module)
+    return graph

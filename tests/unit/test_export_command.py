@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.unit.export_tools import small_graph, small_source
-from tmd_export import ExportError, export, sources
+from tests.unit.export_tools import skip_tracing, small_source
+from tmd_export import ExportError, graph_export, sources
 from tmd_export.cli import command
 from tmd_export.parts import MODELS, PARTS
 
@@ -20,7 +20,7 @@ from tmd_export.parts import MODELS, PARTS
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports the small model, without the seconds of tracing."""
     monkeypatch.setattr(sources, "open_source", lambda *_: small_source())
-    monkeypatch.setattr(export, "trace", lambda graph: small_graph(graph.name))
+    skip_tracing(monkeypatch)
 
 
 def run(*arguments: str | os.PathLike[str]) -> Result:
@@ -38,11 +38,11 @@ def test_the_summary_names_every_graph_with_its_error(quick: None, tmp_path: Pat
 
 def test_json_is_one_document(quick: None, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    result = run("--model", "tiny", "--out", out, "--parts", "flow_head,backbone", "--json", "--weights", "fp16")
+    result = run("--model", "tiny", "--out", out, "--parts", "flow_head,backbone", "--json")
     document = json.loads(result.stdout)
     assert list(document["graphs"]) == ["backbone", "flow_head"]
     graph = document["graphs"]["backbone"]
-    assert graph["nodes"] > 50 and graph["rounded_values"] > 1000 and graph["accuracy"]["cosine"] > 0.9999
+    assert graph["nodes"] > 50 and graph["precision"] == "fp32" and graph["accuracy"]["cosine"] > 0.9999
     assert document["bytes"] == sum(file.stat().st_size for file in out.iterdir() if file.name != "manifest.json")
 
 
@@ -56,7 +56,7 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "wan1.3b"], "give --checkpoint DIR or --random-weights SEED"),
+        (["--model", "wan1.3b"], "give --checkpoint PATH or --random-weights SEED"),
         (["--model", "wan2"], "'wan2' is not one of"),
         ([], "Missing option '--model'"),
         (["--model", "tiny", "--parts", "head"], "there is no part 'head': choose among text_encoder"),
@@ -64,7 +64,8 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
         (["--model", "tiny", "--random-weights", "x"], "'x' is not a valid integer"),
         (["--model", "tiny", "--random-weights", "-1"], "-1 is not in the range"),
         (["--model", "tiny", "--random-weights", "1", "--checkpoint", "c"], "two sources of weights"),
-        (["--model", "tiny", "--weights", "fp8"], "'fp8' is not one of"),
+        (["--model", "tiny", "--precision", "fp8"], "there is no precision 'fp8': choose among fp32, fp16, bf16"),
+        (["--model", "tiny", "--precision", "head=fp16"], "there is no part 'head'"),
     ],
 )
 def test_bad_usage_ends_with_2(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -74,10 +75,10 @@ def test_bad_usage_ends_with_2(arguments: list[str], said: str, tmp_path: Path) 
 
 
 def test_a_failure_ends_with_1_and_one_sentence(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ExportError("the weights are damaged.")
 
-    monkeypatch.setattr(export, "trace", fail)
+    monkeypatch.setattr(graph_export, "trace", fail)
     arguments = ("--model", "tiny", "--out", tmp_path / "b", "--parts", "text_encoder", "--quiet")
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (1, "tmd-export: the weights are damaged.\n")
@@ -98,7 +99,7 @@ def test_ctrl_c_leaves_nothing(quick: None, tmp_path: Path, monkeypatch: pytest.
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "lint", interrupt)  # files are written by then
+    monkeypatch.setattr(graph_export, "lint", interrupt)  # files are written by then
     result = run("--model", "tiny", "--out", tmp_path / "b", "--parts", "text_encoder", "--quiet")
     assert result.exit_code == 130 and "nothing was written" in result.stderr
     assert not list(tmp_path.iterdir())
@@ -108,7 +109,7 @@ def test_a_full_disk_is_one_sentence(quick: None, tmp_path: Path, monkeypatch: p
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save", full)
+    monkeypatch.setattr(graph_export, "save", full)
     result = run("--model", "tiny", "--out", tmp_path / "b", "--parts", "text_encoder", "--quiet")
     assert result.exit_code == 1 and "No space left on device. Free some space" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -102,6 +102,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "4-D attention": (replace_node(1, attention()), "not attention in its 3-D form"),
     "grouped heads": (replace_node(1, attention(q_num_heads=2, kv_num_heads=1)), "3-D form"),
     "causal": (replace_node(1, attention(q_num_heads=2, kv_num_heads=2, is_causal=1)), "causal"),
+    "softmax in half": (lambda m: setattr(m.graph.initializer[0], "data_type", 10), "softmax in low precision"),
     "rotation by halves": (
         replace_node(0, helper.make_node("RotaryEmbedding", ["x", "w", "w"], ["h"], name="n0", num_heads=2)),
         "not an interleaved rotary",

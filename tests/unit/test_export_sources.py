@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.synthetic import tokenizer_bytes
-from tests.unit.export_tools import VAE, WAN, small_source
+from tests.unit.export_tools import VAE, WAN, small_source, with_weights
 from tmd_export import ExportError, FolderSource, sources
 from tmd_export.parts import PARTS, ordered
 from tmd_export.sources import open_source
+from tmd_export.weights import build
 from tmd_ref.checkpoint import save_model
 from tmd_ref.student import TMDStudent, save_student
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
@@ -42,20 +44,21 @@ def refused(folder: Path, part: str = "backbone") -> str:
     with pytest.raises(ExportError) as caught:
         source = FolderSource(folder, "small")
         source.check((part,))
-        source.graph(part)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-def test_a_folder_gives_every_graph_in_float32(folder: Path) -> None:
+def test_a_folder_gives_every_weight_as_it_is_stored(folder: Path) -> None:
     source = FolderSource(folder, "small")
     source.check(PARTS)
     assert (source.wan, source.head_blocks, source.fusion, source.vae) == (WAN, 1, "gated", VAE)
-    for part in PARTS:
-        module = source.graph(part).module
-        assert {weight.dtype for weight in module.parameters()} == {torch.float32}
-        assert not module.training
+    for which, file in sources.FILE_OF.items():
+        stored, module = load_file(folder / file), source.module(which)
+        assert not module.training and all(weight.is_meta for weight in module.parameters())
+        assert stored.keys() == {name for name, _ in module.named_parameters()}
+        for name, weight in stored.items():
+            assert weight.dtype == torch.float16 and torch.equal(source.tensor(which, name), weight)
     hashes = source.sha256(("text_encoder", "backbone", "flow_head"))
     assert set(hashes) == {"umt5.safetensors", "tokenizer.model", "student.safetensors"}
     assert source.origin == "checkpoint checkpoint"  # the folder's own name, not its path
@@ -64,10 +67,13 @@ def test_a_folder_gives_every_graph_in_float32(folder: Path) -> None:
 def test_a_folder_without_a_student_is_told_what_belongs_there(folder: Path) -> None:
     (folder / "student.safetensors").unlink()
     message = refused(folder)
-    assert "has no student.safetensors" in message and "vae.safetensors, umt5.safetensors, tokenizer.model" in message
-    (folder / "Wan2.1_VAE.pth").touch()
-    assert "Wan2.1_VAE.pth of an official release" in refused(folder)
-    assert "is not a folder" in refused(folder / "nothing")
+    assert "has no student.safetensors" in message
+    with pytest.raises(ExportError, match="has nothing to make backbone from"):
+        open_source("tiny", folder).check(("backbone",))
+    for name in ("vae.safetensors", "umt5.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(ExportError, match=r"student\.safetensors and, for the other parts, vae\.safetensors"):
+        open_source("tiny", folder)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_open_source_tells_what_is_missing(folder: Path, monkeypatch: pytest.Mon
             open_source(*arguments)
         return str(caught.value)
 
-    assert "no built-in weights: give --checkpoint DIR" in said("wan1.3b")
+    assert "no built-in weights: give --checkpoint PATH" in said("wan1.3b")
     assert "there is no model 'huge'" in said("huge")
     assert "has dim 48, and tiny has 128: this is another model" in said("tiny", folder)
     assert "either --checkpoint or --random-weights" in said("tiny", folder, 0)
@@ -126,16 +132,20 @@ def test_open_source_tells_what_is_missing(folder: Path, monkeypatch: pytest.Mon
     assert open_source("tiny").origin == "built-in weights"
 
 
-def test_random_weights_depend_on_the_seed_alone_and_no_weight_is_degenerate() -> None:
-    first, again, other = (small_source(seed).graph("flow_head").module.state_dict() for seed in (3, 3, 4))
-    for name, weight in first.items():
-        assert torch.equal(weight, again[name]), name
-        assert not torch.equal(weight, other[name]), name
+def test_random_weights_depend_on_the_seed_and_the_name_alone_and_none_is_degenerate() -> None:
+    first, again, other = (small_source(seed) for seed in (3, 3, 4))
+    seen = set()
+    for name, _ in first.module("student").named_parameters():
+        weight = first.tensor("student", name)
+        assert torch.equal(weight, again.tensor("student", name)), name
+        assert not torch.equal(weight, other.tensor("student", name)), name
         assert weight.numel() == 1 or weight.std() > 0, name
+        seen.add(weight.flatten()[0].item())
+    assert len(seen) > 80  # two weights of one shape differ
 
 
-def test_a_part_has_the_same_random_weights_whatever_else_is_built() -> None:
-    backbone, head = (small_source().graph(part).module for part in ("backbone", "flow_head"))
+def test_what_two_graphs_share_is_one_weight_of_the_source() -> None:
+    backbone, head = (with_weights(small_source(), part).module for part in ("backbone", "flow_head"))
     shared = head.head
     assert torch.equal(shared.patch_embedding.weight, backbone.patch_embedding.weight)
     assert torch.equal(shared.time_embedding[0].weight, backbone.time_embedding[0].weight)
@@ -147,7 +157,7 @@ def test_a_part_has_the_same_random_weights_whatever_else_is_built() -> None:
 def test_outputs_with_random_weights_are_of_size_one(fusion: str) -> None:
     source = small_source(fusion=fusion)
     for part in PARTS:
-        graph = source.graph(part)
+        graph = with_weights(source, part)
         outputs = graph.module(*graph.random_inputs(0, batch=2, frames=3, height=4, width=6, text=5).values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for spec, output in zip(graph.outputs, outputs, strict=True):
@@ -162,9 +172,9 @@ def test_wan_sizes_are_estimated_without_building_them_and_leave_the_text_encode
     assert source.default_parts == ("backbone", "flow_head", "decoder_first", "decoder_step")
     assert open_source("tiny", random_seed=0).default_parts == PARTS
     assert source.tokenizer is None
-    assert 4.5e9 < source.estimated_bytes("backbone") < 5e9
-    assert source.estimated_bytes("decoder_step") == 4 * 73_295_331
-    assert source.estimated_bytes("text_encoder") == 4 * 5_680_910_336
+    assert 4.5e9 < build(source, "backbone")[1].bytes() < 5e9
+    assert build(source, "text_encoder")[1].bytes(as_float32=True) == 4 * 5_680_910_336
+    assert 0.5 < build(source, "backbone", "bf16")[1].bytes() / build(source, "backbone")[1].bytes() < 0.52
 
 
 def test_parts_come_in_the_order_of_a_run() -> None:

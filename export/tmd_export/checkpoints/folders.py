@@ -1,0 +1,136 @@
+"""The files of a checkpoint: a single one, a folder in one of the published layouts, or one as tmd-distill leaves it.
+
+Only names of files decide here; what they hold is for `recognise`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tmd_engines.errors import quote
+from tmd_engines.strict_json import read_json
+
+from ..errors import ExportError
+from .tensors import PICKLES, Tensors, open_tensors
+
+WEIGHTS = (".safetensors", *PICKLES)
+TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "spiece.model", "tokenizer.model")
+
+# Where the parts lie: a folder inside of the checkpoint, and the names (without .safetensors) that a file has there.
+_PLACES = (
+    ("", ("diffusion_pytorch_model", "model", "student", "vae", "umt5")),
+    ("transformer", ("diffusion_pytorch_model",)),
+    ("generator_inference_transformer", ("diffusion_pytorch_model",)),
+    ("text_encoder", ("model",)),
+    ("vae", ("diffusion_pytorch_model",)),
+)
+_ORIGINAL = {"text_encoder": "models_t5*", "vae": "Wan2.1_VAE*"}  # one file each beside an original transformer
+_MAX_INDEX = 16 << 20
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Files that together hold one part. `part` is known only where the name of the file says it."""
+
+    files: tuple[Path, ...]
+    weight_map: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
+
+    def open(self) -> Tensors:
+        """Raises ExportError as `open_tensors`."""
+        return open_tensors(self.files, self.weight_map)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one path given by the user leads to."""
+
+    path: Path
+    weights: tuple[WeightFiles, ...]
+    tokenizer: Path | None
+
+
+def find(path: Path) -> Found:
+    """The weights and the tokenizer under `path`, a file or a folder. Raises ExportError if there are none."""
+    if path.is_file():
+        return _single(path)
+    if not path.is_dir():
+        raise ExportError(f"there is no {path}: give the file or the folder of a checkpoint. Check the path.")
+    weights = []
+    for place, stems in _PLACES:
+        folder = path / place
+        for stem in stems:
+            index = folder / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                weights.append(_sharded(index))
+            elif (folder / f"{stem}.safetensors").is_file():
+                weights.append(WeightFiles((folder / f"{stem}.safetensors",)))
+            elif shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+                raise ExportError(
+                    f"{folder} has {shards[0].name}, but not {index.name}, which says what belongs to it: "
+                    "copy the whole folder again."
+                )
+    for part, pattern in _ORIGINAL.items():
+        files = [file for file in sorted(path.glob(pattern)) if file.suffix in WEIGHTS]
+        if len(files) > 1:
+            raise ExportError(
+                f"{path} has {files[0].name} and {files[1].name}: it is unclear which one is meant. Move one away."
+            )
+        weights += [WeightFiles((file,), part=part) for file in files]
+    tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
+    if not weights:
+        raise ExportError(_nothing_in(path))
+    return Found(path, tuple(weights), tokenizer)
+
+
+def _single(path: Path) -> Found:
+    if path.suffix == ".model":
+        return Found(path, (), path)
+    if path.name.endswith(".safetensors.index.json"):
+        return Found(path, (_sharded(path),), None)
+    if path.suffix == ".gguf":
+        raise ExportError(f"{path} is a GGUF file, whose weights are quantised: take the model as safetensors or .pth.")
+    if path.suffix not in WEIGHTS:
+        raise ExportError(f"{path} is no file of weights: those end in {', '.join(WEIGHTS)}.")
+    return Found(path, (WeightFiles((path,)),), None)
+
+
+def _sharded(index: Path) -> WeightFiles:
+    """The shards that an index names. A name may lead nowhere but to a file beside the index."""
+    if index.stat().st_size > _MAX_INDEX:
+        raise ExportError(f"{index} is larger than {_MAX_INDEX >> 20} MiB: no index of a model is. Copy it again.")
+    try:
+        document = read_json(index.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{index} cannot be read as JSON ({error}): copy it again.") from None
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ExportError(f"{index} has no weight_map from tensors to files: it is no index of a model. Copy it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
+            raise ExportError(
+                f"{index} names {quote(name)} as a file of weights: only a plain .safetensors name beside the index is "
+                "allowed, because a checkpoint must not lead elsewhere. Take the checkpoint from its publisher."
+            )
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise ExportError(
+            f"{index.parent} lacks {', '.join(absent[:6])}{' and more' if len(absent) > 6 else ''} "
+            f"({len(absent)} of {len(names)} shards that {index.name} names): copy them too."
+        )
+    return WeightFiles(tuple(index.parent / name for name in names), weight_map)
+
+
+def _nothing_in(folder: Path) -> str:
+    loose = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHTS)
+    hint = f" To use {loose[0]}, give that file itself." if loose else ""
+    return (
+        f"{folder} has no student.safetensors and no other file of weights by a name that is known here: a checkpoint "
+        "is a folder as tmd-distill leaves it (student.safetensors and, for the other parts, vae.safetensors, "
+        "umt5.safetensors, tokenizer.model), an official Wan2.1 folder (diffusion_pytorch_model.safetensors or its "
+        "shards, models_t5_umt5-xxl-enc-bf16.pth, Wan2.1_VAE.pth, google/umt5-xxl/spiece.model), or the same in "
+        f"diffusers' layout (transformer, text_encoder, vae, tokenizer).{hint}"
+    )

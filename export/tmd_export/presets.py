@@ -1,0 +1,148 @@
+"""How published checkpoints want to be sampled: times, what the network is told of them, update rule, guidance.
+
+A preset holds the manifest's `sampler` for one family of checkpoints and the video it was made for. The figures come
+from the authors' own inference code, named beside each. No torch here: the command line reads the names.
+
+The lists of FastWan-QAD and CausVid are whole thousandths. Both projects look the noise level of a time up in a table
+of 1000 warped entries, which lands up to 8e-4 beside it; here the level is the time itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ExportError
+
+# Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+VIDEO_480P: Mapping[str, int] = {"frames": 81, "width": 832, "height": 480, "fps": 16}
+RCM_SIGMA_MAX = 80.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`sampler` as the manifest holds it, for models of `kind`; `video` is the default output; `about` says whose."""
+
+    kind: str
+    about: str
+    sampler: Mapping[str, Any]
+    video: Mapping[str, int] = field(default_factory=lambda: VIDEO_480P)
+
+
+def _velocity(rule: str, steps: int, *, times: list[float] | None = None, **others: Any) -> dict[str, Any]:
+    """A `sampler` of kind "wan": one pass, exact times, noise as drawn, and as many steps as times unless said."""
+    return {
+        "rule": rule,
+        "steps": steps,
+        "allowed_steps": [steps],
+        "shift": 1.0,
+        "times": times,
+        "time_rounding": "none",
+        "init_scale": 1.0,
+        "guidance": 1.0,
+        "negative_prompt": None,
+        **others,
+    }
+
+
+def _warped(times: list[float], shift: float) -> list[float]:
+    return [shift * t / (1 + (shift - 1) * t) for t in times]
+
+
+def _rcm_times() -> list[float]:
+    """TrigFlow angles as rectified-flow times sin/(sin + cos); the first angle belongs to sigma_max."""
+    angles = (math.atan(RCM_SIGMA_MAX), 1.5, 1.4, 1.0)
+    return [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
+
+
+PRESETS: Mapping[str, Preset] = {
+    # What the built-in student is trained for, and what TMD reports for Wan.
+    "tmd": Preset(
+        "tmd",
+        "a TMD student",
+        {
+            "rule": "transition",
+            "steps": 2,
+            "inner_steps": 2,
+            "allowed_steps": [1, 2, 3, 4],
+            "allowed_inner_steps": [1, 2, 4],
+            "shift": 10.0,
+            "inner_shift": 10.0,
+            "t_max": 0.999,
+        },
+    ),
+    # Wan2.1, generate.py and README: 50 steps of UniPC, whole time steps. The shift is that of 480p; 5 suits 720p.
+    "wan": Preset(
+        "wan",
+        "Wan2.1 itself, 50 steps with guidance",
+        _velocity(
+            "unipc",
+            50,
+            allowed_steps=None,
+            shift=3.0,
+            time_rounding="integer",
+            guidance=5.0,
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+        ),
+    ),
+    # NVlabs/rcm, wan2pt1_t2v_rcm_infer.py: the first noise is scaled by the first time; the network gets times in bf16.
+    "rcm": Preset(
+        "wan",
+        "rCM, 1 to 4 steps, 77 frames",
+        _velocity(
+            "renoise",
+            4,
+            times=_rcm_times(),
+            allowed_steps=[1, 2, 3, 4],
+            time_rounding="bfloat16",
+            init_scale=_rcm_times()[0],
+        ),
+        {**VIDEO_480P, "frames": 77},
+    ),
+    # ModelTC/LightX2V, schedulers/wan/step_distill: deterministic although trained with fresh noise.
+    "lightx2v": Preset(
+        "wan",
+        "LightX2V step distillation, 4 steps",
+        _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
+    ),
+    "fastwan-qad": Preset(
+        "wan",
+        "FastWan-QAD, 3 steps",
+        _velocity("renoise", 3, times=[1.0, 0.757, 0.522], shift=8.0),
+    ),
+    "causvid": Preset(
+        "wan",
+        "CausVid, the bidirectional checkpoints, 3 steps",
+        _velocity("renoise", 3, times=[1.0, 0.757, 0.522], shift=8.0),
+    ),
+    # aejion/AccVideo, README for WanXT2V: UniPC, 10 steps on Wan's grid with its default shift, without guidance.
+    "accvideo": Preset(
+        "wan",
+        "AccVideo-WanX, 10 steps",
+        _velocity("unipc", 10, shift=5.0, time_rounding="integer"),
+    ),
+}
+DEFAULT_OF = {"tmd": "tmd", "wan": "wan"}
+"""Kind of model -> its preset when none is named."""
+
+
+def find(kind: str, name: str | None = None) -> Preset:
+    """The preset `name`, or that of the kind of model if None. Raises ExportError if it is for another kind."""
+    if name is None:
+        return PRESETS[DEFAULT_OF[kind]]
+    if name not in PRESETS:
+        raise ExportError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    preset = PRESETS[name]
+    if preset.kind != kind:
+        mine = ", ".join(other for other, found in PRESETS.items() if found.kind == kind)
+        raise ExportError(
+            f"the preset {name} is for {preset.about}, and this checkpoint "
+            f"{'has' if kind == 'tmd' else 'has not'} a flow head with inner steps: choose among {mine}."
+        )
+    return preset
