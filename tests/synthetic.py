@@ -151,6 +151,26 @@ def flow_head() -> GraphBuilder:
     return g
 
 
+def velocity_head() -> GraphBuilder:
+    """The second graph of kind "wan": the velocity straight from the features; of x it uses the shape."""
+    g = GraphBuilder("flow_head")
+    x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
+    features = g.input("features", ["batch", "tokens", DIM])
+    context = g.input("context", ["batch", "text", DIM])
+    cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
+    _, grid = _patchify(g, x)
+    tokens = _add_time(g, features, t)
+    rotated = _rope(g, tokens, cos, sin)
+    tokens = g.op("Add", tokens, g.attention(rotated, rotated, tokens))
+    tokens = g.op("Add", tokens, g.attention(tokens, context, context))
+    tokens = g.op("LayerNormalization", tokens, g.constant(np.ones(DIM)), axis=-1)
+    volume = g.op("Reshape", g.op("Transpose", tokens, perm=[0, 2, 1]), grid)
+    weight = g.weight(DIM, CHANNELS, 1, 2, 2)
+    g.op("ConvTranspose", volume, weight, kernel_shape=[1, 2, 2], strides=[1, 2, 2], out="velocity")
+    g.output("velocity", _LATENTS)
+    return g
+
+
 def text_encoder() -> GraphBuilder:
     g = GraphBuilder("text_encoder")
     ids = g.input("input_ids", ["batch", "text"], "int64")
@@ -243,8 +263,35 @@ def write_graph(folder: Path, builder: GraphBuilder) -> dict:
     }
 
 
-def manifest_without_files(graphs: dict) -> dict:
-    """The manifest of the synthetic model around the given graph entries, as `BundleWriter.commit` takes it."""
+def velocity_sampler(**changes: object) -> dict:
+    """A `sampler` for kind "wan": Wan's own grid with a few UniPC steps, unless `changes` says otherwise."""
+    return {
+        "rule": "unipc",
+        "steps": 3,
+        "allowed_steps": None,
+        "shift": 3.0,
+        "times": None,
+        "time_rounding": "integer",
+        "init_scale": 1.0,
+        "guidance": 1.0,
+        "negative_prompt": None,
+        **changes,
+    }
+
+
+def manifest_without_files(graphs: dict, sampler: dict | None = None) -> dict:
+    """The manifest of the synthetic model around the given graph entries, as `BundleWriter.commit` takes it.
+
+    With a `sampler` (see `velocity_sampler`) it is of kind "wan".
+    """
+    document = _student_manifest(graphs)
+    if sampler is not None:
+        document["model"] |= {"kind": "wan", "fusion": None}
+        document["sampler"] = sampler
+    return document
+
+
+def _student_manifest(graphs: dict) -> dict:
     return {
         "schema_version": 1,
         "model": {
@@ -289,11 +336,15 @@ def manifest_without_files(graphs: dict) -> dict:
     }
 
 
-def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS) -> Path:
-    """Writes a complete, valid bundle under the new folder `folder` with the named graphs; returns its path."""
+def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None) -> Path:
+    """Writes a complete, valid bundle under the new folder `folder` with the named graphs; returns its path.
+
+    With a `sampler` (see `velocity_sampler`) it is of kind "wan".
+    """
     from tmd_engines import BundleWriter
 
     with BundleWriter(folder) as writer:
-        entries = {name: write_graph(writer.folder, globals()[name]()) for name in graphs}
+        builders = {**globals(), "flow_head": flow_head if sampler is None else velocity_head}
+        entries = {name: write_graph(writer.folder, builders[name]()) for name in graphs}
         (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
-        return writer.commit(manifest_without_files(entries)).folder
+        return writer.commit(manifest_without_files(entries, sampler)).folder

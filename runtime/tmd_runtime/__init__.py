@@ -22,7 +22,8 @@ from .errors import Cancelled, RuntimeFailure, UsageFailure
 if TYPE_CHECKING:
     from .loop import StepInfo
     from .noise import NoiseStream
-    from .pipeline import Pipeline, Result, load
+    from .pipeline import Pipeline, load
+    from .result import Result
     from .settings import Settings
     from .video import open_video, write_video
 
@@ -43,7 +44,7 @@ __all__ = [
 _HOME = {
     "NoiseStream": "noise",
     "Pipeline": "pipeline",
-    "Result": "pipeline",
+    "Result": "result",
     "Settings": "settings",
     "StepInfo": "loop",
     "load": "pipeline",

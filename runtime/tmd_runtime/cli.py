@@ -9,10 +9,8 @@ import json
 import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,14 +18,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .errors import RuntimeFailure, UsageFailure
+from .job import Job
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline, Result
+    from .pipeline import Pipeline
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 # As in tmd_engines, which is not imported for --help; a test compares the two.
 ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt")
-_SLUG_LENGTH = 48
+MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
 
 
 class Size(click.ParamType):
@@ -63,6 +62,24 @@ class Whole(click.ParamType):
         return number
 
 
+class Number(click.ParamType):
+    """A finite number in a range; says so in words."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value[:40]!r} is no number.", param, ctx)
+        if not self.low <= number <= self.high:
+            self.fail(f"{value} is out of range: give a number from {self.low:g} to {self.high:g}.", param, ctx)
+        return number
+
+
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
@@ -84,11 +101,15 @@ Examples:
   tmd-run --prompt "a red circle moving right on a black background"
   tmd-run --prompt "a blue star spinning" --seed 7 --steps 2 --out star.gif
   tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.json
+  tmd-run --embeds cat.safetensors --bundle edge-bundle --save-latents cat-latents.safetensors
+  tmd-run --latents cat-latents.safetensors --bundle my-bundle --out cat.mp4
   tmd-run                              a prompt loop that keeps the model loaded
 
 \b
 --json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
-frames, width, height, fps, stage_seconds, total_seconds, out, warnings.
+frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
+guidance, memory (all or low), embeds and latents (files written, or null). A
+bundle that has no part to go on after a saved file ends there: out is null.
 With --prompt-file or several --prompt it is {"runs": [...]}. After a failure it
 has "error" (and the runs that were finished). In stage_seconds, load is what
 only the first run pays, and file (encoding) goes on beside decode.
@@ -106,7 +127,8 @@ A file appears under its name only when it is complete.""",
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ends in .mp4, .webm, .gif or .png (contact sheet); without an ending: a folder of PNG frames. "
+    help="Ends in .mp4, .webm, .gif or .png (contact sheet; a picture if --frames is 1); without an ending: a folder "
+    "of PNG frames. "
     "Several prompts get NAME-001, NAME-002, ...  [default: PROMPT-SEED.mp4 in this folder]",
 )
 @click.option(
@@ -114,12 +136,41 @@ A file appears under its name only when it is complete.""",
 )
 @click.option("--steps", type=Whole(1), metavar="M", help="Outer steps, one backbone pass each.")
 @click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per outer step.")
-@click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4.")
+@click.option(
+    "--guidance",
+    type=Number(0, 1000),
+    metavar="G",
+    help="Strength of classifier-free guidance; 1: none, half the time.",
+)
+@click.option("--negative-prompt", metavar="TEXT", help="What guidance steers away from.")
+@click.option(
+    "--shift", type=Number(1, 1000), metavar="S", help="Warp of the times of a model without a fixed list of them."
+)
+@click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the graphs."
 )
 @click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
+@click.option(
+    "--memory",
+    type=click.Choice(MEMORY),
+    default="auto",
+    show_default=True,
+    help="Keep all graphs loaded, or one stage after the other (low); auto: low if all would not fit.",
+)
+@click.option(
+    "--save-embeds", type=click.Path(path_type=Path), metavar="FILE", help="Also write the prompt's embeddings."
+)
+@click.option(
+    "--embeds", type=click.Path(path_type=Path), metavar="FILE", help="Take the prompt from a file of --save-embeds."
+)
+@click.option(
+    "--save-latents", type=click.Path(path_type=Path), metavar="FILE", help="Also write the latents, before decoding."
+)
+@click.option(
+    "--latents", type=click.Path(path_type=Path), metavar="FILE", help="Only decode a file of --save-latents."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
 @click.option(
@@ -130,29 +181,38 @@ def command(
     prompt_file: Any,
     bundle: Path | None,
     out: Path | None,
-    seed: int | None,
-    steps: int | None,
-    inner_steps: int | None,
-    frames: int | None,
-    size: tuple[int, int] | None,
     engine: str,
     threads: int | None,
+    memory: str,
+    embeds: Path | None,
+    latents: Path | None,
+    save_embeds: Path | None,
+    save_latents: Path | None,
     as_json: bool,
     quiet: bool,
+    **wishes: Any,
 ) -> None:
     """Turn a prompt into a video with an exported few-step model.
 
-    Steps, inner steps, frames and size default to what the model was made for. Without --prompt in a terminal it asks
-    for prompts one after the other and keeps the model loaded. Nothing is downloaded or sent anywhere.
+    Steps, inner steps, guidance, frames and size default to what the model was made for. Without --prompt in a terminal
+    it asks for prompts one after the other and keeps the model loaded. Nothing is downloaded or sent anywhere.
     """
     texts = _read_prompts(prompts, prompt_file)
-    asking = not texts
+    _check_sources(texts, embeds, latents, save_embeds, save_latents, wishes)
+    asking = not texts and embeds is None and latents is None
     if asking and as_json:
         raise click.UsageError("--json needs a prompt: give --prompt TEXT or --prompt-file FILE.")
     if asking and not sys.stdin.isatty():
         raise click.UsageError("No prompt: give --prompt TEXT or --prompt-file FILE (asking for one needs a terminal).")
-    wishes: dict[str, Any] = {"seed": seed, "steps": steps, "inner_steps": inner_steps, "frames": frames, "size": size}
-    job = Job(wishes, out, numbered=asking or len(texts) > 1, quiet=quiet, as_json=as_json)
+    job = Job(
+        wishes,
+        out,
+        numbered=asking or len(texts) > 1,
+        quiet=quiet,
+        as_json=as_json,
+        save_embeds=save_embeds,
+        save_latents=save_latents,
+    )
     several = prompt_file is not None or len(texts) > 1
     records: list[dict[str, Any]] = []
 
@@ -167,15 +227,44 @@ def command(
         start = perf_counter()
         import tmd_runtime
 
-        with tmd_runtime.load(bundle, engine=engine, threads=threads) as pipeline:
+        with tmd_runtime.load(bundle, engine=engine, threads=threads, memory=memory) as pipeline:
             pipeline.settings(**wishes)
             job.opening_seconds = perf_counter() - start
             if asking:
                 _ask(job, pipeline)
+            if latents is not None:
+                records.append(job.decode(pipeline, latents))
+            elif embeds is not None:
+                records.append(job.run_embeds(pipeline, embeds))
             for text in texts:
                 records.append(job.run(pipeline, text))
             if as_json:
                 _print_json({"runs": records} if several else records[0])
+
+
+def _check_sources(
+    texts: list[str],
+    embeds: Path | None,
+    latents: Path | None,
+    save_embeds: Path | None,
+    save_latents: Path | None,
+    wishes: dict[str, Any],
+) -> None:
+    """A run starts from prompts, from embeddings or from latents. Raises click.UsageError for a mixture."""
+    given = [
+        name
+        for name, value in (("--prompt or --prompt-file", texts), ("--embeds", embeds), ("--latents", latents))
+        if value
+    ]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} are two beginnings of a run: give one of them.")
+    if embeds is not None and save_embeds is not None:
+        raise click.UsageError("--embeds has its embeddings in a file already: leave --save-embeds out.")
+    if latents is not None:
+        decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
+        decided += [name for name, value in (("--save-embeds", save_embeds), ("--save-latents", save_latents)) if value]
+        if decided:
+            raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")
 
 
 @contextmanager
@@ -199,100 +288,6 @@ def _failures(fail: Callable[[str, int], NoReturn]) -> Iterator[None]:
         if not isinstance(error, (BundleError, EngineError)):
             raise
         fail(str(error), FAILED)
-
-
-@dataclass
-class Job:
-    """What all prompts of one call share: the wishes for the pipeline, where results go and what is printed."""
-
-    wishes: dict[str, Any]
-    out: Path | None
-    numbered: bool
-    quiet: bool
-    as_json: bool
-    opening_seconds: float = 0.0
-    done: int = 0
-
-    def check_targets(self, count: int) -> None:
-        """Fail now, not after minutes of work, if a result could not be written."""
-        from .video import check_target
-
-        for number in range(1, max(count, 1) + 1 if self.out else 2):
-            check_target(self.target("video", 0, number))
-
-    def target(self, prompt: str, seed: int, number: int) -> Path:
-        """File of the prompt with this number (from 1)."""
-        if self.out is None:
-            return Path(f"{slug(prompt)}-{seed}.mp4")
-        if not self.numbered:
-            return self.out
-        if not self.out.name:
-            raise UsageFailure(
-                f"several prompts cannot all go to {self.out}: name a file or folder, such as video.mp4."
-            )
-        return self.out.with_name(f"{self.out.stem}-{number:03d}{self.out.suffix}")
-
-    def run(self, pipeline: Pipeline, prompt: str) -> dict[str, Any]:
-        """Make one video, print about it, and return its record for JSON."""
-        from .progress import Bars, in_terminal
-        from .video import open_video
-
-        settings = pipeline.settings(**self.wishes)
-        target = self.target(prompt, settings.seed, self.done + 1)
-        start = perf_counter()
-        with (
-            Bars(settings, visible=in_terminal() and not self.quiet) as bars,
-            open_video(target, settings.fps) as video,
-        ):
-            result = pipeline(prompt, **{**self.wishes, "seed": settings.seed}, callback=bars, on_frames=video.write)
-        # The bundle was opened for the first prompt alone.
-        total = perf_counter() - start + self.opening_seconds
-        result.stage_seconds["load"] += self.opening_seconds
-        result.stage_seconds["file"] = video.seconds
-        self.opening_seconds = 0.0
-        self.done += 1
-        for warning in result.warnings:
-            if not self.quiet:
-                click.echo(f"tmd-run: note: {warning}", err=True)
-        if not self.quiet and not self.as_json:
-            click.echo(_report(result, target))
-        return _record(result, target, total)
-
-
-def _report(result: Result, target: Path) -> str:
-    from .progress import LABELS
-
-    seconds = {LABELS[stage]: value for stage, value in result.stage_seconds.items() if stage not in ("load", "noise")}
-    times = ", ".join(f"{label} {_duration(value)}" for label, value in seconds.items())
-    load = result.stage_seconds["load"]
-    frames = f"{len(result.frames)} frames" if len(result.frames) > 1 else "1 frame"
-    return (
-        f"{target}: {frames} of {result.width}x{result.height} at {result.fps} fps\n"
-        f"  seed {result.seed}, steps {result.steps} x {result.inner_steps}, NFE {result.nfe:.2f}\n"
-        f"  {times}" + (f" (and load {_duration(load)}, once)" if load else "")
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-def _record(result: Result, target: Path, total: float) -> dict[str, Any]:
-    return {
-        "seed": result.seed,
-        "prompt": result.prompt,
-        "steps": result.steps,
-        "inner_steps": result.inner_steps,
-        "nfe": result.nfe,
-        "frames": len(result.frames),
-        "width": result.width,
-        "height": result.height,
-        "fps": result.fps,
-        "stage_seconds": {stage: round(value, 6) for stage, value in result.stage_seconds.items()},
-        "total_seconds": round(total, 6),
-        "out": str(target),
-        "warnings": list(result.warnings),
-    }
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -321,19 +316,6 @@ def _read_prompts(prompts: tuple[str, ...], prompt_file: Any) -> list[str]:
             )
         texts += found
     return texts
-
-
-def slug(prompt: str) -> str:
-    """A file name from a prompt: its letters and digits, words joined by '-', cut between words."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).lower())
-    name = ""
-    for word in words:
-        # Counted in bytes: file systems allow 255 of them, and a letter may take four.
-        longer = f"{name}-{word}" if name else word.encode()[:_SLUG_LENGTH].decode(errors="ignore")
-        if len(longer.encode()) > _SLUG_LENGTH:
-            break
-        name = longer
-    return name or "video"
 
 
 def _ask(job: Job, pipeline: Pipeline) -> None:

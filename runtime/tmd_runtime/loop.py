@@ -1,7 +1,8 @@
 """The denoising loop: noise -> latents, with the flow head running several times on the features of one backbone pass.
 
-Not a sampler library: the one rule `transition` of TMD. All buffers are allocated and bound to the engines when the
-loop is made for a shape; after that a step sets two scalars and runs, and nothing is allocated.
+Not a sampler library: the one rule `transition` of TMD; models without inner flow have `velocity_loop.py`. All buffers
+are allocated and bound to the engines when the loop is made for a shape; after that a step sets two scalars and runs,
+and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class DenoiseLoop:
         latent_shape: tuple[int, int, int, int, int],
         text_tokens: int,
     ) -> None:
+        if manifest.sampler.rule != "transition":
+            raise ValueError(f"this loop is for TMD students, and the bundle's rule is {manifest.sampler.rule}")
         self._sampler = manifest.sampler
         batch, _, frames, height, width = latent_shape
         pt, ph, pw = manifest.model.patch_size
@@ -114,10 +117,17 @@ class DenoiseLoop:
         ways = ((self._noise, self._y[0]), (self._y[0], self._y[1]), (self._y[1], self._y[0]))
         self._start, *self._turns = [flow_head.bind({"y": y, **given}, {"y_next": y_next}) for y, y_next in ways]
 
-    def run(self, prompt_embeds: NDArray[Any], settings: Settings, timings: Timings) -> NDArray[np.float32]:
+    def run(
+        self,
+        prompt_embeds: NDArray[Any],
+        settings: Settings,
+        timings: Timings,
+        negative_embeds: NDArray[Any] | None = None,
+    ) -> NDArray[np.float32]:
         """Latents `[1, C, T, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
 
-        Raises Cancelled if the callback says so, RuntimeFailure if a stage gives NaN or Inf.
+        A student has no guidance, so `negative_embeds` play no part. Raises Cancelled if the callback says so,
+        RuntimeFailure if a stage gives NaN or Inf.
         """
         outer, inner = settings.steps, settings.inner_steps
         t = shift_grid(outer, self._sampler.shift, self._sampler.t_max)

@@ -5,14 +5,13 @@
     result.frames                                        # uint8 [F, H, W, 3]
 
 Each stage is usable alone: `encode`, `denoise`, `decode`. A pipeline loads a graph when a stage first needs it and
-keeps it, so only the first run is cold. One pipeline serves one thread at a time.
+keeps it, so only the first run is cold, unless memory is short (`memory.py`). One pipeline serves one thread at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoder import ChunkDecoder
-from .errors import RuntimeFailure
-from .loop import Callback, DenoiseLoop, Timings, check_finite
+from .errors import RuntimeFailure, UsageFailure
+from .loop import Callback, DenoiseLoop, Timings
+from .memory import MODES, STAGES, Memory, MemoryChooser
+from .result import Result
 from .settings import Settings, resolve_settings
-from .tokenizer import Tokenizer
+from .text import EMBEDS_INSTEAD, PromptEncoder
+from .velocity_loop import VelocityLoop
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,43 +43,28 @@ _NEEDED_FOR = {
     "decoder_first": "turn latents into frames",
     "decoder_step": "turn latents into more than one frame",
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: `frames` uint8 `[F, H, W, 3]` (RGB), how they came about, and the seconds per stage.
-
-    `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`.
-    `warnings` are for people.
-    """
-
-    frames: NDArray[np.uint8] = field(repr=False)
-    fps: int
-    prompt: str
-    seed: int
-    steps: int
-    inner_steps: int
-    nfe: float
-    stage_seconds: dict[str, float]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def height(self) -> int:
-        return int(self.frames.shape[1])
-
-    @property
-    def width(self) -> int:
-        return int(self.frames.shape[2])
+_INSTEAD = {
+    "text_encoder": EMBEDS_INSTEAD,
+    "backbone": "It can still read a prompt (--save-embeds FILE). ",
+    "flow_head": "It can still read a prompt (--save-embeds FILE). ",
+    "decoder_first": "It can still save latents for a bundle that can (--save-latents FILE). ",
+    "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
+}
 
 
 def load(
-    bundle: str | Path | Bundle | None = None, engine: str = "auto", threads: int | None = None, device: str = "cpu"
+    bundle: str | Path | Bundle | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
+    device: str = "cpu",
+    memory: str = "auto",
 ) -> Pipeline:
     """Pipeline of a bundle (a folder, or a `Bundle` already open; None: the built-in model).
 
     The whole bundle is checked here; its graphs are loaded by the stages. `threads` limits the CPU threads of an
-    engine. Raises tmd_engines.BundleError if the bundle is not whole, RuntimeFailure if this installation has no
-    built-in model.
+    engine. `memory` is "all" (graphs stay loaded), "low" (one stage after the other) or "auto" ("low" when "all" would
+    not fit). Raises tmd_engines.BundleError if the bundle is not whole, RuntimeFailure if this installation has no
+    built-in model, UsageFailure for another `memory`.
     """
     from tmd_engines import Bundle
 
@@ -87,20 +74,33 @@ def load(
                 "this installation has no built-in model. Install tmd again, or name a bundle (--bundle DIR)."
             )
         bundle = BUILT_IN
-    return Pipeline(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), engine, threads, device)
+    return Pipeline(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), engine, threads, device, memory)
 
 
 class Pipeline:
     """The stages of one bundle on one engine. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, engine: str = "auto", threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str = "auto",
+        threads: int | None = None,
+        device: str = "cpu",
+        memory: str = "auto",
+    ) -> None:
+        if memory not in MODES:
+            raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
         self.bundle = bundle
         self._engine, self._threads, self._device = engine, threads, device
+        self._wanted_memory, self._chooser = memory, MemoryChooser(bundle)
+        self._memory: Memory = "low" if memory == "low" else "all"
         self._engines: dict[str, Engine] = {}
-        self._tokenizer: Tokenizer | None = None
+        self._encoder = PromptEncoder(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
-        self._loop: tuple[Any, DenoiseLoop] | None = None
+        self._loop: tuple[Any, DenoiseLoop | VelocityLoop] | None = None
         self._decoder: tuple[Any, ChunkDecoder] | None = None
+        # The latest one: a file of prompts has them all against the same negative prompt.
+        self._negative: tuple[str, NDArray[np.float32]] | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -113,9 +113,12 @@ class Pipeline:
         inner_steps: int | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        shift: float | None = None,
     ) -> Settings:
         """The settings of a run with these wishes; loads nothing. Raises UsageFailure saying what the bundle allows."""
-        return resolve_settings(self.manifest, seed, steps, inner_steps, frames, size)
+        return resolve_settings(self.manifest, seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift)
 
     def __call__(
         self,
@@ -127,24 +130,46 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         callback: Callback | None = None,
         on_frames: Callable[[NDArray[np.uint8]], object] | None = None,
+        *,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        shift: float | None = None,
+        prompt_embeds: NDArray[Any] | None = None,
+        negative_embeds: NDArray[Any] | None = None,
+        on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
+        on_latents: Callable[[NDArray[np.float32]], object] | None = None,
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `callback(StepInfo)` is called after every step; returning False stops the run. `on_frames(uint8 [f, H, W,
-        3])` gets each piece of the video while the next one decodes. Raises UsageFailure (bad wish), Cancelled,
-        RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable after each.
+        `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts.
+        `callback(StepInfo)` is called after every step; returning False stops the run. `on_embeds` gets the embeddings
+        before denoising, `on_latents` the latents before decoding, `on_frames(uint8 [f, H, W, 3])` each piece of the
+        video while the next one decodes. With `on_embeds` a bundle without backbone ends there, with `on_latents` one
+        without decoder; the result then has no frames.
+        Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
+        after each.
         """
-        settings = self.settings(seed, steps, inner_steps, frames, size)
+        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift)
+        self.choose_memory(settings, unused=() if prompt_embeds is None else STAGES[0])
         timings = Timings(callback)
         timings.seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
-        pieces = []
+        warnings = list(settings.warnings)
+        graphs = self.manifest.graphs
+        latents: NDArray[np.float32] | None = None
+        pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with _memory_failure(settings):
-            prompt_embeds, warnings = self._encode(prompt, timings)
-            latents = self._denoise(prompt_embeds, settings, timings)
-            for piece in self._decode(latents, timings):
-                pieces.append(piece)
-                if on_frames is not None:
-                    on_frames(piece)
+            embeds = self._embed(prompt, prompt_embeds, negative_embeds, settings, timings, warnings)
+            if on_embeds is not None:
+                on_embeds(*embeds)
+            if "backbone" in graphs or on_embeds is None:
+                latents = self._denoise(*embeds, settings, timings)
+                if on_latents is not None:
+                    on_latents(latents)
+            if latents is not None and ("decoder_first" in graphs or on_latents is None):
+                for piece in self._decode(latents, timings):
+                    pieces.append(piece)
+                    if on_frames is not None:
+                        on_frames(piece)
             video = np.concatenate(pieces)
         return Result(
             frames=video,
@@ -155,15 +180,30 @@ class Pipeline:
             inner_steps=settings.inner_steps,
             nfe=settings.nfe,
             stage_seconds=timings.seconds,
-            warnings=(*settings.warnings, *warnings),
+            warnings=tuple(warnings),
+            rule=settings.rule,
+            guidance=settings.guidance,
+            memory=self._memory,
+            latents=latents,
         )
+
+    def choose_memory(self, settings: Settings, unused: Collection[str] = ()) -> Memory:
+        """With memory "auto", settle whether graphs stay loaded in the runs to come; `unused` graphs do not count.
+
+        A run does this itself. Raises RuntimeFailure if such a run would not fit at all. Returns the mode.
+        """
+        if self._wanted_memory == "auto":
+            self._memory = self._chooser.choose(settings, unused, self._engines)
+        return self._memory
 
     def encode(self, prompt: str) -> NDArray[np.float32]:
         """Prompt embeddings float32 `[1, text, E]`.
 
         Raises UsageFailure for an empty prompt, RuntimeFailure if the bundle has no text encoder.
         """
-        return self._encode(prompt, Timings())[0]
+        timings = Timings()
+        with self._stage("text_encoder"):
+            return self._encoder(prompt, lambda: self._graph("text_encoder", timings), timings)[0]
 
     def denoise(
         self,
@@ -174,25 +214,43 @@ class Pipeline:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         callback: Callback | None = None,
+        *,
+        negative_embeds: NDArray[Any] | None = None,
+        guidance: float | None = None,
+        shift: float | None = None,
     ) -> NDArray[np.float32]:
-        """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`."""
-        settings = self.settings(seed, steps, inner_steps, frames, size)
+        """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`.
+
+        With guidance other than 1, `negative_embeds` of the same shape are needed. Raises as a run does.
+        """
+        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, None, shift)
+        if settings.passes == 1:
+            negative_embeds = None
+        elif negative_embeds is None:
+            raise UsageFailure("guidance needs negative_embeds as well: encode the negative prompt, or set guidance=1.")
+        self.choose_memory(settings, unused=(*STAGES[0], *STAGES[2]))
         with _memory_failure(settings):
-            return self._denoise(prompt_embeds, settings, Timings(callback))
+            return self._denoise(prompt_embeds, negative_embeds, settings, Timings(callback))
 
     def decode(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """Frames uint8 `[F, H, W, 3]` of latents `[1, C, T, h, w]` from `denoise`."""
         return np.concatenate(list(self.decode_chunks(latents)))
 
-    def decode_chunks(self, latents: NDArray[Any], callback: Callback | None = None) -> Iterator[NDArray[np.uint8]]:
-        """As `decode`, in pieces: one frame, then a few for each further latent frame. Each is the caller's own."""
-        yield from self._decode(latents, Timings(callback))
+    def decode_chunks(
+        self, latents: NDArray[Any], callback: Callback | None = None, seconds: dict[str, float] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """As `decode`, in pieces: one frame, then a few for each further latent frame. Each is the caller's own.
+
+        `seconds`, if given, is filled with what `load` and `decode` took.
+        """
+        timings = Timings(callback)
+        timings.seconds = {} if seconds is None else seconds
+        yield from self._decode(latents, timings)
 
     def close(self) -> None:
         """Give the engines and buffers back. A later run loads them again."""
-        self._loop = self._decoder = None
-        while self._engines:
-            self._engines.popitem()[1].close()
+        self._free(set(self._engines))
+        self._negative = None
 
     def __enter__(self) -> Self:
         return self
@@ -200,13 +258,34 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _free(self, graphs: set[str]) -> None:
+        """Closes the engines of `graphs`, and lets go of what is bound to them."""
+        if graphs & {"backbone", "flow_head"}:
+            self._loop = None
+        if graphs & {"decoder_first", "decoder_step"}:
+            self._decoder = None
+        for name in graphs & set(self._engines):
+            self._engines.pop(name).close()
+
+    @contextmanager
+    def _stage(self, graph: str) -> Iterator[None]:
+        """Around the stage of `graph`: with memory "low" no other stage is loaded, and none when it is over."""
+        own = next(set(stage) for stage in STAGES if graph in stage)
+        if self._memory == "low":
+            self._free(set(self._engines) - own)
+        try:
+            yield
+        finally:
+            if self._memory == "low":
+                self._free(own)
+
     def _graph(self, name: str, timings: Timings) -> Engine:
         """The engine of a graph, loaded at first use and timed as `load`."""
         if name in self._engines:
             return self._engines[name]
         if name not in self.manifest.graphs:
             raise RuntimeFailure(
-                f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. "
+                f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
                 f"Export it again with {name} among --parts, or use another bundle."
             )
         from tmd_engines import load as load_engine
@@ -219,45 +298,60 @@ class Pipeline:
         timings.report("load", len(self._engines), len(_GRAPHS), seconds)
         return engine
 
-    def _encode(self, prompt: str, timings: Timings) -> tuple[NDArray[np.float32], list[str]]:
-        if self._tokenizer is None:
-            text = self.manifest.text
-            if text.tokenizer is None:
-                raise RuntimeFailure(
-                    "this bundle has no tokenizer, so it cannot read a prompt. "
-                    "Export it again with text_encoder among --parts."
-                )
-            with timings.stage("load"):
-                self._tokenizer = Tokenizer(
-                    self.bundle.folder / text.tokenizer, text.max_length, text.pad_id, text.eos_id
-                )
-        with timings.stage("text"):
-            tokens = self._tokenizer(prompt)
-        encoder = self._graph("text_encoder", timings)
-        start = perf_counter()
-        dims = {"batch": 1, "text": tokens.input_ids.shape[1]}
-        prompt_embeds = encoder.empty("prompt_embeds", **dims)
-        encoder.run(
-            {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}, {"prompt_embeds": prompt_embeds}
-        )
-        check_finite("text", prompt_embeds)
-        seconds = perf_counter() - start
-        timings.add("text", seconds)
-        timings.report("text", 1, 1, seconds)
-        return prompt_embeds, [tokens.warning] if tokens.warning else []
+    def _embed(
+        self,
+        prompt: str,
+        prompt_embeds: NDArray[Any] | None,
+        negative_embeds: NDArray[Any] | None,
+        settings: Settings,
+        timings: Timings,
+        warnings: list[str],
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Embeddings of the prompt and, with guidance, of the negative prompt, encoded where they are not given."""
+        if settings.passes == 1:
+            negative_embeds = None
+        elif negative_embeds is None and self._negative is not None and self._negative[0] == settings.negative_prompt:
+            negative_embeds = self._negative[1]
+        total = (prompt_embeds is None) + (settings.passes == 2 and negative_embeds is None)
 
-    def _denoise(self, prompt_embeds: NDArray[Any], settings: Settings, timings: Timings) -> NDArray[np.float32]:
+        def load_encoder() -> Engine:
+            return self._graph("text_encoder", timings)
+
+        with self._stage("text_encoder"):
+            if prompt_embeds is None:
+                prompt_embeds, said = self._encoder(prompt, load_encoder, timings, total=total)
+                warnings += said
+            if settings.passes == 2 and negative_embeds is None:
+                negative = settings.negative_prompt
+                negative_embeds, _ = self._encoder(negative, load_encoder, timings, total, total, allow_empty=True)
+                self._negative = negative, negative_embeds
+        return prompt_embeds, negative_embeds
+
+    def _denoise(
+        self,
+        prompt_embeds: NDArray[Any],
+        negative_embeds: NDArray[Any] | None,
+        settings: Settings,
+        timings: Timings,
+    ) -> NDArray[np.float32]:
         width = self.manifest.text.dim
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != 1 or prompt_embeds.shape[2] != width:
             raise RuntimeFailure(
                 f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(prompt_embeds.shape)}."
             )
-        key = (settings.latent_shape, prompt_embeds.shape[1])
-        if self._loop is None or self._loop[0] != key:
-            engines = self._graph("backbone", timings), self._graph("flow_head", timings)
-            self._loop = None
-            self._loop = key, DenoiseLoop(*engines, self.manifest, *key)
-        return self._loop[1].run(prompt_embeds, settings, timings)
+        if negative_embeds is not None and negative_embeds.shape != prompt_embeds.shape:
+            raise RuntimeFailure(
+                f"negative_embeds must have the shape of prompt_embeds, {list(prompt_embeds.shape)}, not "
+                f"{list(negative_embeds.shape)}."
+            )
+        with self._stage("backbone"):
+            key = (settings.latent_shape, prompt_embeds.shape[1])
+            if self._loop is None or self._loop[0] != key:
+                engines = self._graph("backbone", timings), self._graph("flow_head", timings)
+                self._loop = None
+                kind = DenoiseLoop if settings.rule == "transition" else VelocityLoop
+                self._loop = key, kind(*engines, self.manifest, *key)
+            return self._loop[1].run(prompt_embeds, settings, timings, negative_embeds)
 
     def _decode(self, latents: NDArray[Any], timings: Timings) -> Iterator[NDArray[np.uint8]]:
         channels = self.manifest.latents.channels
@@ -265,12 +359,13 @@ class Pipeline:
             raise RuntimeFailure(
                 f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
             )
-        key = latents.shape[3:]
-        if self._decoder is None or self._decoder[0] != key:
-            first = self._graph("decoder_first", timings)
-            self._decoder = None
-            self._decoder = key, ChunkDecoder(first, self.manifest.latents, *key)
-        yield from self._decoder[1].chunks(latents, lambda: self._graph("decoder_step", timings), timings)
+        with self._stage("decoder_first"):
+            key = latents.shape[3:]
+            if self._decoder is None or self._decoder[0] != key:
+                first = self._graph("decoder_first", timings)
+                self._decoder = None
+                self._decoder = key, ChunkDecoder(first, self.manifest.latents, *key)
+            yield from self._decoder[1].chunks(latents, lambda: self._graph("decoder_step", timings), timings)
 
 
 @contextmanager

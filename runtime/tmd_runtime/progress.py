@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Self
 
     from .loop import StepInfo
@@ -24,9 +25,9 @@ LABELS = {
 
 
 class Bars:
-    """A callback for `Pipeline` that draws bars; shows nothing if `visible` is False."""
+    """A callback for `Pipeline` that draws bars of `stages` (None: all); shows nothing if `visible` is False."""
 
-    def __init__(self, settings: Settings, visible: bool) -> None:
+    def __init__(self, settings: Settings, visible: bool, stages: Collection[str] | None = None) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         if not visible:
@@ -37,13 +38,15 @@ class Bars:
         columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         totals = {
-            "text": 1,
-            "backbone": settings.steps,
-            "flow_head": settings.steps * settings.inner_steps,
+            "text": settings.passes,
+            "backbone": settings.steps * settings.passes,
+            "flow_head": settings.steps * settings.inner_steps * settings.passes,
             "decode": settings.latent_shape[2],
         }
         self._tasks = {
-            stage: self._progress.add_task(LABELS[stage], total=total, start=False) for stage, total in totals.items()
+            stage: self._progress.add_task(LABELS[stage], total=total, start=False)
+            for stage, total in totals.items()
+            if stages is None or stage in stages
         }
 
     def __call__(self, step: StepInfo) -> None:
@@ -53,7 +56,7 @@ class Bars:
             self._tasks[step.stage] = self._progress.add_task(LABELS[step.stage], total=step.total)
         task = self._tasks[step.stage]
         self._progress.start_task(task)
-        self._progress.update(task, completed=step.done)
+        self._progress.update(task, completed=step.done, total=step.total)
 
     def __enter__(self) -> Self:
         if self._progress is not None:

@@ -6,6 +6,8 @@ import torch.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +37,29 @@ def shift_grid(steps: int, shift: float, t_max: float = 0.999) -> NDArray[np.flo
             f"{steps} steps with shift {shift} reach {grid[-2]:.6f}, beyond t_max {t_max}: use fewer steps"
         )
     return grid
+
+
+def wan_grid(steps: int, shift: float) -> NDArray[np.float64]:
+    """Wan2.1's own grid, noise to data: `steps` equispaced times from 0.999 (0 left out), warped as above, then 0.
+
+    Returns float64 `[steps + 1]`, descending, dimensionless. Raises ValueError if steps < 1 or shift < 1.
+    """
+    if steps < 1 or shift < 1:
+        raise ValueError(f"a time grid needs at least one step and a shift of at least 1, not {steps} and {shift}")
+    t = np.linspace(0.999, 0.0, steps + 1)[:-1]
+    return np.append(shift * t / ((shift - 1) * t + 1), 0.0)
+
+
+def told_time(t: float, rounding: str) -> float:
+    """The time that the network is told at time t: 1000·t as it is ("none"), cut off to an integer ("integer") or
+    rounded to bfloat16 ("bfloat16", nearest, ties to even), divided by 1000 again. Dimensionless."""
+    if rounding == "integer":
+        return math.floor(1000 * t) / 1000
+    if rounding == "bfloat16":
+        bits = np.float32(1000 * t).view(np.uint32)
+        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return float(bits.view(np.float32)) / 1000
+    return t
 
 
 def effective_nfe(steps: int, inner_steps: int, head_blocks: int, num_layers: int) -> float:

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import RuntimeFailure, UsageFailure
-from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid
+from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid, wan_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tmd_engines import Manifest
+    from tmd_engines.manifest import TransitionSampler, VelocitySampler
+
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run, checked. `width` and `height` in pixels, `fps` in 1/s; `nfe` counts evaluations of the whole model."""
+    """One run, checked. `width` and `height` in pixels, `fps` in 1/s; `nfe` counts evaluations of the whole model.
+
+    For models without inner flow `inner_steps` is 1, and `times` (descending, ending in 0), `time_rounding` and
+    `init_scale` say how to sample; a `guidance` other than 1 takes a second pass with `negative_prompt`.
+    """
 
     seed: int
     steps: int
@@ -29,6 +36,31 @@ class Settings:
     nfe: float
     latent_shape: tuple[int, int, int, int, int]
     warnings: tuple[str, ...] = ()
+    rule: str = "transition"
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    times: tuple[float, ...] = ()
+    time_rounding: str = "none"
+    init_scale: float = 1.0
+
+    @property
+    def passes(self) -> int:
+        """Runs of the model per step."""
+        return 1 if self.guidance == 1 else 2
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """The part of the settings that depends on the kind of model."""
+
+    steps: int
+    inner_steps: int
+    times: tuple[float, ...] = ()
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    time_rounding: str = "none"
+    init_scale: float = 1.0
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_settings(
@@ -38,39 +70,112 @@ def resolve_settings(
     inner_steps: int | None = None,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    shift: float | None = None,
 ) -> Settings:
     """Fill what is None from the manifest (the seed at random) and check the rest. `size` is (width, height) in pixels.
 
     Raises UsageFailure that says what the bundle allows.
     """
     sampler, video = manifest.sampler, manifest.video
-    steps = _choose("steps", steps, sampler.steps, sampler.allowed_steps)
-    inner_steps = _choose("inner steps", inner_steps, sampler.inner_steps, sampler.allowed_inner_steps)
-    for count, shift in ((steps, sampler.shift), (inner_steps, sampler.inner_shift)):
-        try:
-            shift_grid(count, shift, sampler.t_max)
-        except ValueError as error:
-            raise RuntimeFailure(f"this bundle allows a step count that its time grid does not: {error}.") from error
+    if sampler.rule == "transition":
+        sampling = _student(sampler, steps, inner_steps, guidance, negative_prompt, shift)
+    else:
+        sampling = _without_inner_flow(sampler, steps, inner_steps, guidance, negative_prompt, shift)
     frames = video.frames if frames is None else frames
     width, height = (video.width, video.height) if size is None else size
-    warnings = []
+    warnings = list(sampling.warnings)
     if (frames, width, height) != (video.frames, video.width, video.height):
         warnings.append(
             f"the model was made for {video.frames} frames of {video.width}x{video.height}; "
             f"{frames} of {width}x{height} may look worse."
         )
     model = manifest.model
+    nfe = effective_nfe(sampling.steps, sampling.inner_steps, model.head_blocks, model.num_layers)
     return Settings(
         seed=_check_seed(seed),
-        steps=steps,
-        inner_steps=inner_steps,
+        steps=sampling.steps,
+        inner_steps=sampling.inner_steps,
         frames=frames,
         width=width,
         height=height,
         fps=video.fps,
-        nfe=effective_nfe(steps, inner_steps, model.head_blocks, model.num_layers),
+        nfe=nfe if sampling.guidance == 1 else 2 * nfe,
         latent_shape=_latent_shape(manifest, frames, width, height),
         warnings=tuple(warnings),
+        rule=sampler.rule,
+        guidance=sampling.guidance,
+        negative_prompt=sampling.negative_prompt,
+        times=sampling.times,
+        time_rounding=sampling.time_rounding,
+        init_scale=sampling.init_scale,
+    )
+
+
+def _student(
+    sampler: TransitionSampler,
+    steps: int | None,
+    inner_steps: int | None,
+    guidance: float | None,
+    negative_prompt: str | None,
+    shift: float | None,
+) -> _Sampling:
+    for what, value in (("guidance", guidance), ("negative prompt", negative_prompt), ("shift", shift)):
+        if value is not None and (what, value) != ("guidance", 1):
+            raise UsageFailure(
+                f"this model is a TMD student, which takes no {what}: it was trained without. Leave it out."
+            )
+    steps = _choose("steps", steps, sampler.steps, sampler.allowed_steps)
+    inner_steps = _choose("inner steps", inner_steps, sampler.inner_steps, sampler.allowed_inner_steps)
+    for count, warp in ((steps, sampler.shift), (inner_steps, sampler.inner_shift)):
+        try:
+            shift_grid(count, warp, sampler.t_max)
+        except ValueError as error:
+            raise RuntimeFailure(f"this bundle allows a step count that its time grid does not: {error}.") from error
+    return _Sampling(steps, inner_steps)
+
+
+def _without_inner_flow(
+    sampler: VelocitySampler,
+    steps: int | None,
+    inner_steps: int | None,
+    guidance: float | None,
+    negative_prompt: str | None,
+    shift: float | None,
+) -> _Sampling:
+    if inner_steps not in (None, 1):
+        raise UsageFailure(f"this model has no inner steps, so it cannot do {inner_steps}: leave them out.")
+    if sampler.allowed_steps is not None:
+        steps = _choose("steps", steps, sampler.steps, sampler.allowed_steps)
+    steps = sampler.steps if steps is None else steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise UsageFailure(f"{steps} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
+    if shift is not None and sampler.times is not None:
+        raise UsageFailure("this model was distilled for fixed times, which have no shift to choose: leave it out.")
+    if shift is not None and not 1 <= shift <= 1000:
+        raise UsageFailure(f"a shift of {shift:g} is out of range: choose 1 to 1000 (default {sampler.shift:g}).")
+    if guidance is not None and not 0 <= guidance <= 1000:
+        raise UsageFailure(f"a guidance of {guidance:g} is out of range: choose 0 to 1000, where 1 switches it off.")
+    chosen = sampler.guidance if guidance is None else guidance
+    if negative_prompt is not None and chosen == 1:
+        raise UsageFailure("a negative prompt needs guidance, and this run has none: choose a guidance other than 1.")
+    if sampler.times is None:
+        times = tuple(map(float, wan_grid(steps, sampler.shift if shift is None else shift)))
+    else:
+        times = (*sampler.times[:steps], 0.0)
+    warnings: tuple[str, ...] = ()
+    if sampler.guidance == 1 != chosen:
+        warnings = ("the model was distilled to do without guidance; it takes twice the time and may look worse.",)
+    return _Sampling(
+        steps,
+        1,
+        times,
+        chosen,
+        (sampler.negative_prompt if negative_prompt is None else negative_prompt) or "",
+        sampler.time_rounding,
+        sampler.init_scale,
+        warnings,
     )
 
 

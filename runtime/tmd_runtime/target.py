@@ -101,7 +101,7 @@ class Target:
 
 def cannot_write(path: Path, error: OSError) -> RuntimeFailure:
     reason = (error.strerror or str(error)).lower()
-    return RuntimeFailure(f"cannot write {path}: {reason}. Choose another place with --out, or make room there.")
+    return RuntimeFailure(f"cannot write {path}: {reason}. Choose another place, or make room there.")
 
 
 def _umask() -> int:

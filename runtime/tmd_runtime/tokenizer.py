@@ -63,10 +63,13 @@ class Tokenizer:
                 f"{model_file} is no readable sentencepiece model ({error}). Copy the bundle again, or export it anew."
             ) from error
 
-    def __call__(self, prompt: str) -> Tokens:
-        """Clean and tokenize a prompt; unknown words become unknown tokens. Raises UsageFailure if nothing is left."""
-        ids = self._model.encode(clean_prompt(prompt))
-        if not ids:
+    def __call__(self, prompt: str, allow_empty: bool = False) -> Tokens:
+        """Clean and tokenize a prompt; unknown words become unknown tokens.
+
+        Raises UsageFailure if nothing is left, unless `allow_empty`: as a negative prompt, nothing means the end mark.
+        """
+        ids = self._known(self._model.encode(clean_prompt(prompt)))
+        if not ids and not allow_empty:
             raise UsageFailure("the prompt is empty: describe the video in a few words.")
         kept = ids[: self.max_length - 1]
         input_ids = np.full((1, self.max_length), self.pad_id, np.int64)
@@ -75,3 +78,9 @@ class Tokenizer:
         attention_mask = np.zeros_like(input_ids)
         attention_mask[0, : len(kept) + 1] = 1
         return Tokens(input_ids, attention_mask, dropped=len(ids) - len(kept))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """`ids` with each run of bytes as one unknown token: the tokenizer of Wan's training fell back to no bytes."""
+        unknown = self._model.unk_id()
+        known = [unknown if self._model.is_byte(token) else token for token in ids]
+        return [token for k, token in enumerate(known) if token != unknown or k == 0 or known[k - 1] != unknown]

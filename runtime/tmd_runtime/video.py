@@ -1,4 +1,5 @@
-"""Frames -> a file by its ending: .mp4 (H.264), .webm (VP9), .gif, .png (contact sheet), or a folder of PNG frames.
+"""Frames -> a file by its ending: .mp4 (H.264), .webm (VP9), .gif, .png (contact sheet; of one frame, the picture), or
+a folder of PNG frames.
 
     with open_video("circle.mp4", fps=8) as video:
         for frames in pipeline.decode_chunks(latents):       # uint8 [F, H, W, 3]
@@ -288,7 +289,7 @@ class _Gif(_Encoder):
 
 
 class _ContactSheet(_Encoder):
-    """All frames in one PNG, in reading order, with small gaps."""
+    """All frames in one PNG, in reading order, with small gaps; a single frame is the picture itself."""
 
     def __init__(self, file: Path, fps: int) -> None:
         super().__init__(file, fps)
@@ -299,7 +300,8 @@ class _ContactSheet(_Encoder):
 
     def close(self, complete: bool) -> None:
         if complete and self._frames:
-            self._file.write_bytes(_png(contact_sheet(self._frames)))
+            still = len(self._frames) == 1
+            self._file.write_bytes(_png(self._frames[0] if still else contact_sheet(self._frames)))
 
 
 class _FrameFolder(_Encoder):

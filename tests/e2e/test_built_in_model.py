@@ -58,6 +58,18 @@ def test_the_runtime_computes_what_the_reference_computes(pipeline, steps, inner
     assert np.abs(ours.astype(int) - frames.astype(int)).max() <= 1
 
 
+def test_openvino_draws_the_same_video_every_time(pipeline):
+    """Compiled cold and read back from the cache: the same bits; and ONNX Runtime's frames but for rounding."""
+    pytest.importorskip("openvino")
+    runs = []
+    for _ in range(2):
+        with tmd_runtime.load(engine="openvino", threads=1) as other:
+            runs += [other(PROMPT, seed=5).frames, other(PROMPT, seed=5).frames]
+    assert all(np.array_equal(runs[0], frames) for frames in runs[1:])
+    difference = np.abs(runs[0].astype(int) - pipeline(PROMPT, seed=5).frames.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
 def test_the_built_in_videos_show_the_colour_and_background_of_their_prompts(pipeline):
     """A coarse check that the shipped weights are the trained ones; docs/tiny.md has the measured table."""
     right = {"color": 0, "background": 0}

@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.synthetic import write_synthetic_bundle
-from tmd_runtime.cli import ENGINES, command, slug
+from tmd_runtime.cli import ENGINES, command
+from tmd_runtime.job import slug
 
 PROMPT = "a red circle moving right on a black background"
 KEYS = ["seed", "prompt", "steps", "inner_steps", "nfe", "frames", "width", "height", "fps", "stage_seconds"]

@@ -1,0 +1,79 @@
+"""Will a run fit, and how: every graph kept loaded ("all"), or one stage after the other ("low").
+
+"low" has the text encoder, then backbone and flow head, then the decoder, each freed before the next one loads. "auto"
+takes it when "all" would not fit, and refuses a run for which both are too large, before it starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from .errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from tmd_engines import Bundle
+    from tmd_engines.sizing import Estimate
+
+    from .settings import Settings
+
+Memory = Literal["all", "low"]
+MODES = ("auto", "all", "low")
+STAGES = (("text_encoder",), ("backbone", "flow_head"), ("decoder_first", "decoder_step"))
+"""Graphs that are loaded at the same time in "low"."""
+
+
+class MemoryChooser:
+    """Chooses the mode for runs of one bundle when nobody names one; remembers the latest size that it estimated."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._latest: tuple[object, Estimate | None] = (None, None)
+
+    def choose(self, settings: Settings, unused: Collection[str], loaded: Collection[str]) -> Memory:
+        """The mode for this run.
+
+        `unused` are graphs that it does not need, `loaded` those whose weights are in memory already, so that the
+        figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
+        need or supply cannot be told, "all".
+        """
+        from tmd_engines.sizing import STAGES as ESTIMATED
+        from tmd_engines.sizing import available_bytes
+
+        free = available_bytes()
+        found = self._estimate(settings) if free is not None else None
+        if free is None or found is None:
+            return "all"
+        used = {name: stage for name, stage in found.stages.items() if not set(ESTIMATED[name]) <= set(unused)}
+        found = replace(found, stages=used)
+        free += sum(stage.weight_bytes for name, stage in used.items() if set(ESTIMATED[name]) & set(loaded))
+        needs: dict[Memory, int] = {"all": found.peak("all"), "low": found.peak("low")}
+        for mode, need in needs.items():
+            if need <= free:
+                return mode
+        both = f"{_gigabytes(needs['all'])}, or {_gigabytes(needs['low'])} with one stage after the other"
+        raise RuntimeFailure(
+            f"there is not enough memory for {settings.frames} frames of {settings.width}x{settings.height}: the run "
+            f"needs about {both}, and {_gigabytes(free)} are free. Choose fewer frames, a smaller size or a bundle of "
+            "lower precision, free some memory, or try all the same with --memory low."
+        )
+
+    def _estimate(self, settings: Settings) -> Estimate | None:
+        """None if the graphs cannot be sized: they may run all the same."""
+        from tmd_engines import BundleError
+        from tmd_engines.sizing import estimate
+
+        key = settings.frames, settings.width, settings.height
+        if self._latest[0] != key:
+            try:
+                found = estimate(self._bundle, frames=settings.frames, width=settings.width, height=settings.height)
+            except BundleError:
+                found = None
+            self._latest = key, found  # steps and passes take time, not memory
+        return self._latest[1]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,41 @@
+"""What a run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .memory import Memory
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: `frames` uint8 `[F, H, W, 3]` (RGB), how they came about, and the seconds per stage.
+
+    `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`.
+    `latents` are what was decoded; `memory` is the mode of the run, "all" or "low". `warnings` are for people.
+    """
+
+    frames: NDArray[np.uint8] = field(repr=False)
+    fps: int
+    prompt: str
+    seed: int
+    steps: int
+    inner_steps: int
+    nfe: float
+    stage_seconds: dict[str, float]
+    warnings: tuple[str, ...] = ()
+    rule: str = "transition"
+    guidance: float = 1.0
+    memory: Memory = "all"
+    latents: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @property
+    def height(self) -> int:
+        return int(self.frames.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.frames.shape[2])
