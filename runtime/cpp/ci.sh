@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything that the C++ library promises, from a clean build folder: build, tests, install, the examples against the
+# installed library (CMake shared and static, pkg-config), and the comparison with Python.
+#
+#   runtime/cpp/ci.sh [BUILD_FOLDER]        default: build/cpp-ci
+#
+# Needs: apt install cmake ninja-build g++ pkg-config nlohmann-json3-dev libsentencepiece-dev libutf8proc-dev libssl-dev
+# doctest-dev (and clang for the fuzzers, which are left out without it); a Python environment with this repository's
+# package, openvino, pytest and hypothesis. FUZZ_SECONDS (default 5) is the time of each fuzzer, 0 leaves them out.
+# SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+build=$(realpath -m "${1:-$root/build/cpp-ci}")
+python=${PYTHON:-python3}
+openvino=$("$python" -c "import openvino, os; print(os.path.dirname(openvino.__file__))")
+jobs=$(nproc)
+bundle=$root/runtime/tmd_runtime/bundles/tiny
+prompt="a red circle moving right on a black background"
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+configure() { cmake -G Ninja -DOpenVINO_DIR="$openvino/cmake" "$@" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }; }
+rm -rf "$build"
+mkdir -p "$build"
+
+say build
+configure -S "$root/runtime/cpp" -B "$build" -DCMAKE_INSTALL_PREFIX="$build/prefix" -DCMAKE_INSTALL_LIBDIR=lib
+cmake --build "$build" -j "$jobs"
+
+say test
+ctest --test-dir "$build" --output-on-failure
+
+say "install, and build the examples against what is installed"
+cmake --install "$build" >"$build/install.log"
+for kind in shared static; do
+  static=$([ $kind = static ] && echo ON || echo OFF)
+  configure -S "$root/runtime/cpp/examples" -B "$build/examples-$kind" -Dtmd_ROOT="$build/prefix" -DTMD_STATIC_EXAMPLES=$static
+  cmake --build "$build/examples-$kind" -j "$jobs"
+done
+flags=$(PKG_CONFIG_PATH="$build/prefix/lib/pkgconfig" pkg-config --cflags --libs tmd)
+# shellcheck disable=SC2086  # the flags are words
+cc -std=c99 -Wall -Werror -o "$build/generate-pkgconfig" "$root/runtime/cpp/examples/generate.c" $flags
+
+say "run the examples; no Python in any of them"
+for program in examples-shared/tmd_generate examples-static/tmd_generate generate-pkgconfig; do
+  out=$build/$(tr / - <<<"$program").rgb
+  LD_LIBRARY_PATH="$build/prefix/lib" "$build/$program" "$bundle" "$prompt" "$out" --seed 1 --threads 1 2>/dev/null
+  if LD_LIBRARY_PATH="$build/prefix/lib" ldd "$build/$program" | grep -i python; then exit 1; fi
+done
+cmp "$build/examples-shared-tmd_generate.rgb" "$build/examples-static-tmd_generate.rgb"
+cmp "$build/examples-shared-tmd_generate.rgb" "$build/generate-pkgconfig.rgb"
+"$build/examples-shared/tmd_two_threads" "$bundle" "$prompt" "a blue square moving left on a white background"
+"$build/examples-shared/tmd_preview" "$bundle" "$prompt" | tail -n 1
+
+say "the same as Python"
+(cd "$root" && TMD_CPP_BUILD="$build" "$python" -m pytest -q -p no:cacheprovider tests/unit/test_cpp_*.py tests/e2e/test_cpp_frames.py)
+
+if [ "${FUZZ_SECONDS:-5}" != 0 ] && command -v clang++ >/dev/null; then
+  say fuzz
+  configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
+    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
+  cmake --build "$build/fuzz" -j "$jobs"
+  for target in manifest:manifest.json graph:text_encoder.onnx tokenizer:tokenizer.model prompt:manifest.json; do
+    corpus=$build/corpus-${target%%:*}
+    mkdir -p "$corpus"
+    cp "$bundle/${target#*:}" "$corpus"
+    (cd "$build" && "fuzz/fuzz/tmd_fuzz_${target%%:*}" -max_total_time="${FUZZ_SECONDS:-5}" -rss_limit_mb=2000 -max_len=30000 \
+      "$corpus" >"fuzz-${target%%:*}.log" 2>&1) || { tail -n 40 "$build/fuzz-${target%%:*}.log"; exit 1; }
+  done
+fi
+
+if [ -n "${SANITIZE:-}" ]; then
+  export TBB_ENABLE_SANITIZERS=1  # else TBB, inside OpenVINO, loads its helper in a way that AddressSanitizer refuses
+  for kind in address,undefined thread; do
+    say "sanitizer $kind"
+    configure -S "$root/runtime/cpp" -B "$build/$kind" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=$kind
+    cmake --build "$build/$kind" -j "$jobs"
+    ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS="suppressions=$root/runtime/cpp/tests/lsan.supp" \
+      TSAN_OPTIONS="suppressions=$root/runtime/cpp/tests/tsan.supp ignore_noninstrumented_modules=1" \
+      ctest --test-dir "$build/$kind" --output-on-failure
+  done
+fi
+say done

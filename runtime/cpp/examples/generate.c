@@ -1,0 +1,129 @@
+/* tmd_generate: a prompt to a video file, in C.
+ *
+ *     tmd_generate BUNDLE "a red circle moving right on a black background" out.y4m
+ *
+ * out.y4m is what every player and encoder reads (full-range 4:4:4, so nothing is lost but the rounding of a colour
+ * matrix); out.rgb takes the frames as they are, uint8 [F, H, W, 3]. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <tmd/tmd.h>
+
+static const char usage[] =
+    "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
+    "                    [--size WxH] [--threads N] [--guidance X] [--memory all|low] [--engine-library FILE]\n";
+
+static int show_progress(void* user, const tmd_progress* progress) {
+  (void)user;
+  fprintf(stderr, "\r%3.0f %% %-9s %d/%d ", 100 * progress->fraction, tmd_stage_name(progress->stage), progress->step,
+          progress->total);
+  return 0; /* anything else would cancel */
+}
+
+static unsigned char clamp(double value) {
+  return value <= 0 ? 0 : value >= 255 ? 255 : (unsigned char)(value + 0.5);
+}
+
+/* RGB to full-range BT.601 planes (what y4m means by XCOLORRANGE=FULL), one picture after the other. */
+static int write_y4m(FILE* file, const unsigned char* rgb, const tmd_plan* plan) {
+  const size_t pixels = (size_t)plan->width * (size_t)plan->height;
+  unsigned char* planes = malloc(3 * pixels);
+  int frame;
+  size_t i;
+  if (!planes) return 0;
+  fprintf(file, "YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444 XCOLORRANGE=FULL\n", plan->width, plan->height, plan->fps);
+  for (frame = 0; frame < plan->frames; ++frame, rgb += 3 * pixels) {
+    for (i = 0; i < pixels; ++i) {
+      const double r = rgb[3 * i], g = rgb[3 * i + 1], b = rgb[3 * i + 2];
+      const double y = 0.299 * r + 0.587 * g + 0.114 * b;
+      planes[i] = clamp(y);
+      planes[pixels + i] = clamp(128 + (b - y) / 1.772);
+      planes[2 * pixels + i] = clamp(128 + (r - y) / 1.402);
+    }
+    fprintf(file, "FRAME\n");
+    if (fwrite(planes, 1, 3 * pixels, file) != 3 * pixels) break;
+  }
+  free(planes);
+  return frame == plan->frames;
+}
+
+static int write_file(const char* path, const unsigned char* frames, const tmd_plan* plan) {
+  const size_t length = strlen(path);
+  const int raw = length > 4 && strcmp(path + length - 4, ".rgb") == 0;
+  FILE* file = fopen(path, "wb");
+  int good;
+  if (!file) return 0;
+  good = raw ? fwrite(frames, 1, plan->frames_size, file) == plan->frames_size : write_y4m(file, frames, plan);
+  return fclose(file) == 0 && good;
+}
+
+static int whole_number(const char* text, long long* value) {
+  char* end;
+  *value = strtoll(text, &end, 10);
+  return end != text && *end == '\0';
+}
+
+/* Takes options after the three names; 0 if one of them cannot be understood. */
+static int read_options(int count, char** words, tmd_open_options* open, tmd_run_options* run) {
+  int i;
+  for (i = 0; i + 1 < count; i += 2) {
+    const char *name = words[i], *value = words[i + 1];
+    long long number = 0;
+    const int whole = whole_number(value, &number);
+    if (!strcmp(name, "--seed") && whole) run->seed = number;
+    else if (!strcmp(name, "--steps") && whole) run->steps = (int32_t)number;
+    else if (!strcmp(name, "--inner-steps") && whole) run->inner_steps = (int32_t)number;
+    else if (!strcmp(name, "--frames") && whole) run->frames = (int32_t)number;
+    else if (!strcmp(name, "--size") && sscanf(value, "%dx%d", &run->width, &run->height) == 2) continue;
+    else if (!strcmp(name, "--threads") && whole) open->threads = (int32_t)number;
+    else if (!strcmp(name, "--guidance")) run->guidance = atof(value);
+    else if (!strcmp(name, "--memory")) open->memory = strcmp(value, "low") ? TMD_MEMORY_ALL : TMD_MEMORY_LOW;
+    else if (!strcmp(name, "--engine-library")) open->engine_library = value;
+    else return 0;
+  }
+  return i == count;
+}
+
+int main(int argc, char** argv) {
+  tmd_context* tmd = NULL;
+  tmd_open_options open;
+  tmd_run_options run;
+  tmd_plan plan;
+  tmd_result result;
+  tmd_status status;
+  unsigned char* frames = NULL;
+  int stage;
+
+  tmd_open_options_init(&open);
+  tmd_run_options_init(&run);
+  tmd_plan_init(&plan);
+  tmd_result_init(&result);
+  if (argc < 4 || !read_options(argc - 4, argv + 4, &open, &run)) {
+    fputs(usage, stderr);
+    return 2;
+  }
+  run.on_progress = show_progress;
+  if (tmd_create(&tmd) != TMD_OK) return 1;
+
+  status = tmd_open(tmd, argv[1], &open);
+  if (status == TMD_OK) status = tmd_plan_run(tmd, &run, &plan);
+  if (status == TMD_OK && !(frames = malloc(plan.frames_size))) status = TMD_ERROR_MEMORY;
+  if (status == TMD_OK) status = tmd_generate(tmd, argv[2], &run, frames, plan.frames_size, &result);
+  fputc('\n', stderr);
+  if (status != TMD_OK) {
+    fprintf(stderr, "%s: %s\n", tmd_status_name(status), tmd_error(tmd));
+  } else if (!write_file(argv[3], frames, &plan)) {
+    fprintf(stderr, "cannot write %s\n", argv[3]);
+    status = TMD_ERROR_USAGE;
+  } else {
+    fprintf(stderr, "%s", tmd_warnings(tmd));
+    printf("%s: %d frames of %dx%d, seed %lld,", argv[3], plan.frames, plan.width, plan.height, (long long)result.seed);
+    for (stage = 0; stage < TMD_STAGES; ++stage)
+      printf(" %s %.3f s", tmd_stage_name(stage), result.seconds[stage]);
+    printf("\n");
+  }
+  free(frames);
+  tmd_free(tmd);
+  return status == TMD_OK ? 0 : status == TMD_ERROR_USAGE ? 2 : 1;
+}

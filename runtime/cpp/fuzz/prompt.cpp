@@ -1,0 +1,16 @@
+// Any bytes as a prompt: clean UTF-8 or Error(USAGE); what is clean stays as it is where nothing can be undone twice.
+#include "clean_prompt.hpp"
+#include "error.hpp"
+#include "utf8.hpp"
+
+extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
+  using namespace tmd::internal;
+  try {
+    const std::string clean = clean_prompt({reinterpret_cast<const char*>(data), size});
+    if (!is_utf8(clean)) __builtin_trap();
+    if (!clean.empty() && (clean.front() == ' ' || clean.back() == ' ')) __builtin_trap();
+  } catch (const Error& error) {
+    if (error.status() != TMD_ERROR_USAGE) __builtin_trap();
+  }
+  return 0;
+}

@@ -1,0 +1,39 @@
+// The denoising loops: noise -> latents. Everything of size is allocated and bound when a loop is made for a shape;
+// after that a step sets scalars and runs.
+#pragma once
+
+#include <memory>
+
+#include "engine.hpp"
+#include "progress.hpp"
+#include "settings.hpp"
+
+namespace tmd::internal {
+
+class Loop {
+ public:
+  virtual ~Loop() = default;
+  // Writes latents [C, T, h, w] for embeddings [tokens, dim]; `negative` is for guidance, else nullptr.
+  // Throws Error(CANCELLED) if the callback says so, Error(RUN) if a stage gives NaN or Inf.
+  virtual void run(const float* embeds, const float* negative, const Settings& settings, Progress& progress,
+                   float* latents) = 0;
+};
+
+// The loop of the manifest's rule for latents of the settings' shape and prompts of `tokens` tokens.
+std::unique_ptr<Loop> make_loop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
+                                std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens);
+
+// Both kinds of loop: what they bind alike, and small helpers.
+class LoopBuffers {
+ protected:
+  LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone, std::shared_ptr<LoadedGraph> flow_head,
+              const Settings& settings, std::int64_t tokens);
+
+  void put_prompt(const Buffer& prompt, const float* embeds) const;
+
+  std::shared_ptr<LoadedGraph> backbone_graph_, flow_head_graph_;
+  Dims dims_;
+  Buffer x_, t_, rope_cos_, rope_sin_, features_, context_;
+};
+
+}  // namespace tmd::internal

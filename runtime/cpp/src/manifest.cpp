@@ -1,0 +1,410 @@
+#include "manifest.hpp"
+
+#include <algorithm>
+#include <set>
+
+#include "ascii.hpp"
+#include "error.hpp"
+#include "json_fields.hpp"
+#include "quote.hpp"
+
+namespace tmd::internal {
+namespace {
+
+constexpr const char* kRemedy = " Copy the bundle again, or make it again with tmd-export.";
+constexpr std::int64_t kMaxCount = 1 << 20;
+constexpr std::int64_t kMaxSteps = 1000;
+constexpr std::int64_t kMaxTokenId = 1 << 24;
+constexpr std::size_t kMaxGraphs = 32, kMaxFiles = 128, kMaxTensors = 256;
+
+std::int64_t count(const Field& field) { return field.integer(1, kMaxCount); }
+
+std::vector<std::int64_t> allowed_steps(const Field& field, std::size_t most, const Field& chosen, std::int64_t value) {
+  std::vector<std::int64_t> steps;
+  for (const Field& item : field.list(1, most)) steps.push_back(item.integer(1, kMaxSteps));
+  for (std::size_t i = 1; i < steps.size(); ++i)
+    if (steps[i] <= steps[i - 1]) field.refuse("must be ascending without repeats");
+  if (std::find(steps.begin(), steps.end(), value) == steps.end()) chosen.refuse("is not among " + field.place());
+  return steps;
+}
+
+ModelInfo read_model(const Field& field) {
+  Object object(field);
+  ModelInfo model;
+  model.name = object.need("name").text();
+  model.family = object.need("family").text();
+  model.kind = object.need("kind").one_of({"tmd", "wan"});
+  model.dim = count(object.need("dim"));
+  model.num_layers = count(object.need("num_layers"));
+  model.head_blocks = count(object.need("head_blocks"));
+  model.num_heads = count(object.need("num_heads"));
+  model.head_dim = count(object.need("head_dim"));
+  const std::vector<Field> patch = object.need("patch_size").list(3, 3);
+  for (std::size_t i = 0; i < 3; ++i) model.patch_size[i] = count(patch[i]);
+  const Field fusion = object.maybe("fusion");
+  if (!fusion.is_null()) fusion.one_of({"gated", "concat"});
+  object.done();
+
+  if (model.dim != model.num_heads * model.head_dim) object.refuse("dim is not num_heads x head_dim");
+  if (model.head_dim % 2) object.refuse("head_dim is odd, but rotary embedding turns pairs");
+  if (model.head_blocks >= model.num_layers) object.refuse("head_blocks leaves no block of num_layers to the backbone");
+  if (fusion.is_null() != (model.kind == "wan")) object.refuse("fusion does not go with kind");
+  return model;
+}
+
+void read_transition(Object& object, SamplerInfo& sampler) {
+  const Field steps = object.need("steps"), inner = object.need("inner_steps");
+  sampler.steps = steps.integer(1, kMaxSteps);
+  sampler.inner_steps = inner.integer(1, kMaxSteps);
+  sampler.allowed_steps = allowed_steps(object.need("allowed_steps"), 64, steps, sampler.steps);
+  sampler.allowed_inner_steps = allowed_steps(object.need("allowed_inner_steps"), 64, inner, sampler.inner_steps);
+  sampler.shift = object.need("shift").number(1, 1000);
+  sampler.inner_shift = object.need("inner_shift").number(1, 1000);
+  sampler.t_max = object.need("t_max").number(0, 1, false);
+}
+
+void read_velocity(Object& object, SamplerInfo& sampler) {
+  const Field steps = object.need("steps"), allowed = object.maybe("allowed_steps"), times = object.maybe("times");
+  sampler.steps = steps.integer(1, kMaxSteps);
+  sampler.any_steps = allowed.is_null();
+  if (!sampler.any_steps) sampler.allowed_steps = allowed_steps(allowed, 1000, steps, sampler.steps);
+  sampler.allowed_inner_steps = {1};
+  sampler.shift = object.need("shift").number(1, 1000);
+  sampler.time_rounding = object.need("time_rounding").one_of({"none", "integer", "bfloat16"});
+  if (const Field scale = object.maybe("init_scale"); scale.present())
+    sampler.init_scale = scale.number(0, 1000, false);
+  sampler.guidance = object.need("guidance").number(0, 1000);
+  if (const Field prompt = object.maybe("negative_prompt"); !prompt.is_null()) sampler.negative_prompt = prompt.text();
+  if (times.is_null()) return;
+  for (const Field& item : times.list(1, 1000)) sampler.times.push_back(item.number(0, 1, false));
+  for (std::size_t i = 1; i < sampler.times.size(); ++i)
+    if (sampler.times[i] >= sampler.times[i - 1]) times.refuse("must be descending without repeats");
+  if (sampler.any_steps || sampler.allowed_steps.back() > static_cast<std::int64_t>(sampler.times.size()))
+    times.refuse("needs allowed_steps, none above " + std::to_string(sampler.times.size()) +
+                 ": there are as many times");
+}
+
+SamplerInfo read_sampler(const Field& field) {
+  Object object(field);
+  SamplerInfo sampler;
+  sampler.rule = object.need("rule").one_of({"transition", "euler", "renoise", "unipc"});
+  if (sampler.rule == "transition") {
+    read_transition(object, sampler);
+  } else {
+    read_velocity(object, sampler);
+  }
+  object.done();
+  return sampler;
+}
+
+LatentInfo read_latents(const Field& field) {
+  Object object(field);
+  LatentInfo latents;
+  latents.channels = object.need("channels").integer(1, 1024);
+  latents.temporal_stride = object.need("temporal_stride").integer(1, 64);
+  latents.spatial_stride = object.need("spatial_stride").integer(1, 256);
+  // For information only: the decoder graphs take normalised latents.
+  const std::vector<Field> mean = object.need("mean").list(0, 1024), deviation = object.need("std").list(0, 1024);
+  for (const Field& item : mean) item.number();
+  for (const Field& item : deviation)
+    if (item.number() <= 0) item.refuse("must be above 0");
+  object.done();
+  const auto channels = static_cast<std::size_t>(latents.channels);
+  if (mean.size() != channels || deviation.size() != channels)
+    object.refuse("mean has " + std::to_string(mean.size()) + " and std " + std::to_string(deviation.size()) +
+                  " values for " + std::to_string(channels) + " channels");
+  return latents;
+}
+
+VideoInfo read_video(const Field& field) {
+  Object object(field);
+  VideoInfo video;
+  video.frames = object.need("frames").integer(1, 100000);
+  video.width = object.need("width").integer(1, 65536);
+  video.height = object.need("height").integer(1, 65536);
+  video.fps = object.need("fps").integer(1, 1000);
+  object.done();
+  return video;
+}
+
+DType dtype_of(const std::string& name) {
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::i64, DType::i32, DType::u8})
+    if (name == dtype_name(dtype)) return dtype;
+  return DType::boolean;
+}
+
+EmbeddingTable read_embedding(const Field& field) {
+  Object object(field);
+  EmbeddingTable table;
+  table.file = object.need("file").file_name();
+  table.dtype = dtype_of(object.need("dtype").one_of({"float32", "float16", "bfloat16"}));
+  table.rows = object.need("rows").integer(1, 1 << 24);
+  table.dim = count(object.need("dim"));
+  object.done();
+  return table;
+}
+
+TextInfo read_text(const Field& field) {
+  Object object(field);
+  TextInfo text;
+  if (const Field name = object.maybe("tokenizer"); !name.is_null()) text.tokenizer = name.file_name();
+  text.max_length = object.need("max_length").integer(1, 65536);
+  text.dim = count(object.need("dim"));
+  text.pad_id = object.need("pad_id").integer(0, kMaxTokenId);
+  text.eos_id = object.need("eos_id").integer(0, kMaxTokenId);
+  if (const Field table = object.maybe("embedding"); !table.is_null()) text.embedding = read_embedding(table);
+  object.done();
+  if (text.embedding && std::max(text.pad_id, text.eos_id) >= text.embedding->rows)
+    object.refuse("pad_id and eos_id must be rows of embedding");
+  return text;
+}
+
+// [[1-9]digits*]symbol: "height", "8*height".
+Dimension symbolic(const Field& field, const std::string& text) {
+  const auto letter = [](char c) { return is_ascii_letter(static_cast<unsigned char>(c)) || c == '_'; };
+  const auto digit = [](char c) { return is_ascii_digit(static_cast<unsigned char>(c)); };
+  Dimension dimension;
+  const std::size_t star = text.find('*');
+  bool good = true;
+  if (star != std::string::npos) {
+    good = star >= 1 && star <= 6 && text[0] != '0';
+    for (std::size_t i = 0; i < star && good; ++i) good = digit(text[i]);
+    if (good) dimension.factor = std::stoll(text.substr(0, star));
+  }
+  dimension.symbol = star == std::string::npos ? text : text.substr(star + 1);
+  good = good && !dimension.symbol.empty() && dimension.symbol.size() <= 32 && letter(dimension.symbol[0]);
+  for (const char c : dimension.symbol) good = good && (letter(c) || digit(c));
+  if (!good) field.refuse("a symbolic dimension is a name such as 'height', or a multiple of one such as '8*height'");
+  return dimension;
+}
+
+TensorSpec read_tensor(const Field& field) {
+  Object object(field);
+  TensorSpec spec;
+  spec.name = object.need("name").identifier();
+  spec.dtype =
+      dtype_of(object.need("dtype").one_of({"float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"}));
+  for (const Field& item : object.need("shape").list(0, 8)) {
+    if (item.value().is_string()) {
+      spec.shape.push_back(symbolic(item, item.string()));
+    } else {
+      spec.shape.push_back({item.integer(1, std::int64_t{1} << 31), ""});
+    }
+  }
+  object.done();
+  return spec;
+}
+
+GraphInfo read_graph(const Field& field) {
+  Object object(field);
+  GraphInfo graph;
+  graph.file = object.need("file").file_name();
+  if (const Field data = object.maybe("data"); !data.is_null()) graph.data = data.file_name();
+  graph.opset = object.need("opset").integer(1, 1000);
+  graph.precision = object.need("precision").one_of({"fp32", "fp16", "bf16", "fp8", "int8"});
+  if (const Field storage = object.maybe("storage"); !storage.is_null()) storage.one_of({"fp32", "fp16", "int8"});
+  for (const Field& item : object.need("inputs").list(1, kMaxTensors)) graph.inputs.push_back(read_tensor(item));
+  for (const Field& item : object.need("outputs").list(1, kMaxTensors)) graph.outputs.push_back(read_tensor(item));
+  if (const Field field_accuracy = object.maybe("accuracy"); !field_accuracy.is_null()) {
+    Object accuracy(field_accuracy);
+    if (accuracy.need("max_abs_error").number() < 0) accuracy.refuse("max_abs_error must be at least 0");
+    accuracy.need("cosine").number(-1.0, 1.000001);
+    accuracy.need("reference").text();
+    accuracy.done();
+  }
+  object.done();
+
+  constexpr std::string_view ending = ".onnx";
+  if (graph.file.size() < ending.size() || graph.file.substr(graph.file.size() - ending.size()) != ending)
+    object.refuse("file " + quote(graph.file) + " must end in '.onnx'");
+  if (graph.data && *graph.data != graph.file + ".data")
+    object.refuse("data " + quote(*graph.data) + " must be " + quote(graph.file + ".data") +
+                  ": a graph has its own data file");
+  std::set<std::string> names;
+  for (const auto* tensors : {&graph.inputs, &graph.outputs})
+    for (const TensorSpec& spec : *tensors)
+      if (!names.insert(spec.name).second) object.refuse("two inputs or outputs have the same name");
+  return graph;
+}
+
+void read_provenance(const Field& field, Manifest& manifest) {
+  Object object(field);
+  manifest.source = object.need("source").text();
+  object.need("source_sha256").entries(0, 1024, [](const Field& key, const Field& value) {
+    key.text();
+    value.sha256();
+  });
+  object.need("tool").text();
+  object.need("versions").entries(0, 64, [](const Field& key, const Field& value) {
+    key.text();
+    value.text();
+  });
+  const Field created = object.need("created");
+  // 2026-01-31T12:00:00, up to nine decimals of a second, then Z or +hh:mm.
+  const std::string time = created.string();
+  std::size_t at = 0;
+  const auto digits = [&](std::size_t low, std::size_t high) {
+    const std::size_t start = at;
+    while (at < time.size() && at - start < high && time[at] >= '0' && time[at] <= '9') ++at;
+    return at - start >= low;
+  };
+  const auto mark = [&](const char* any) {
+    return at < time.size() && std::string_view(any).find(time[at]) != std::string_view::npos && (++at, true);
+  };
+  bool good = digits(4, 4) && mark("-") && digits(2, 2) && mark("-") && digits(2, 2) && mark("T") && digits(2, 2) &&
+              mark(":") && digits(2, 2) && mark(":") && digits(2, 2);
+  if (good && mark(".")) good = digits(1, 9);
+  good = good && (mark("Z") || (mark("+-") && digits(2, 2) && mark(":") && digits(2, 2)));
+  if (!good || at != time.size()) created.refuse("must be an ISO 8601 time with zone, as 2026-01-31T12:00:00Z");
+  object.done();
+}
+
+void check_embedding(const Manifest& manifest, const std::map<std::string, std::string>& owners, const Object& object) {
+  const std::optional<EmbeddingTable>& table = manifest.text.embedding;
+  if (table) {
+    const auto file = manifest.files.find(table->file);
+    if (file == manifest.files.end())
+      object.refuse("text.embedding needs " + quote(table->file) + ", which is not in files");
+    if (owners.count(table->file) || manifest.text.tokenizer == table->file)
+      object.refuse("text.embedding shares " + quote(table->file) + " with another part");
+    const auto wanted = static_cast<std::uint64_t>(table->rows * table->dim) * item_size(table->dtype);
+    if (file->second.size != wanted)
+      object.refuse(quote(table->file) + " has " + std::to_string(file->second.size) + " bytes, and its table takes " +
+                    std::to_string(wanted));
+  }
+  const auto encoder = manifest.graphs.find("text_encoder");
+  if (encoder == manifest.graphs.end()) return;
+  bool takes_embeds = false;
+  for (const TensorSpec& spec : encoder->second.inputs) takes_embeds = takes_embeds || spec.name == "token_embeds";
+  if (takes_embeds != table.has_value())
+    object.refuse("graph 'text_encoder' has an input 'token_embeds' exactly if there is a text.embedding");
+}
+
+void check_references(const Manifest& manifest, const Object& object) {
+  std::set<std::string> lower;
+  for (const auto& [name, info] : manifest.files) {
+    std::string folded = name;
+    for (char& c : folded) c = ascii_lower(c);
+    if (!lower.insert(folded).second)
+      object.refuse("two names in files differ only in case, and some file systems cannot tell them apart");
+  }
+  std::map<std::string, std::string> owners;
+  for (const auto& [name, graph] : manifest.graphs) {
+    std::vector<std::string> needed = {graph.file};
+    if (graph.data) needed.push_back(*graph.data);
+    for (const std::string& file : needed) {
+      if (!manifest.files.count(file))
+        object.refuse("graph " + quote(name) + " needs " + quote(file) + ", which is not in files");
+      const auto [owner, fresh] = owners.emplace(file, name);
+      if (!fresh && owner->second != name)
+        object.refuse("graphs " + quote(owner->second) + " and " + quote(name) + " share " + quote(file));
+    }
+  }
+  if (manifest.text.tokenizer && !manifest.files.count(*manifest.text.tokenizer))
+    object.refuse("text.tokenizer is " + quote(*manifest.text.tokenizer) + ", which is not in files");
+  check_embedding(manifest, owners, object);
+  if ((manifest.sampler.rule == "transition") != (manifest.model.kind == "tmd"))
+    object.refuse("sampler.rule " + quote(manifest.sampler.rule) + " is not for kind " + quote(manifest.model.kind));
+  if ((manifest.video.frames - 1) % manifest.latents.temporal_stride)
+    object.refuse("video.frames is not 1 plus a multiple of latents.temporal_stride");
+  if (manifest.video.height % (manifest.latents.spatial_stride * manifest.model.patch_size[1]) ||
+      manifest.video.width % (manifest.latents.spatial_stride * manifest.model.patch_size[2]))
+    object.refuse("video.width and video.height must be multiples of spatial_stride x patch_size");
+}
+
+}  // namespace
+
+std::size_t item_size(DType dtype) {
+  switch (dtype) {
+    case DType::i64:
+      return 8;
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::u8:
+    case DType::boolean:
+      return 1;
+  }
+  return 0;
+}
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return "float32";
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::i64:
+      return "int64";
+    case DType::i32:
+      return "int32";
+    case DType::u8:
+      return "uint8";
+    case DType::boolean:
+      return "bool";
+  }
+  return "";
+}
+
+std::vector<std::int64_t> TensorSpec::resolve(const Dims& dims) const {
+  std::vector<std::int64_t> sizes;
+  for (const Dimension& dimension : shape) {
+    if (dimension.symbol.empty()) {
+      sizes.push_back(dimension.factor);
+      continue;
+    }
+    const auto found = dims.find(dimension.symbol);
+    if (found == dims.end())
+      fail_run("the tensor " + name + " of this bundle has a dimension " + quote(dimension.symbol) +
+               " that this version of tmd does not know. Export the bundle again.");
+    sizes.push_back(dimension.factor * found->second);
+  }
+  return sizes;
+}
+
+Manifest parse_manifest(std::string_view data, const std::string& where) {
+  if (data.size() > kMaxManifestBytes)
+    refuse_bundle(where + " is larger than " + std::to_string(kMaxManifestBytes) + " bytes: no bundle needs that." +
+                  kRemedy);
+  const nlohmann::json document = read_strict_json(data, where);
+  if (!document.is_object())
+    refuse_bundle(where + " holds a JSON " + document.type_name() + ", not an object." + kRemedy);
+  // Checked before anything else, so that a newer bundle says "newer" and not "unknown field".
+  const auto version = document.find("schema_version");
+  if (version == document.end() || !version->is_number_integer() || *version != 1)
+    refuse_bundle(where +
+                  " has another schema_version, and this version of tmd reads 1. "
+                  "Use the tmd version that made the bundle, or export the bundle again.");
+
+  Object object(Field(&document, "", &where));
+  Manifest manifest;
+  object.need("schema_version");
+  manifest.model = read_model(object.need("model"));
+  manifest.sampler = read_sampler(object.need("sampler"));
+  manifest.latents = read_latents(object.need("latents"));
+  manifest.video = read_video(object.need("video"));
+  manifest.text = read_text(object.need("text"));
+  object.need("graphs").entries(1, kMaxGraphs, [&](const Field& key, const Field& value) {
+    manifest.graphs[key.identifier()] = read_graph(value);
+  });
+  object.need("files").entries(1, kMaxFiles, [&](const Field& key, const Field& value) {
+    const std::string name = key.file_name();
+    Object file(value);
+    FileInfo info;
+    info.size = static_cast<std::uint64_t>(file.need("size").integer(0, std::int64_t{1} << 40));
+    info.sha256 = file.need("sha256").sha256();
+    file.done();
+    manifest.files[name] = info;
+  });
+  read_provenance(object.need("provenance"), manifest);
+  object.done();
+  check_references(manifest, object);
+  return manifest;
+}
+
+}  // namespace tmd::internal

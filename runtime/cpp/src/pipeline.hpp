@@ -1,0 +1,71 @@
+// Prompt -> frames: the stages of a bundle, put together. One pipeline serves one thread; clones share what is loaded.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "decoder.hpp"
+#include "engine.hpp"
+#include "log.hpp"
+#include "loop.hpp"
+#include "settings.hpp"
+#include "tokenizer.hpp"
+
+namespace tmd::internal {
+
+// What clones share: the bundle, the engine, the tokenizer, and every graph that one of them has loaded.
+struct Shared {
+  Bundle bundle;
+  std::shared_ptr<Engine> engine;
+  tmd_memory memory = TMD_MEMORY_ALL;
+
+  std::shared_ptr<const Tokenizer> tokenizer();
+  // The graph if somebody holds it, otherwise loaded now; `fresh` tells which.
+  std::shared_ptr<LoadedGraph> graph(const std::string& name, const char* purpose, bool* fresh);
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  std::map<std::string, std::weak_ptr<LoadedGraph>> graphs_;
+};
+
+class Pipeline {
+ public:
+  Pipeline(std::shared_ptr<Shared> shared, const Log* log) : shared_(std::move(shared)), log_(log) {}
+
+  const std::shared_ptr<Shared>& shared() const { return shared_; }
+  const Manifest& manifest() const { return shared_->bundle.manifest; }
+
+  Tokens tokenize(std::string_view prompt, bool may_be_empty = false) const;
+  // Embeddings [tokens, dim] of a prompt; `expected` prompts are read in this call. Adds to `warnings`.
+  std::vector<float> encode(std::string_view prompt, Progress& progress, std::int64_t expected, std::string& warnings,
+                            std::int32_t* dropped);
+  // The same for a negative prompt, which may be empty; the latest one is kept.
+  const std::vector<float>& encode_negative(const std::string& prompt, Progress& progress);
+  std::vector<float> denoise(const float* embeds, const float* negative, std::int64_t tokens, const Settings& settings,
+                             Progress& progress);
+  void decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
+              const Decoder::Pieces& pieces, Progress& progress);
+  // Gives graphs and buffers back.
+  void unload();
+
+ private:
+  std::shared_ptr<LoadedGraph> graph(const std::string& name, const char* purpose, Progress& progress);
+  std::vector<float> encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done, std::int64_t total);
+  void release(std::initializer_list<const char*> graphs);
+
+  std::shared_ptr<Shared> shared_;
+  const Log* log_;
+  std::map<std::string, std::shared_ptr<LoadedGraph>> graphs_;
+  std::optional<std::pair<std::string, std::vector<float>>> negative_;
+  // Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
+  std::unique_ptr<Loop> loop_;
+  std::vector<std::int64_t> loop_key_;
+  std::unique_ptr<Decoder> decoder_;
+  std::vector<std::int64_t> decoder_key_;
+};
+
+}  // namespace tmd::internal

@@ -1,0 +1,28 @@
+// The few numbers that drive the loop: time grids and RoPE tables. The twin of tmd_runtime/schedule.py.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tmd::internal {
+
+inline constexpr std::int64_t kRopePositions = 1024;  // per axis; no model has seen more
+
+// 0 = t_0 < ... < t_steps = t_max: k/steps warped by t = shift t' / ((shift - 1) t' + 1), the last one held at t_max.
+// Throws Error(RUN) if so many steps do not fit below t_max.
+std::vector<double> shift_grid(std::int64_t steps, double shift, double t_max);
+
+// Wan2.1's own grid, noise to data: `steps` equispaced times from 0.999, warped as above, then 0.
+std::vector<double> wan_grid(std::int64_t steps, double shift);
+
+// The time that the network is told at time t: 1000 t as it is ("none"), cut off ("integer") or rounded to bfloat16,
+// divided by 1000 again.
+double told_time(double t, const std::string& rounding);
+
+// Cosine and sine of Wan's three-axis rotary embedding for tokens in the order t, h, w (w fastest), each
+// [grid_t * grid_h * grid_w, head_dim / 2], written to `cosine` and `sine`. Throws Error(RUN) for an empty or too long
+// grid.
+void rope_tables(const std::int64_t (&grid)[3], std::int64_t head_dim, float* cosine, float* sine);
+
+}  // namespace tmd::internal

@@ -1,0 +1,122 @@
+"""The C++ example program makes the frames of `tmd-run`, bit for bit: same bundle, engine, threads and seed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import tmd_runtime
+from tests.cpp_tools import program
+from tests.synthetic import velocity_sampler, write_synthetic_bundle
+from tmd_runtime.pipeline import BUILT_IN
+
+pytest.importorskip("openvino", reason="the C++ library's engine is OpenVINO")
+
+
+def in_cpp(out: Path, prompt: str, *options: object, bundle: Path = BUILT_IN) -> NDArray[np.uint8]:
+    words = [program("tmd_generate"), bundle, prompt, out, "--threads", 1, *options]
+    run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return np.fromfile(out, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> tmd_runtime.Pipeline:
+    return tmd_runtime.load(engine="openvino", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "steps", "inner_steps", "frames", "size"),
+    [
+        ("a red circle moving right on a black background", 1, None, None, None, None),
+        ("a “blue” square &amp; a circle, moving up", 7, 1, 1, None, None),
+        ("Ein grüner Würfel ﬁndet seinen Weg", 2**32 - 1, 2, 4, 1, None),
+        ("一个红色的圆", 0, None, 1, 9, (96, 64)),
+    ],
+)
+def test_frames_are_bit_equal(
+    pipeline: tmd_runtime.Pipeline,
+    tmp_path: Path,
+    prompt: str,
+    seed: int,
+    steps: int | None,
+    inner_steps: int | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+) -> None:
+    wanted = {"--seed": seed, "--steps": steps, "--inner-steps": inner_steps, "--frames": frames}
+    options = [word for name, value in wanted.items() if value is not None for word in (name, value)]
+    if size is not None:
+        options += ["--size", f"{size[0]}x{size[1]}"]
+    expected = pipeline(prompt, seed=seed, steps=steps, inner_steps=inner_steps, frames=frames, size=size).frames
+    assert expected.std() > 1, "a picture, not a flat colour"
+    np.testing.assert_array_equal(in_cpp(tmp_path / "v.rgb", prompt, *options).reshape(expected.shape), expected)
+
+
+WAN_SAMPLERS = {
+    "unipc": velocity_sampler(rule="unipc", steps=6, guidance=5.0, negative_prompt="a blue square"),
+    "renoise": velocity_sampler(
+        rule="renoise",
+        steps=3,
+        allowed_steps=[1, 2, 3],
+        times=[0.9876, 0.85, 0.6],
+        time_rounding="bfloat16",
+        init_scale=0.9876,
+    ),
+    "euler": velocity_sampler(rule="euler", steps=2, allowed_steps=[2], times=[1.0, 0.8333], time_rounding="integer"),
+}
+
+
+@pytest.mark.parametrize(("rule", "guidance"), [("unipc", None), ("unipc", 1.0), ("renoise", None), ("euler", 2.5)])
+def test_models_without_inner_flow_are_bit_equal(tmp_path: Path, rule: str, guidance: float | None) -> None:
+    bundle = write_synthetic_bundle(tmp_path / "bundle", sampler=WAN_SAMPLERS[rule])
+    options = [] if guidance is None else ["--guidance", guidance]
+    with tmd_runtime.load(bundle, engine="openvino", threads=1) as pipeline:
+        expected = pipeline("a red circle moving right", seed=5, guidance=guidance).frames
+    assert expected.std() > 1
+    found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", "--seed", 5, *options, bundle=bundle)
+    np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+def test_the_two_commands_agree(tmp_path: Path) -> None:
+    """As a user types them, before any encoding: PNG frames of one, raw frames of the other."""
+    import av
+
+    prompt = "a green square moving left on a white background"
+    tmd_run = [
+        sys.executable,
+        "-c",
+        "import sys; from tmd_runtime.cli import main; sys.exit(main())",
+        "--prompt",
+        prompt,
+    ]
+    options = ["--engine", "openvino", "--threads", "1", "--seed", "3", "--out", str(tmp_path / "frames")]
+    # As the console script does it, whether or not the package is installed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([*tmd_run, *options], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    pictures = []
+    for path in sorted((tmp_path / "frames").glob("frame_*.png")):
+        with av.open(str(path)) as file:
+            pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24"))
+    expected = np.stack(pictures)
+    np.testing.assert_array_equal(in_cpp(tmp_path / "v.rgb", prompt, "--seed", 3).reshape(expected.shape), expected)
+
+
+def test_bad_usage_ends_with_2_and_a_failed_run_with_1(tmp_path: Path) -> None:
+    def ends_with(*words: object) -> tuple[int, str]:
+        command = [str(word) for word in (program("tmd_generate"), *words)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.returncode, run.stderr
+
+    assert ends_with()[0] == 2
+    assert ends_with(BUILT_IN, "", tmp_path / "x.rgb")[0] == 2
+    code, said = ends_with(tmp_path, "a prompt", tmp_path / "x.rgb")
+    assert code == 1 and "manifest.json is missing" in said
+    assert not (tmp_path / "x.rgb").exists()
