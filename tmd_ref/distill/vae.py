@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmd_ref.distill.trainer import Loss, step_generator
@@ -19,7 +20,8 @@ from tmd_ref.vae import WanVAE
 
 SHAPE_WEIGHT = 4.0
 KL_WEIGHT = 1e-4
-DECODER_NOISE = 0.1  # of latents with deviations around 1
+NOISE = 0.2  # in units of each latent channel's deviation
+CELL = 8  # pixels per latent
 # (clips, frames, pixels) of the windows, in turn. Never one clip alone: batch 1 trains three times slower.
 SHORT_WINDOWS = ((4, 5, 32), (4, 5, 32), (2, 5, 64), (4, 5, 32), (4, 5, 32), (2, 17, 32))
 LONG_WINDOWS = ((2, 17, 32), (4, 5, 32), (2, 17, 32), (2, 9, 64))
@@ -44,8 +46,9 @@ def render_crops(seed: int, step: int, count: int, frames: int, crop: int, size:
         start = rng.integers(0, 17 - frames + 1)
         radius, x, y, angle = (track[start : start + frames] for track in tracks(scene, 17, size))
         middle = frames // 2
-        left, top = (int(np.clip(v[middle] - crop / 2 + rng.integers(-crop // 2, crop // 2 + 1), 0, size[0] - crop))
-                     for v in (x, y))  # fmt: skip
+        # on the grid of the latents, as in a whole picture
+        left, top = (CELL * round(np.clip(v[middle] - crop / 2 + rng.uniform(-crop / 2, crop / 2), 0, size[0] - crop)
+                                  / CELL) for v in (x, y))  # fmt: skip
         cover = coverage(scene.shape, radius, x - left, y - top, angle, (crop, crop))[..., None]
         back, front = np.array(BACKGROUNDS[scene.background], np.float32), np.array(COLORS[scene.color], np.float32)
         clips.append(np.rint(back + (front - back) * cover).astype(np.uint8))
@@ -80,7 +83,8 @@ def vae_loss(
         mean, log_variance = vae.posterior(video)
         log_variance = log_variance.clamp(-20, 5)
         noise = torch.randn(mean.shape, generator=step_generator(seed, step))
-        decoded = vae.decoder(vae.conv2(mean + (0.5 * log_variance).exp() * noise))
+        deviation = (log_variance.exp() + _added_noise(mean).square()).sqrt()
+        decoded = vae.decoder(vae.conv2(mean + deviation * noise))
         l1, scalars = reconstruction(decoded, video)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return l1 + KL_WEIGHT * kl, {**scalars, "kl": kl}
@@ -101,16 +105,28 @@ def decoder_loss(
         with torch.no_grad():
             mean, _ = vae.posterior(video)
             noise = torch.randn(mean.shape, generator=step_generator(seed, step))
-        decoded = vae.decoder(vae.conv2(mean + DECODER_NOISE * noise))
+        decoded = vae.decoder(vae.conv2(mean + _added_noise(mean) * noise))
         return reconstruction(decoded, video)
 
     return loss
 
 
+def _added_noise(mean: Tensor) -> Tensor:
+    """Deviation of the noise that a decoder must bear, per channel of latents `[B,C,T,h,w]`: a sampler's latents are
+    never quite those of the encoder."""
+    return NOISE * mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+
+
 def reconstruction(decoded: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted L1 of `[B,3,F,H,W]`, and it and the mean squared error by name."""
-    # every picture here is mostly background: what differs from the clip's median colour is the shape
+    """Weighted L1 of `[B,3,F,H,W]`, and it and the mean squared error by name.
+
+    Every picture here is mostly background: pixels of the shape and around it (or its corners would cost less than what
+    fills the corners' gaps) weigh more, and pale shapes as much as bright ones.
+    """
     median = video.flatten(2).median(dim=2).values[:, :, None, None, None]
-    shape = ((video - median).abs().amax(dim=1, keepdim=True) > 0.05).float()
-    l1 = ((decoded - video).abs() * (1 + SHAPE_WEIGHT * shape)).mean()
+    difference = (video - median).abs()
+    contrast = difference.mean(dim=1, keepdim=True).amax(dim=(2, 3, 4), keepdim=True).clamp_min(0.2)
+    shape = (difference.amax(dim=1, keepdim=True) > 0.05).float()
+    near = F.max_pool3d(shape, (1, 7, 7), 1, (0, 3, 3))
+    l1 = ((decoded - video).abs() * (1 + SHAPE_WEIGHT * near) / contrast).mean()
     return l1, {"l1": l1, "mse": (decoded - video).square().mean()}
