@@ -127,6 +127,23 @@ def tmd_sample(
     return x
 
 
+@torch.no_grad()
+def dmd_sample(
+    model: Velocity, noise: Tensor, prompt_embeds: Tensor, outer_steps: int, shift: float = 10.0, t_max: float = 0.999
+) -> Tensor:
+    """Few-step sampling with a DMD2-v generator, TMD's baseline; no guidance.
+
+    From t to t' the clip g = x - t·v is mixed with the noise that x implies, x' = (1 - t'/t)·g + (t'/t)·x, which is an
+    Euler step x - (t - t')·v. (Our copy of the paper's Eq. 18 has the two terms swapped; at t' = 0 it must give g.)
+    noise `[B, 16, T, H, W]`, embeds `[B, S, E]`. Returns latents, shape of noise. Raises ValueError for bad steps.
+    """
+    grid = shift_grid(outer_steps, shift, t_max)
+    x = noise
+    for i in range(outer_steps, 0, -1):
+        x = x - float(grid[i] - grid[i - 1]) * model(x, x.new_full((len(x),), grid[i]), prompt_embeds)
+    return x
+
+
 def guided_velocity(
     model: Velocity, x: Tensor, t: float, prompt_embeds: Tensor, negative_embeds: Tensor | None, guidance: float
 ) -> Tensor:

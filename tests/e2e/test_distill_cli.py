@@ -1,4 +1,4 @@
-"""`tmd-distill tiny all` from nothing to an evaluation, two steps a stage; the result is a checkpoint for export."""
+"""`tmd-distill` from nothing to an evaluation, two steps a stage; the result is a checkpoint for export."""
 
 import dataclasses
 import json
@@ -9,35 +9,78 @@ import torch
 from click.testing import CliRunner
 
 from tmd_export.sources import open_source
-from tmd_ref.distill import evaluate, tiny
+from tmd_ref.distill import config, tiny
 from tmd_ref.distill.cli import main
 
-
-@pytest.fixture
-def two_steps(monkeypatch):
-    short = {name: dataclasses.replace(schedule, steps=2) for name, schedule in tiny.SCHEDULES.items()}
-    monkeypatch.setattr(tiny, "SCHEDULES", short)
-    monkeypatch.setattr(tiny, "CLIPS", 16)
-    monkeypatch.setattr(tiny, "BATCH", 4)
-    monkeypatch.setattr(tiny, "channel_statistics", partial(tiny.channel_statistics, clips=8))
-    monkeypatch.setattr(evaluate, "evaluate", partial(evaluate.evaluate, count=12))
-    monkeypatch.setattr(evaluate, "TEACHER_STEPS", 2)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute of compiling for two steps
+SHORT = ["data.clips=16", "data.shard=8", "teacher.steps=2", "teacher.batch=4", "stage1.steps=2", "stage1.batch=4",
+         "stage2.steps=5", "stage2.batch=4", "evaluate.captions=12", "evaluate.teacher_steps=2",
+         "machine.compile=false"]  # fmt: skip
 
 
-def test_all_stages_run_and_give_a_checkpoint_for_export(two_steps, tmp_path):
-    done = CliRunner().invoke(main, ["tiny", "all", "--run", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The run folder of `tiny all`, and what it printed, once and a second time."""
+    run = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        short = {name: dataclasses.replace(schedule, steps=2) for name, schedule in tiny.SCHEDULES.items()}
+        patch.setattr(tiny, "SCHEDULES", short)
+        patch.setattr(tiny, "load_config", lambda name: config.load_config(name, SHORT))
+        patch.setattr(tiny, "channel_statistics", partial(tiny.channel_statistics, clips=8))
+        patch.setattr(torch.nn.Module, "compile", lambda self: None)  # a minute of compiling for two steps
+        done = [CliRunner().invoke(main, ["tiny", "all", "--run", str(run)], catch_exceptions=False) for _ in range(2)]
+    return run, done
+
+
+def distill(command, run, *options, settings=SHORT):
+    changes = [word for setting in settings for word in ("--set", setting)]
+    arguments = [command, "--config", "tiny", "--run", str(run), *changes, *options]
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def test_all_stages_run_and_give_a_checkpoint_for_export(made):
+    run, (first, again) = made
+    assert first.exit_code == 0, first.output
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
     assert [row["nfe"] for row in rows.values()] == [0, 4, 2.5]
-    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert open_source("tiny", checkpoint=tmp_path / "weights").head_blocks == tiny.HEAD_BLOCKS
+    assert all(row["frechet"] > 0 for row in rows.values()) and "diversity" in list(rows.values())[-1]
+    assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert open_source("tiny", checkpoint=run / "weights").head_blocks == 2
+    assert again.exit_code == 0 and again.output.count("is there, skipped") == 9
 
-    again = CliRunner().invoke(main, ["tiny", "all", "--run", str(tmp_path)])
-    assert again.exit_code == 0 and again.output.count("is there, skipped") == 8
+
+def test_the_baseline_and_its_warm_up_share_data_and_teacher(made, tmp_path):
+    run, _ = made
+    baseline = [*SHORT, "student.head_blocks=0", "student.outer_steps=1", "stage1.objective=kd",
+                "stage1.pairs={count: 5, sampler_steps: 2, shift: 3, skip_layers: [3]}"]  # fmt: skip
+    for command in ("stage1", "stage2", "evaluate"):
+        done = distill(command, tmp_path, "--inputs", str(run), settings=baseline)
+        assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert {"DMD2-v warm-up M=1": 1, "DMD2-v M=1": 1}.items() <= {
+        name: row["nfe"] for name, row in rows.items()
+    }.items()
 
 
-def test_a_stage_without_the_stages_before_it_says_what_is_missing(tmp_path):
-    done = CliRunner().invoke(main, ["tiny", "teacher", "--run", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "data.safetensors" in done.output
+@pytest.mark.parametrize(
+    ("command", "options", "code", "message"),
+    [
+        ("teacher", (), 1, "there is no data"),
+        ("stage2", ("--set", "stage2.stepz=1"), 2, "stage2.stepz: unknown key"),
+        ("stage1", ("--device", "cuda"), 1, "no NVIDIA GPU"),
+        ("prepare", ("--set", "data.clips=null"), 2, "--videos"),
+        ("stage1", ("--set", "data.frames=33"), 1, "another resolution"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said_in_one_line(made, tmp_path, command, options, code, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    run, _ = made
+    inputs = () if command == "teacher" else ("--inputs", str(run))
+    done = distill(command, tmp_path, *inputs, *options)
+    assert done.exit_code == code and message in done.output, done.output
+    assert "Traceback" not in done.output
+
+
+def test_plan_says_what_fits_where():
+    done = CliRunner().invoke(main, ["plan", "--config", "wan1.3b", "--gpus", "8"])
+    assert done.exit_code == 0 and "fake score" in done.output and "TFLOP/s" in done.output

@@ -1,9 +1,11 @@
-"""`tmd-distill`: trains the built-in model, stage by stage. Heavy libraries are loaded when a stage starts."""
+"""`tmd-distill`: trains and distils models, command by command. Heavy libraries are loaded when a command starts."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,55 +13,142 @@ import click
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tmd")
 def main() -> None:
-    """Train and distil models for tmd-run."""
+    """Train and distil models for tmd-run.
+
+    In order: prepare, teacher (only for a model without one), stage1, stage2, evaluate. The built-in model also needs
+    `tiny text`, `tiny vae` before and `tiny decoder`, `tiny pack` after; `tiny all` runs everything. With several GPUs:
+    torchrun --nproc-per-node 8 -m tmd_ref.distill stage1 --config wan1.3b --device cuda.
+    """
+
+
+def _guarded(run: Path, action: Callable[[], None]) -> None:
+    """Errors that a user can do something about end in one line, Ctrl-C in a hint."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        click.echo("tmd-distill needs torch, which is not installed: pip install 'tmd[export]'.", err=True)
+        sys.exit(1)
+    from tmd_ref.distill.config import ConfigError
+    from tmd_ref.distill.trainer import TrainingError
+
+    try:
+        action()
+    except ConfigError as error:
+        click.echo(f"tmd-distill: {error}", err=True)
+        sys.exit(2)
+    except (TrainingError, FileNotFoundError, ValueError) as error:
+        click.echo(f"tmd-distill: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; run the same command again to resume from the last checkpoint in {run}", err=True)
+        sys.exit(130)
+
+
+_RUN = click.option("--run", type=click.Path(path_type=Path), default=Path("runs/tiny"), show_default=True,
+                    help="Folder for checkpoints, data and results.")  # fmt: skip
+_THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads; default: all cores.")
+_CONFIG = click.option("--config", "config_name", required=True, metavar="FILE|tiny|wan1.3b|wan14b",
+                       help="Settings: a YAML file or a packaged one.")  # fmt: skip
+_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+                    help="Change one setting, such as stage2.steps=100; may be repeated.")  # fmt: skip
+
+
+def _command(name: str, text: str, *extra: Callable) -> None:
+    def command(config_name: str, overrides: tuple[str, ...], run: Path, inputs: Path | None, device: str,
+                threads: int | None, **options: Any) -> None:  # fmt: skip
+        def action() -> None:
+            import torch
+
+            from tmd_ref.distill import recipe
+            from tmd_ref.distill.config import load_config
+            from tmd_ref.distill.parallel import World
+
+            config = load_config(config_name, overrides)
+            if threads:
+                torch.set_num_threads(threads)
+            world = World.start(device)
+            report = click.echo if world.first else _silent
+            try:
+                getattr(recipe, name)(recipe.Job(config, run, inputs, world, report), **options)
+            finally:
+                world.stop()
+
+        _guarded(run, action)
+
+    decorated: Callable = command
+    for option in (
+        *extra,
+        _THREADS,
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--inputs", type=click.Path(path_type=Path, file_okay=False), default=None,
+                     help="Another run's folder, where data and weights are looked for that --run has not."),
+        _RUN, _SET, _CONFIG,
+    ):  # fmt: skip
+        decorated = option(decorated)
+    main.command(name, help=text)(decorated)
+
+
+def _silent(line: str) -> None:
+    """Only the first of several processes talks."""
+
+
+_command("prepare", "Encode videos and captions, or rendered scenes, into shards of latents.",
+         click.option("--videos", type=click.Path(path_type=Path, dir_okay=False), default=None,
+                      help="JSON lines of {video, caption}; without it, scenes are rendered."))  # fmt: skip
+_command("teacher", "Train a flow-matching teacher from scratch.")
+_command("stage1", "Pre-train the generator: TM-MeanFlow, plain TM, or the baseline's warm-up.")
+_command("stage2", "Distil by DMD2-v, the flow head unrolled.")
+_command("evaluate", "Measure teacher and student on held-out captions; write a table and a contact sheet.")
+
+
+@main.command()
+@_CONFIG
+@_SET
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
+def plan(config_name: str, overrides: tuple[str, ...], gpus: int) -> None:
+    """Print the memory per GPU and the work of each stage, without running anything."""
+
+    def action() -> None:
+        from tmd_ref.distill.budget import describe
+        from tmd_ref.distill.config import load_config
+
+        click.echo(describe(load_config(config_name, overrides), gpus))
+
+    _guarded(Path(), action)
 
 
 @main.group()
 def tiny() -> None:
-    """The built-in model, from rendered scenes to a TMD student.
+    """The built-in model, from rendered scenes to a packed TMD student.
 
-    Stages in order: text, vae, data, decoder, teacher, stage1, pack, evaluate.
+    Stages in order: text, vae, data, decoder, teacher, stage1, stage2, pack, evaluate.
     """
 
 
-def _options(command):
-    command = click.option("--run", type=click.Path(path_type=Path), default=Path("runs/tiny"), show_default=True,
-                           help="Folder for checkpoints, data and results.")(command)  # fmt: skip
-    return click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads; default: all cores.")(
-        command
-    )
-
-
-def _stage(name: str, text: str):
+def _stage(name: str, text: str) -> None:
     @tiny.command(name, help=text)
-    @_options
+    @_THREADS
+    @_RUN
     def command(run: Path, threads: int | None) -> None:
-        try:
+        def action() -> None:
             import torch
-        except ImportError:
-            click.echo("tmd-distill needs torch, which is not installed: pip install 'tmd[export]'.", err=True)
-            sys.exit(1)
-        from tmd_ref.distill import tiny as recipe
-        from tmd_ref.distill.trainer import TrainingError
 
-        if threads:
-            torch.set_num_threads(threads)
-        try:
-            getattr(recipe, name)(run, click.echo)
-        except (TrainingError, FileNotFoundError) as error:
-            click.echo(f"tmd-distill: {error}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo(f"stopped; run the same command again to resume from the last checkpoint in {run}", err=True)
-            sys.exit(130)
+            from tmd_ref.distill import tiny as stages
+
+            if threads:
+                torch.set_num_threads(threads)
+            getattr(stages, name)(run, click.echo)
+
+        _guarded(run, action)
 
 
 _stage("text", "Train the tokenizer and the small UMT5 encoder on captions.")
 _stage("vae", "Train the small Wan VAE on windows of rendered clips.")
-_stage("data", "Render training scenes and encode them and their captions.")
+_stage("data", "Render training scenes and encode them and their captions: prepare --config tiny.")
 _stage("decoder", "Train the VAE's decoder further in its fixed latent space; may run beside the teacher.")
-_stage("teacher", "Train the flow-matching teacher.")
-_stage("stage1", "Distil the teacher into a TMD student by TM-MeanFlow.")
-_stage("evaluate", "Measure teacher and student on held-out captions; write a table and a contact sheet.")
+_stage("teacher", "Train the flow-matching teacher: teacher --config tiny.")
+_stage("stage1", "Distil the teacher into a TMD student by TM-MeanFlow: stage1 --config tiny.")
+_stage("stage2", "Train the student further by DMD2-v with rollout: stage2 --config tiny.")
+_stage("evaluate", "Measure teacher and student as packed.")
 _stage("pack", "Write the trained weights as safetensors, ready for tmd-export --checkpoint.")
 _stage("all", "All stages, one after the other.")

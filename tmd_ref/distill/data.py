@@ -1,16 +1,27 @@
-"""Latents and captions on disk: clips are rendered and encoded once, then drawn at random."""
+"""Latents and prompt embeddings on disk: safetensors shards with an index, written once, drawn from at random.
+
+A shard holds `latents` float16 `[n,16,T,h,w]`, normalised; `prompt_embeds` float16 `[n,P,S',E]`, P captions of each
+clip, cut where all are zero; `null_embeds` `[S,E]`, the negative prompt's. `index.json` beside the shards lists them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from tmd_ref.distill.draws import Draws
+from tmd_ref.distill.state import TrainingError
 from tmd_ref.distill.vae import to_video
 from tmd_ref.scenes import caption, render, sample_scene
 from tmd_ref.text import Tokenizer
@@ -18,15 +29,21 @@ from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 from tmd_ref.wan import WanConfig, rope_tables
 
-PHRASINGS = 4  # captions per clip
+PHRASINGS = 4  # captions per rendered clip
 BATCH = 8  # clips encoded at a time; convolutions of batch 1 are several times slower
-NEGATIVE_PROMPT = ""  # the null condition: dropped prompts in training, the negative one of guidance
+NEGATIVE_PROMPT = ""  # the built-in model's null condition: dropped prompts in training, negative one of guidance
+INDEX = "index.json"
+
+
+class DataError(TrainingError):
+    """Training data that cannot be used."""
 
 
 @torch.no_grad()
 def encode_prompts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
-    """Prompt embeddings `[len(prompts), S, E]`, zero after the last token."""
-    input_ids, attention_mask = (torch.from_numpy(a) for a in tokenizer(prompts))
+    """Prompt embeddings `[len(prompts), S, E]`, zero after the last token, on the encoder's device."""
+    device = next(encoder.parameters()).device
+    input_ids, attention_mask = (torch.from_numpy(a).to(device) for a in tokenizer(prompts))
     return encoder(input_ids, attention_mask)
 
 
@@ -43,49 +60,161 @@ def channel_statistics(vae: WanVAE, seed: int, clips: int = 200, floor: float = 
     return mean.tolist(), std.clamp_min(floor).tolist()
 
 
-@torch.no_grad()
-def prepare(
-    path: Path, vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, clips: int, seed: int, report=print
-) -> None:
-    """Render `clips` training scenes, encode pictures and captions, write one safetensors shard.
+def write_shard(path: Path, latents: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, **made: str) -> None:
+    """Write one shard, whole or not at all. latents `[n,16,T,h,w]`, prompt_embeds `[n,P,S,E]`, null_embeds `[S,E]`.
 
-    latents float16 `[clips,16,5,8,8]`, normalised; prompt_embeds float16 `[clips,PHRASINGS,S,E]`; null_embeds `[S,E]`.
+    Raises DataError if a number is not finite, TrainingError if the disk is full.
     """
+    if not (latents.isfinite().all() and prompt_embeds.isfinite().all()):
+        raise DataError(f"{path.name}: latents or prompt embeddings hold numbers that are not finite; nothing written.")
+    used = int(prompt_embeds.abs().amax(dim=(0, 1, 3)).count_nonzero())  # zero after the last token
+    tensors = {
+        "latents": latents.half().cpu().contiguous(),
+        "prompt_embeds": prompt_embeds[:, :, : max(1, used)].half().cpu().contiguous(),
+        "null_embeds": null_embeds.half().cpu().contiguous(),
+    }
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(save(tensors, metadata={"clips": str(len(latents)), **made}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path} could not be written ({error}). The shards before it are intact: make room on the disk and run "
+            "the same command again."
+        ) from error
+
+
+def write_index(folder: Path, made: dict[str, Any]) -> int:
+    """Write `index.json` over the shards in `folder`; returns the number of clips. Raises DataError for none."""
+    files = sorted(folder.glob("*.safetensors"))
+    shards = [{"file": file.name, "clips": _Shard(file).clips} for file in files]
+    if not shards:
+        raise DataError(f"{folder} has no shard: nothing was prepared.")
+    partial = folder / (INDEX + ".partial")
+    partial.write_text(json.dumps({"format": 1, "made": made, "shards": shards}, indent=1) + "\n")
+    partial.replace(folder / INDEX)
+    return sum(shard["clips"] for shard in shards)
+
+
+@torch.no_grad()
+def render_shard(
+    path: Path, vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, clips: int, seed: int, first: int = 0,
+    report=print,
+) -> None:  # fmt: skip
+    """Render training scenes number `first` to `first + clips`, encode pictures and captions, write one shard."""
     latents, embeds = [], []
-    for first in range(0, clips, BATCH):
-        rng = np.random.default_rng([seed, first])
-        scenes = [sample_scene(rng) for _ in range(min(BATCH, clips - first))]
+    for start in range(first, first + clips, BATCH):
+        rng = np.random.default_rng([seed, start])
+        scenes = [sample_scene(rng) for _ in range(min(BATCH, first + clips - start))]
         latents.append(vae.encode(to_video(np.stack([render(scene) for scene in scenes]))).half())
         captions = [caption(scene, rng) for scene in scenes for _ in range(PHRASINGS)]
         embeds.append(encode_prompts(encoder, tokenizer, captions).unflatten(0, (len(scenes), PHRASINGS)).half())
-        if first // BATCH % 50 == 49:
-            report(f"{first + len(scenes)}/{clips} clips encoded")
-    shard = {
-        "latents": torch.cat(latents),
-        "prompt_embeds": torch.cat(embeds),
-        "null_embeds": encode_prompts(encoder, tokenizer, [NEGATIVE_PROMPT])[0].half(),
-    }
-    partial = path.with_suffix(".partial")
-    save_file(shard, partial, metadata={"clips": str(clips), "seed": str(seed), "vae": json.dumps(asdict(vae.config))})
-    partial.replace(path)
+        if (start - first) // BATCH % 50 == 49:
+            report(f"{start + len(scenes)} clips encoded")
+    null = encode_prompts(encoder, tokenizer, [NEGATIVE_PROMPT])[0]
+    made = {"seed": str(seed), "vae": json.dumps(asdict(vae.config))}
+    write_shard(path, torch.cat(latents), torch.cat(embeds), null, **made)
+
+
+class _Shard:
+    """One file, read clip by clip; opened when first used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            self.latents, self.prompts, self.null = (
+                shapes[name] for name in ("latents", "prompt_embeds", "null_embeds")
+            )
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing: the folder is incomplete. Run tmd-distill prepare again.") from error
+        except Exception as error:  # safetensors has its own error for a damaged file
+            raise DataError(
+                f"{path} is no shard of latents ({error}). Delete it and run tmd-distill prepare."
+            ) from error
+        self.clips = self.latents[0]
+        if not self.clips or self.prompts[0] != self.clips or not self.prompts[1]:
+            raise DataError(
+                f"{path} is empty or incomplete: {self.clips} clips, captions {self.prompts[:2]}. Delete it and run "
+                "tmd-distill prepare again."
+            )
+        self._file: Any = None
+
+    def read(self, name: str, index: int) -> Tensor:
+        self._file = self._file or safe_open(self.path, "pt").__enter__()
+        return self._file.get_slice(name)[index]
+
+    def null_embeds(self) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor("null_embeds").float()
 
 
 class LatentDataset:
-    """Random access to a shard written by `prepare`; everything is kept in memory."""
+    """Random access to shards: a folder with an index, or one shard alone. Nothing is held in memory."""
 
-    def __init__(self, path: Path):
-        shard = load_file(path)
-        self.latents = shard["latents"]
-        self.prompt_embeds = shard["prompt_embeds"]
-        self.null_embeds = shard["null_embeds"].float()
+    def __init__(self, path: Path, expect: Sequence[int] | None = None) -> None:
+        """`expect`: the latent size (T, h, w) of the run. Raises DataError for missing, empty or odd shards."""
+        path = Path(path)
+        if path.is_dir() and not (path / INDEX).is_file():
+            raise DataError(f"{path} has no {INDEX}: tmd-distill prepare has not been run, or has not finished.")
+        if not path.exists():
+            raise DataError(f"there is no data at {path}: run tmd-distill prepare first.")
+        if path.is_dir():
+            listed = json.loads((path / INDEX).read_text())["shards"]
+            self._shards = [_Shard(path / shard["file"]) for shard in listed]
+        else:
+            self._shards = [_Shard(path)]
+        if not self._shards:
+            raise DataError(f"{path / INDEX} lists no shard: run tmd-distill prepare again.")
+        head = self._shards[0]
+        self.shape = head.latents[1:]
+        for shard in self._shards:
+            if (shard.latents[1:], shard.null, shard.prompts[1]) != (self.shape, head.null, head.prompts[1]):
+                raise DataError(
+                    f"{shard.path} has latents {shard.latents[1:]}, {head.path} has {self.shape}: one size."
+                )
+        if expect is not None and tuple(expect) != self.shape[1:]:
+            raise DataError(
+                f"{path} holds latents of {self.shape[1:]} (frames, height, width), the config asks for {tuple(expect)}"
+                ": another resolution. Change data.size and data.frames, or prepare the data again."
+            )
+        self._starts = np.cumsum([0, *(shard.clips for shard in self._shards)])
+        self.null_embeds = head.null_embeds()
 
-    def batch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` random clips: latents `[B,16,T,h,w]` and one caption's embedding each `[B,S,E]`, float32."""
-        index = torch.randint(len(self.latents), (count,), generator=generator)
-        phrasing = torch.randint(self.prompt_embeds.shape[1], (count,), generator=generator)
-        return self.latents[index].float(), self.prompt_embeds[index, phrasing].float()
+    def __len__(self) -> int:
+        return int(self._starts[-1])
 
-    def rope(self, config: WanConfig) -> tuple[Tensor, Tensor]:
+    def sample(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """A random clip and one of its captions for each sample: latents `[B,16,T,h,w]`, embeddings `[B,S,E]`."""
+        clips = draws.integers(len(self)).tolist()
+        phrasings = draws.integers(self._shards[0].prompts[1]).tolist()
+        latents = torch.stack([self.latents(clip) for clip in clips])
+        embeds = torch.stack([self.embeds(clip, k) for clip, k in zip(clips, phrasings, strict=True)])
+        return latents.to(draws.device), embeds.to(draws.device)
+
+    def latents(self, clip: int) -> Tensor:
+        """One clip, float32 `[16,T,h,w]`."""
+        shard, index = self._find(clip)
+        return shard.read("latents", index).float()
+
+    def embeds(self, clip: int, phrasing: int = 0) -> Tensor:
+        """The embedding of one of its captions, float32 `[S,E]`."""
+        shard, index = self._find(clip)
+        stored = shard.read("prompt_embeds", index)[phrasing].float()
+        return torch.nn.functional.pad(stored, (0, 0, 0, self.null_embeds.shape[0] - stored.shape[0]))
+
+    def rope(self, config: WanConfig, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """Rope tables for the size of these latents."""
-        frames, height, width = self.latents.shape[2:]
-        return rope_tables(frames, height // config.patch_size[1], width // config.patch_size[2], config.head_dim)
+        frames, height, width = self.shape[1:]
+        _, ph, pw = config.patch_size
+        return rope_tables(frames, height // ph, width // pw, config.head_dim, device)
+
+    def _find(self, clip: int) -> tuple[_Shard, int]:
+        number = int(np.searchsorted(self._starts, clip, side="right")) - 1
+        return self._shards[number], clip - int(self._starts[number])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,20 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmd_ref.checkpoint import load_model
-from tmd_ref.distill.data import NEGATIVE_PROMPT, encode_prompts
+from tmd_ref.distill.data import encode_prompts
+from tmd_ref.distill.frechet import clip_features, diversity, frechet_distance
 from tmd_ref.distill.vae import to_frames, to_video
 from tmd_ref.oracle import ATTRIBUTES, read_clip
-from tmd_ref.samplers import effective_nfe, tmd_sample, unipc_sample
+from tmd_ref.samplers import dmd_sample, effective_nfe, tmd_sample, unipc_sample
 from tmd_ref.scenes import Scene, caption, render, sample_scene
-from tmd_ref.student import load_student
+from tmd_ref.student import TMDStudent
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 from tmd_ref.wan import WanTransformer
-
-GUIDANCE = 3.0
-TEACHER_STEPS = 50
 
 
 def held_out(count: int, seed: int) -> tuple[list[Scene], list[str]]:
@@ -42,63 +41,108 @@ def score(scenes: list[Scene], clips: np.ndarray) -> dict[str, float]:
     return result | {"all": float(np.mean([all(r.values()) for r in right]))}
 
 
-@torch.no_grad()
-def evaluate(
-    folder: Path, out: Path, outer_steps: int, inner_steps: int, count: int = 208, seed: int = 7,
-    batch: int = 16, report: Callable[[str], None] = print,
-) -> dict:  # fmt: skip
-    """Measure the models in `folder` on `count` held-out captions; write `evaluation.json` and `.png` to `out`.
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: how latents are made for some prompt embeddings, and at what cost."""
 
-    Rows: the VAE alone (rendered clips encoded and decoded), the teacher (UniPC, guided), the student.
+    name: str
+    nfe: float
+    sample: Callable[[Tensor, torch.Generator], Tensor]
+
+
+def teacher_row(name: str, teacher: WanTransformer, negative: Tensor, steps: int, shift: float, guidance: float,
+                shape: tuple[int, ...]) -> Row:  # fmt: skip
+    """UniPC with guidance. `negative` `[1,S,E]`, `shape` of one clip's latents."""
+
+    def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(prompt), *shape, generator=generator)
+        return unipc_sample(teacher, noise, prompt, negative.expand_as(prompt), steps, shift, guidance)
+
+    return Row(name, float(steps * (1 if guidance == 1 else 2)), sample)
+
+
+def student_row(name: str, student: TMDStudent, outer_steps: int, inner_steps: int, shifts: tuple[float, float],
+                shape: tuple[int, ...]) -> Row:  # fmt: skip
+    """TMD's transitions without guidance."""
+
+    def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(prompt), *shape, generator=generator)
+        draws = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
+        return tmd_sample(student, noise, prompt, outer_steps, inner_steps, *shifts, inner_noise=draws)
+
+    return Row(name, effective_nfe(outer_steps, inner_steps, student.head_blocks, student.config.num_layers), sample)
+
+
+def baseline_row(name: str, model: WanTransformer, outer_steps: int, shift: float, shape: tuple[int, ...]) -> Row:
+    """DMD2-v without guidance."""
+
+    def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(prompt), *shape, generator=generator)
+        return dmd_sample(model, noise, prompt, outer_steps, shift)
+
+    return Row(name, float(outer_steps), sample)
+
+
+@torch.no_grad()
+def measure(
+    rows: list[Row], vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, out: Path, *, count: int, seed: int,
+    frames: int, size: tuple[int, int], batch: int = 16, repeats: int = 4, report: Callable[[str], None] = print,
+) -> dict:  # fmt: skip
+    """Measure models of rendered scenes on `count` held-out captions; write `evaluation.json` and `.png` to `out`.
+
+    First row: the VAE alone (rendered clips encoded and decoded), the ceiling of all others. Columns: NFE, the share of
+    clips in which the oracle reads what the caption says, the Fréchet distance to other rendered clips of held-out
+    combinations, and diversity: the mean distance of `repeats` clips of the same caption, in units of that of rendered
+    clips of one caption (only the place is free).
     """
-    vae = load_model(folder / "vae.safetensors", WanVAE)
-    encoder = load_model(folder / "umt5.safetensors", UMT5Encoder)
-    teacher = load_model(folder / "teacher.safetensors", WanTransformer)
-    student = (
-        load_student(folder / "student.safetensors").float().eval()
-        if (folder / "student.safetensors").exists()
-        else None
-    )
-    tokenizer = Tokenizer(folder / "tokenizer.model", teacher.config.text_len)
     scenes, captions = held_out(count, seed)
     embeds = encode_prompts(encoder, tokenizer, captions)
-    negative = encode_prompts(encoder, tokenizer, [NEGATIVE_PROMPT])
+    groups = min(count, 24)
 
-    def autoencode(index: slice, generator: torch.Generator) -> Tensor:
-        return vae.encode(to_video(np.stack([render(scene) for scene in scenes[index]])))
+    def draw(scene: Scene) -> np.ndarray:
+        return render(scene, frames, size)
 
-    def from_teacher(index: slice, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(scenes[index]), 16, 5, 8, 8, generator=generator)
-        prompt = embeds[index]
-        return unipc_sample(teacher, noise, prompt, negative.expand_as(prompt), TEACHER_STEPS, 3.0, GUIDANCE)
+    reference = clip_features(np.stack([draw(scene) for scene in held_out(count, seed + 1)[0]]))
+    scale = reference.std(0) + 1e-6
+    rng = np.random.default_rng(seed + 2)
+    same = np.stack([draw(another_of(scene, rng)) for scene in scenes[:groups] for _ in range(repeats)])
+    free = diversity(clip_features(same).reshape(groups, repeats, -1), scale)
 
-    def from_student(index: slice, generator: torch.Generator) -> Tensor:
-        assert student is not None
-        noise = torch.randn(len(scenes[index]), 16, 5, 8, 8, generator=generator)
-        draws = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
-        return tmd_sample(student, noise, embeds[index], outer_steps, inner_steps, inner_noise=draws)
+    def autoencode(index: slice) -> Tensor:
+        return vae.encode(to_video(np.stack([draw(scene) for scene in scenes[index]])))
 
-    rows: dict[str, Callable] = {"autoencoder": autoencode, f"teacher {TEACHER_STEPS}x2": from_teacher}
-    nfe = {"autoencoder": 0.0, f"teacher {TEACHER_STEPS}x2": 2.0 * TEACHER_STEPS}
-    if student is not None:
-        name = f"student M={outer_steps} N={inner_steps}"
-        rows[name] = from_student
-        nfe[name] = effective_nfe(outer_steps, inner_steps, student.head_blocks, student.config.num_layers)
-    results, clips = {}, {}
-    for name, sample in rows.items():
+    results, sheet = {}, []
+    for row in [None, *rows]:
         generator = torch.Generator().manual_seed(seed)
         began = time.monotonic()
-        chunks = [to_frames(vae.decode(sample(slice(i, i + batch), generator))) for i in range(0, count, batch)]
-        clips[name] = np.concatenate(chunks)
-        results[name] = {"nfe": nfe[name], **score(scenes, clips[name])}
+        made = [
+            to_frames(vae.decode(autoencode(part) if row is None else row.sample(embeds[part], generator)))
+            for part in (slice(i, i + batch) for i in range(0, count, batch))
+        ]
+        clips = np.concatenate(made)
+        sheet.append(clips[:12])
+        name, nfe = ("autoencoder", 0.0) if row is None else (row.name, row.nfe)
+        results[name] = {"nfe": nfe, **score(scenes, clips)}
+        features = clip_features(clips)
+        results[name]["frechet"] = frechet_distance(features / scale, reference / scale)
+        if row is not None:
+            prompts = embeds[:groups].repeat_interleave(repeats, 0)
+            again = [to_frames(vae.decode(row.sample(chunk, generator))) for chunk in prompts.split(batch)]
+            spread = clip_features(np.concatenate(again)).reshape(groups, repeats, -1)
+            results[name]["diversity"] = diversity(spread, scale) / free
         rounded = {k: round(v, 3) for k, v in results[name].items()}
         report(f"{name}: {json.dumps(rounded)} in {time.monotonic() - began:.0f} s")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(
-        json.dumps({"captions": count, "seed": seed, "rows": results}, indent=1) + "\n"
-    )
-    write_png(out / "evaluation.png", contact_sheet([clips[name][:12] for name in rows]))
+    about = {"captions": count, "seed": seed, "rows": results}
+    (out / "evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_png(out / "evaluation.png", contact_sheet(sheet))
     return results
+
+
+def another_of(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene that the same caption describes: at another place."""
+    other = sample_scene(rng)
+    return dataclasses.replace(scene, x=other.x, y=other.y)
 
 
 def contact_sheet(columns: list[np.ndarray], shown: int = 5, scale: int = 2, gap: int = 4) -> np.ndarray:

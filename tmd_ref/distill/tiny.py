@@ -1,7 +1,8 @@
-"""The recipe of the built-in model: sizes, seeds and schedules, and one function per stage.
+"""The recipe of the built-in model, one function per stage.
 
-Every stage reads what the stages before it left in the run folder and resumes its own checkpoint, so an interrupted run
-goes on with the same command.
+What only this model needs (text encoder, VAE) has its schedules here; data, teacher and distillation are the commands
+that every model has, with `configs/tiny.yaml`. Every stage reads what the stages before it left in the run folder and
+resumes its own checkpoint, so an interrupted run goes on with the same command.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 import torch
 
 from tmd_ref.checkpoint import load_model, save_model
-from tmd_ref.distill.data import LatentDataset, channel_statistics, prepare
-from tmd_ref.distill.stage1 import tm_meanflow_loss
-from tmd_ref.distill.teacher import teacher_loss
+from tmd_ref.distill import recipe
+from tmd_ref.distill.config import load_config
+from tmd_ref.distill.data import channel_statistics
 from tmd_ref.distill.text import SceneReader, text_loss, train_tokenizer
 from tmd_ref.distill.trainer import Schedule, fit
 from tmd_ref.distill.vae import LONG_WINDOWS, SHORT_WINDOWS, decoder_loss, init_vae, vae_loss
-from tmd_ref.student import TMDStudent, load_student, save_student
+from tmd_ref.student import load_student, save_student
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
@@ -29,18 +30,11 @@ from tmd_ref.wan import WAN_CONFIGS, WanTransformer
 Report = Callable[[str], None]
 
 VOCABULARY = 448
-CLIPS = 4000
-BATCH = 32
-HEAD_BLOCKS = 2
-OUTER_STEPS, INNER_STEPS = 2, 2
-GUIDANCE = 1.5  # in stage 1; with the paper's 3 the latents of this VAE saturate: gray backgrounds came out green
 SCHEDULES = {
     "text": Schedule(steps=300, lr=2e-3, warmup=50),
     "vae": Schedule(steps=4000, lr=2e-3, warmup=100, ema=0.995),
-    "vae_long": Schedule(steps=2000, lr=1.2e-3, warmup=50, ema=0.995),
-    "decoder": Schedule(steps=7000, lr=2e-3, warmup=100, ema=0.998),
-    "teacher": Schedule(steps=2800, lr=1.5e-3, warmup=150, ema=0.997),
-    "stage1": Schedule(steps=650, lr=5e-4, warmup=50, ema=0.99),
+    "vae_long": Schedule(steps=5000, lr=1.5e-3, warmup=50, ema=0.997),
+    "decoder": Schedule(steps=6000, lr=1.5e-3, warmup=100, ema=0.998),
 }
 SHIPPED = Path(__file__).parents[1] / "weights" / "tiny"
 
@@ -71,17 +65,8 @@ def vae(run: Path, report: Report = print) -> None:
 
 
 def data(run: Path, report: Report = print) -> None:
-    """Latents and prompt embeddings of the training scenes -> `data.safetensors`."""
-    encoder = load_model(run / "umt5.safetensors", UMT5Encoder)
-    prepare(
-        run / "data.safetensors",
-        load_model(run / "vae.safetensors", WanVAE),
-        encoder,
-        _tokenizer(run),
-        CLIPS,
-        4,
-        report,
-    )
+    """Latents and prompt embeddings of the training scenes -> `data/`."""
+    recipe.prepare(_job(run, report))
 
 
 def decoder(run: Path, report: Report = print) -> None:
@@ -95,45 +80,44 @@ def decoder(run: Path, report: Report = print) -> None:
 
 def teacher(run: Path, report: Report = print) -> None:
     """Flow-matching teacher -> `teacher.safetensors`."""
-    torch.manual_seed(0)
-    model = WanTransformer(WAN_CONFIGS["tiny"])
-    model.compile()
-    loss = teacher_loss(model, LatentDataset(run / "data.safetensors"), seed=5, batch=BATCH)
-    save_model(run / "teacher.safetensors", fit(model, loss, SCHEDULES["teacher"], run / "teacher", report=report))
+    recipe.teacher(_job(run, report))
 
 
 def stage1(run: Path, report: Report = print) -> None:
-    """Student by TM-MeanFlow -> `student.safetensors`."""
-    torch.manual_seed(0)
-    wan = load_model(run / "teacher.safetensors", WanTransformer).requires_grad_(True)
-    student = TMDStudent.from_teacher(wan, HEAD_BLOCKS)
-    latents = LatentDataset(run / "data.safetensors")
-    loss = tm_meanflow_loss(student, latents, 6, BATCH, OUTER_STEPS, INNER_STEPS, guidance=GUIDANCE)
-    student = fit(student, loss, SCHEDULES["stage1"], run / "stage1", report=report)
-    save_student(run / "student.safetensors", student)
+    """Student by TM-MeanFlow -> `student_stage1.safetensors`."""
+    recipe.stage1(_job(run, report))
+
+
+def stage2(run: Path, report: Report = print) -> None:
+    """Student by DMD2-v with rollout -> `student.safetensors`."""
+    recipe.stage2(_job(run, report))
 
 
 def pack(run: Path, report: Report = print) -> None:
-    """All weights in float16 -> the folder `weights`, which `tmd-export --checkpoint` takes."""
+    """All weights in float16 -> the folder `weights`, which `tmd-export --checkpoint` takes.
+
+    The student is that of stage 2, or that of stage 1 as long as there is no other.
+    """
     out = run / "weights"
+    student = run / "student.safetensors"
+    if not student.exists():
+        student = run / "student_stage1.safetensors"
     out.mkdir(exist_ok=True)
     (out / "tokenizer.model").write_bytes((run / "tokenizer.model").read_bytes())
     save_model(out / "umt5.safetensors", load_model(run / "umt5.safetensors", UMT5Encoder).half())
     save_model(out / "vae.safetensors", load_model(run / "vae_decoder.safetensors", WanVAE).half())
     save_model(out / "teacher.safetensors", load_model(run / "teacher.safetensors", WanTransformer).half())
-    save_student(out / "student.safetensors", load_student(run / "student.safetensors").half())
-    recipe = {k: dataclasses.asdict(v) for k, v in SCHEDULES.items()} | {"clips": CLIPS, "batch": BATCH}
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    save_student(out / "student.safetensors", load_student(student).half())
+    made = {"schedules": {k: dataclasses.asdict(v) for k, v in SCHEDULES.items()}, **load_config("tiny").model_dump()}
+    (out / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())
     report(f"{out}: {size / 1e6:.1f} MB")
 
 
 def evaluate(run: Path, report: Report = print) -> None:
     """Teacher and student on held-out captions, as packed -> `evaluation.json`, `evaluation.png`."""
-    from tmd_ref.distill.evaluate import evaluate as measure
-
     folder = run / "weights" if (run / "weights").exists() else SHIPPED
-    measure(folder, run, OUTER_STEPS, INNER_STEPS, report=report)
+    recipe.evaluate(_job(folder, report), out=run)
 
 
 def all(run: Path, report: Report = print) -> None:
@@ -141,10 +125,11 @@ def all(run: Path, report: Report = print) -> None:
     for stage, result in (
         (text, "umt5.safetensors"),
         (vae, "vae.safetensors"),
-        (data, "data.safetensors"),
+        (data, "data/index.json"),
         (decoder, "vae_decoder.safetensors"),
         (teacher, "teacher.safetensors"),
-        (stage1, "student.safetensors"),
+        (stage1, "student_stage1.safetensors"),
+        (stage2, "student.safetensors"),
         (pack, "weights"),
         (evaluate, "evaluation.json"),
     ):
@@ -153,6 +138,10 @@ def all(run: Path, report: Report = print) -> None:
         else:
             report(f"{stage.__name__}: {stage.__doc__}")
             stage(run, report)
+
+
+def _job(run: Path, report: Report) -> recipe.Job:
+    return recipe.Job(load_config("tiny"), run, report=report)
 
 
 def _tokenizer(run: Path) -> Tokenizer:

@@ -1,26 +1,42 @@
-"""One training loop for everything that is trained here: resumable, logged, stopped by the first bad number.
+"""One training loop for everything that is trained here: one network or several in turn, on one device or many.
 
-A loss is a function of the step number alone (besides the weights): data and noise of step k are drawn from generators
-seeded by (seed, k). So a checkpoint is weights, optimizer and step; resuming needs no other state and gives the same
-run. Not a framework: no devices, no distribution.
+A loss is a function of the step and its samples alone (besides the weights), because all randomness is keyed by them
+(`tmd_ref.distill.draws`). So a checkpoint is weights, optimizers, averages and the step; resuming needs no other state
+and gives the same run, to the bit.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import os
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
+from tmd_ref.distill.draws import Draws
+from tmd_ref.distill.metrics import Metrics
+from tmd_ref.distill.parallel import World, bare, fill, local, whole
+from tmd_ref.distill.state import (
+    TrainingError,
+    average_of,
+    code_version,
+    gather,
+    optimizer_state,
+    read_checkpoint,
+    restore_optimizer,
+    save_atomic,
+)
+
+__all__ = ["Loss", "Objective", "Run", "Schedule", "TrainingError", "fit", "save_atomic", "step_generator", "train"]
+
+Scalars = Mapping[str, Tensor]
+Loss = Callable[[int], tuple[Tensor, Scalars]]
+"""step -> a scalar to minimise, and named scalars for the log."""
+Objective = Callable[[Draws], tuple[Tensor, Scalars]]
+"""The same for some samples of a step: means over these samples."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -45,15 +61,181 @@ class Schedule:
         return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is intact."""
+@dataclass(frozen=True)
+class Run:
+    """How a training run is carried out. `settings` is written into checkpoints and decides what may be resumed."""
+
+    folder: Path
+    batch: int = 1  # samples of a step, over all processes
+    micro: int | None = None  # samples of one backward pass in one process; None: all of them
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    log_every: int = 50
+    save_every: int = 250
+    world: World = World()  # noqa: RUF009 (immutable)
+    report: Callable[[str], None] = print
 
 
-def save_atomic(state: object, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+class _Trained:
+    """One network in training, with its optimizer and the average of its weights."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        self.model, self.schedule = model, schedule
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay
+        )
+        self.average = average_of(self.weights) if schedule.ema else None
+        self.updates = 0
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient; its norm before that."""
+        return whole(nn.utils.clip_grad_norm_(self.weights, self.schedule.clip))
+
+    def update(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(step)
+        self.optimizer.step()
+        self.updates += 1
+        if self.average is not None:
+            # a short memory at first, so that the average forgets the random start
+            decay = min(self.schedule.ema, self.updates / (self.updates + 9))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, [local(p.detach()) for p in self.weights], 1 - decay)
+
+    def state(self, keep: bool) -> dict[str, Any]:
+        stored: dict[str, Any] = {
+            "model": gather(bare(self.model).state_dict(), keep),
+            "optimizer": gather(optimizer_state(self.optimizer), keep),
+            "updates": self.updates,
+        }
+        if self.average is not None:
+            with self._averaged():
+                weights = gather(bare(self.model).state_dict(), keep)
+                # copies: on a CPU these are the weights themselves, which change back
+                stored["average"] = {name: weight.clone() for name, weight in weights.items() if keep}
+        return stored
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        weights = bare(self.model).state_dict()
+        if self.average is not None:
+            fill(weights.values(), (stored["average"][name] for name in weights))
+            self.average = average_of(self.weights)
+        fill(weights.values(), (stored["model"][name] for name in weights))
+        restore_optimizer(self.optimizer, stored["optimizer"])
+        self.updates = stored["updates"]
+
+    def finish(self) -> nn.Module:
+        """The trained network, its weights averaged if the schedule says so."""
+        if self.average is not None:
+            self._exchange()
+        return self.model.eval().requires_grad_(False)
+
+    def _exchange(self) -> None:
+        assert self.average is not None
+        with torch.no_grad():
+            for weight, average in zip(self.weights, self.average, strict=True):
+                piece = local(weight.detach())
+                kept = piece.clone()
+                piece.copy_(average)
+                average.copy_(kept)
+
+    def _averaged(self) -> _Averaged:
+        return _Averaged(self)
+
+
+class _Averaged:
+    """While entered, the network has its averaged weights."""
+
+    def __init__(self, trained: _Trained) -> None:
+        self._trained = trained
+
+    def __enter__(self) -> None:
+        self._trained._exchange()
+
+    def __exit__(self, *error: object) -> None:
+        self._trained._exchange()
+
+
+def train(
+    networks: Mapping[str, tuple[nn.Module, Schedule]],
+    objective: Objective,
+    run: Run,
+    turn: Callable[[int], tuple[str, ...]] | None = None,
+) -> dict[str, nn.Module]:
+    """Train networks by AdamW and return them, evaluated, with their averaged weights where a schedule keeps some.
+
+    `turn(step)` names the networks that a step updates (None: all); the objective's gradient must reach no other one.
+    All schedules count all steps and have the same number. In the run's folder, `checkpoint.pt` is resumed, and
+    `metrics.jsonl` gets one line per `log_every` steps.
+    Raises TrainingError if a number is not finite, a checkpoint cannot be written or belongs to other settings.
+    """
+    world, folder = run.world, run.folder
+    steps = {schedule.steps for _, schedule in networks.values()}
+    if len(steps) != 1:
+        raise ValueError(f"the schedules have {sorted(steps)} steps: networks trained together need the same number.")
+    total = steps.pop()
+    parts = world.parts(run.batch, run.micro)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: _Trained(model, schedule) for name, (model, schedule) in networks.items()}
+    identity = _plain(
+        {"schedule": {name: asdict(schedule) for name, (_, schedule) in networks.items()},
+         "batch": run.batch, "seed": run.seed, **run.settings}
+    )  # fmt: skip
+    checkpoint, first = folder / "checkpoint.pt", 0
+    state = read_checkpoint(checkpoint, identity, world)
+    if state is not None:
+        for name, network in trained.items():
+            network.restore(state["networks"][name])
+        first = state["step"]
+        run.report(f"resuming {folder} at step {first}")
+        del state
+    code = code_version()
+
+    def save(step: int) -> None:
+        stored = {name: network.state(keep=world.first) for name, network in trained.items()}
+        failure = None
+        if world.first:
+            try:
+                save_atomic({"identity": identity, "code": code, "step": step, "networks": stored}, checkpoint)
+            except TrainingError as error:
+                failure = error
+        if world.agree(failure is not None):
+            raise failure or TrainingError("the first process could not write the checkpoint; see its message.")
+
+    for network in trained.values():
+        network.model.train()
+    metrics = Metrics(folder, total, first, run.log_every, run.report) if world.first else None
+    try:
+        for step in range(first, total):
+            names = tuple(trained) if turn is None else turn(step)
+            for network in trained.values():
+                network.zero_grad()
+            scalars: dict[str, Tensor] = {}
+            for indices in parts:
+                draws = Draws(run.seed, step, run.batch, indices, world.device)
+                value, named = objective(draws)
+                (value / len(parts)).backward()
+                for name, scalar in {"loss": value, **named}.items():
+                    scalars[name] = scalars.get(name, 0) + scalar.detach() / len(parts)
+            means = dict(zip(scalars, world.mean(torch.stack([v.reshape(()).float() for v in scalars.values()])),
+                             strict=True))  # fmt: skip
+            norms = {_label("grad_norm", name, trained): trained[name].clip() for name in names}
+            _check(step, {"loss": means["loss"], **norms}, folder)
+            for name in names:
+                trained[name].update(step)
+            if metrics is not None:
+                rates = {_label("lr", name, trained): trained[name].schedule.lr_at(step) for name in trained}
+                metrics.add(means | norms, **rates)
+            if (step + 1) % run.save_every == 0 or step + 1 == total:
+                save(step + 1)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    return {name: network.finish() for name, network in trained.items()}
 
 
 def fit(
@@ -66,80 +248,31 @@ def fit(
     save_every: int = 250,
     report: Callable[[str], None] = print,
 ) -> Model:
-    """Train `model` by AdamW on `loss` and return the trained weights (their average, if the schedule keeps one).
-
-    `loss(step)` returns a scalar tensor and named scalars for the log. `run` is a folder: `checkpoint.pt` in it is
-    resumed if its schedule is the same, `metrics.jsonl` gets one line per `log_every` steps.
-    Raises TrainingError if the loss is not finite or the checkpoint belongs to another schedule.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay
-    )
-    average = copy.deepcopy(model).requires_grad_(False) if schedule.ema else None
-    first = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["schedule"] != _plain(schedule):
-            raise TrainingError(f"{checkpoint} was made with another schedule. Delete {run} or choose another --run.")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        first = state["step"]
-        report(f"resuming {run} at step {first}")
-
-    def save(step: int) -> None:
-        state = {"schedule": _plain(schedule), "step": step, "model": model.state_dict()}
-        state["optimizer"] = optimizer.state_dict()
-        if average is not None:
-            state["average"] = average.state_dict()
-        save_atomic(state, checkpoint)
-
-    model.train()
-    sums: dict[str, float] = {}
-    began = time.monotonic()
-    with open(run / "metrics.jsonl", "a") as log:
-        for step in range(first, schedule.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr_at(step)
-            value, scalars = loss(step)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            if not (torch.isfinite(value) and torch.isfinite(norm)):
-                raise TrainingError(
-                    f"loss {value.item()} with gradient norm {norm.item()} at step {step}. "
-                    f"The last good checkpoint is in {run}; a smaller learning rate is the usual cure."
-                )
-            optimizer.step()
-            if average is not None:
-                # a short memory at first, so that the average forgets the random start
-                decay = min(schedule.ema, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-            for name, scalar in {"loss": value, "grad_norm": norm, **scalars}.items():
-                sums[name] = sums.get(name, 0.0) + float(scalar.detach()) / log_every
-            if (step + 1) % log_every == 0:
-                seconds = (time.monotonic() - began) / (step + 1 - first)
-                line = {"step": step + 1, "lr": schedule.lr_at(step), "seconds_per_step": round(seconds, 4), **sums}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                left = seconds * (schedule.steps - step - 1) / 60
-                report(f"step {step + 1}/{schedule.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in sums.items())
-                       + f"  {seconds:.2f} s/step, {left:.0f} min left")  # fmt: skip
-                sums = {}
-            if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
-                save(step + 1)
-    trained = average if average is not None else model
-    return trained.eval().requires_grad_(False)
-
-
-def _plain(schedule: Schedule) -> dict:
-    return json.loads(json.dumps(asdict(schedule)))
+    """`train` for one network in one process whose loss draws its own numbers from the step."""
+    settings = Run(run, log_every=log_every, save_every=save_every, report=report)
+    return train({"model": (model, schedule)}, lambda draws: loss(draws.step), settings)["model"]  # type: ignore[return-value]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one training step: the same however often training was interrupted."""
     return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def _check(step: int, values: Mapping[str, Tensor], folder: Path) -> None:
+    if not all(bool(torch.isfinite(value)) for value in values.values()):
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+        raise TrainingError(
+            f"a number is not finite at step {step}: {shown}. The last good checkpoint is in {folder}; "
+            "a smaller learning rate is the usual cure."
+        )
+
+
+def _label(what: str, name: str, networks: Mapping[str, object]) -> str:
+    return what if len(networks) == 1 else f"{what}_{name}"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
