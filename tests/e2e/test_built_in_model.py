@@ -67,7 +67,8 @@ def test_openvino_draws_the_same_video_every_time(pipeline):
             runs += [other(PROMPT, seed=5).frames, other(PROMPT, seed=5).frames]
     assert all(np.array_equal(runs[0], frames) for frames in runs[1:])
     difference = np.abs(runs[0].astype(int) - pipeline(PROMPT, seed=5).frames.astype(int))
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    # the graphs are in float16, and engines need not round at the same places
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-2
 
 
 def test_the_built_in_videos_show_the_colour_and_background_of_their_prompts(pipeline):
@@ -85,7 +86,9 @@ def test_every_graph_of_the_built_in_bundle_was_verified_when_written():
     graphs = Bundle.open(BUILT_IN).manifest.graphs
     assert set(graphs) == {"text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step"}
     for name, graph in graphs.items():
-        assert graph.accuracy is not None and graph.accuracy.max_abs_error <= 1e-4, name
+        found = graph.accuracy
+        assert found is not None, name
+        assert found.max_abs_error <= 1e-4 if graph.precision == "fp32" else found.cosine >= 0.9999, name
 
 
 def test_weights_and_bundle_together_stay_below_25_mb():
