@@ -64,7 +64,7 @@ Examples:
   tmd-export --model tiny --checkpoint runs/student --precision fp16 --out my-bundle
   tmd-export --model wan1.3b --random-weights 0 --out wan-noise
   tmd-export --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
-  tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \
+  tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
 
 \b
