@@ -8,7 +8,25 @@ import numpy as np
 
 from .engine import Engine
 from .errors import EngineError, quote
-from .manifest import TensorSpec
+from .manifest import GraphInfo, TensorSpec
+
+# What engines on a CPU compute; fp8 and int8 graphs need settings and tests of their own first.
+_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def check_cpu_graph(engine: str, device: str, graph: str, info: GraphInfo) -> None:
+    """Raises EngineError unless `engine` can run such a graph on this device with numpy arrays as buffers."""
+    if device != "cpu":
+        raise EngineError(f"The engine {engine} runs on device cpu, not on {quote(device)}, in this version of tmd.")
+    if info.precision not in _PRECISIONS:
+        raise EngineError(
+            f"Graph {graph} is {info.precision}, and the engine {engine} computes {', '.join(_PRECISIONS)} in this "
+            "version of tmd: use such a bundle."
+        )
+    if any(spec.dtype == "bfloat16" for spec in (*info.inputs, *info.outputs)):
+        raise EngineError(
+            f"Graph {graph} has bfloat16 inputs or outputs, which numpy has not: export it again with this version."
+        )
 
 
 def empty_array(engine: Engine, name: str, dims: Mapping[str, int]) -> np.ndarray:

@@ -298,6 +298,10 @@ class FileInfo(_Part):
     sha256: Sha256
 
 
+_DATE, _TIME = "[0-9]{4}-[0-9]{2}-[0-9]{2}", r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?"
+_CREATED = rf"^{_DATE}T{_TIME}(Z|[+-][0-9]{{2}}:[0-9]{{2}})$"  # not \d, which takes the digits of every script
+
+
 class Provenance(_Part):
     """Where the bundle comes from: source and the sha256 of its files, tool, library versions, ISO 8601 time."""
 
@@ -305,7 +309,7 @@ class Provenance(_Part):
     source_sha256: Annotated[dict[Text, Sha256], Field(max_length=1024)]
     tool: Text
     versions: Annotated[dict[Text, Text], Field(max_length=64)]
-    created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)$")]
+    created: Annotated[str, StringConstraints(pattern=_CREATED)]
 
 
 class Manifest(_Part):

@@ -8,15 +8,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .buffers import check_buffers, empty_array
+from .buffers import check_buffers, check_cpu_graph, empty_array
 from .bundle import Bundle
 from .engine import Engine
-from .errors import EngineError, one_line, quote
+from .errors import EngineError, one_line
 from .graph_file import parse_graph
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32
-
-# fp8 and int8 graphs need session options and tests of their own first.
-_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class OnnxRuntimeEngine(Engine):
@@ -32,19 +29,7 @@ class OnnxRuntimeEngine(Engine):
         weights are read from the file each time they are used instead of being copied and packed."""
         info = bundle.graph_info(graph)
         super().__init__(graph, info.inputs, info.outputs)
-        if device != "cpu":
-            raise EngineError(
-                f"The engine onnxruntime runs on device cpu, not on {quote(device)}, in this version of tmd."
-            )
-        if info.precision not in _PRECISIONS:
-            raise EngineError(
-                f"Graph {graph} is {info.precision}, and ONNX Runtime on a CPU computes {', '.join(_PRECISIONS)}: "
-                "use a bundle in one of them."
-            )
-        if any(spec.dtype == "bfloat16" for spec in (*info.inputs, *info.outputs)):
-            raise EngineError(
-                f"Graph {graph} has bfloat16 inputs or outputs, which numpy has not: use a bundle in fp32."
-            )
+        check_cpu_graph("onnxruntime", device, graph, info)
         try:
             import onnxruntime
         except ImportError as error:

@@ -16,16 +16,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .buffers import check_buffers, empty_array
+from .buffers import check_buffers, check_cpu_graph, empty_array
 from .bundle import Bundle
 from .cpu import describe_cpu
 from .engine import Engine
 from .errors import EngineError, one_line, quote
 from .graph_file import parse_graph
 from .plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder
-
-# fp8 and int8 graphs need tests of their own first.
-_PRECISIONS = ("fp32", "fp16", "bf16")
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -60,19 +57,7 @@ class OpenVinoEngine(Engine):
     def __init__(self, bundle: Bundle, graph: str, device: str, threads: int | None) -> None:
         info = bundle.graph_info(graph)
         super().__init__(graph, info.inputs, info.outputs)
-        if device != "cpu":
-            raise EngineError(
-                f"The engine openvino runs on device cpu, not on {quote(device)}, in this version of tmd."
-            )
-        if info.precision not in _PRECISIONS:
-            raise EngineError(
-                f"Graph {graph} is {info.precision}, and the engine openvino computes {', '.join(_PRECISIONS)} in this "
-                "version of tmd: use such a bundle."
-            )
-        if any(spec.dtype == "bfloat16" for spec in (*info.inputs, *info.outputs)):
-            raise EngineError(
-                f"Graph {graph} has bfloat16 inputs or outputs, which numpy has not: export it again with this version."
-            )
+        check_cpu_graph("openvino", device, graph, info)
         try:
             import openvino
         except ImportError as error:

@@ -85,8 +85,8 @@ what would feel the rounding stay fp32. For single graphs:
 
 \b
 Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
-error above 1e-4 is a failure (in fp16 and bf16: a cosine below 0.9999; with
-int8 weights: below 0.99).
+error above 1e-4 is a failure, in units of an output's RMS where that is above 1
+(in fp16 and bf16: a cosine below 0.9999; with int8 weights: below 0.99).
 
 \b
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.

@@ -82,6 +82,30 @@ def check_finite(stage: str, values: NDArray[Any]) -> None:
         )
 
 
+class BoundBackbone:
+    """The backbone tied to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens.
+
+    `step` runs it on `x`, `t` and `prompt_embeds`. `handed` (features, context) and `rope` are for the flow head;
+    `dims` are the sizes behind the symbols of both graphs.
+    """
+
+    def __init__(
+        self, backbone: Engine, manifest: Manifest, latent_shape: tuple[int, int, int, int, int], text_tokens: int
+    ) -> None:
+        batch, _, frames, height, width = latent_shape
+        pt, ph, pw = manifest.model.patch_size
+        grid = (frames // pt, height // ph, width // pw)
+        self.dims = {"batch": batch, "frames": frames, "height": height, "width": width}
+        self.dims |= {"tokens": grid[0] * grid[1] * grid[2], "text": text_tokens}
+        self.x, self.t, self.prompt_embeds = (backbone.empty(name, **self.dims) for name in ("x", "t", "prompt_embeds"))
+        self.rope = {name: backbone.empty(name, **self.dims) for name in ("rope_cos", "rope_sin")}
+        for buffer, table in zip(self.rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
+            buffer[...] = table
+        self.handed = {name: backbone.empty(name, **self.dims) for name in ("features", "context")}
+        given = {"x": self.x, "t": self.t, "prompt_embeds": self.prompt_embeds, **self.rope}
+        self.step = backbone.bind(given, self.handed)
+
+
 class DenoiseLoop:
     """Backbone and flow head bound to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens."""
 
@@ -96,24 +120,14 @@ class DenoiseLoop:
         if manifest.sampler.rule != "transition":
             raise ValueError(f"this loop is for TMD students, and the bundle's rule is {manifest.sampler.rule}")
         self._sampler = manifest.sampler
-        batch, _, frames, height, width = latent_shape
-        pt, ph, pw = manifest.model.patch_size
-        grid = (frames // pt, height // ph, width // pw)
-        dims = {"batch": batch, "frames": frames, "height": height, "width": width}
-        dims |= {"tokens": grid[0] * grid[1] * grid[2], "text": text_tokens}
-
-        self._x, self._t, self._prompt = (backbone.empty(name, **dims) for name in ("x", "t", "prompt_embeds"))
-        rope = {name: backbone.empty(name, **dims) for name in ("rope_cos", "rope_sin")}
-        for buffer, table in zip(rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
-            buffer[...] = table
-        features = {name: backbone.empty(name, **dims) for name in ("features", "context")}
-        self._features = features["features"]
-        self._backbone = backbone.bind({"x": self._x, "t": self._t, "prompt_embeds": self._prompt, **rope}, features)
+        bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
+        dims, self._x, self._t, self._prompt = bound.dims, bound.x, bound.t, bound.prompt_embeds
+        self._features, self._backbone = bound.handed["features"], bound.step
 
         self._noise, self._s, self._r = (flow_head.empty(name, **dims) for name in ("noise", "s", "r"))
         # The flow head reads one y and writes the other; its first step reads the noise itself, which saves a copy.
         self._y: list[NDArray[Any]] = [flow_head.empty("y_next", **dims) for _ in range(2)]
-        given = {"noise": self._noise, "s": self._s, "r": self._r, **features, **rope}
+        given = {"noise": self._noise, "s": self._s, "r": self._r, **bound.handed, **bound.rope}
         ways = ((self._noise, self._y[0]), (self._y[0], self._y[1]), (self._y[1], self._y[0]))
         self._start, *self._turns = [flow_head.bind({"y": y, **given}, {"y_next": y_next}) for y, y_next in ways]
 

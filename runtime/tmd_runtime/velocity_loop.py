@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .loop import check_finite
+from .loop import BoundBackbone, check_finite
 from .noise import NoiseStream
 from .rules import RULES
-from .schedule import rope_tables, told_time
+from .schedule import told_time
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,22 +37,12 @@ class VelocityLoop:
         latent_shape: tuple[int, int, int, int, int],
         text_tokens: int,
     ) -> None:
-        batch, _, frames, height, width = latent_shape
-        pt, ph, pw = manifest.model.patch_size
-        grid = (frames // pt, height // ph, width // pw)
-        dims = {"batch": batch, "frames": frames, "height": height, "width": width}
-        dims |= {"tokens": grid[0] * grid[1] * grid[2], "text": text_tokens}
-
-        self._x, self._t, self._prompt = (backbone.empty(name, **dims) for name in ("x", "t", "prompt_embeds"))
-        rope = {name: backbone.empty(name, **dims) for name in ("rope_cos", "rope_sin")}
-        for buffer, table in zip(rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
-            buffer[...] = table
-        given = {"x": self._x, "t": self._t, **rope}
-        features = {name: backbone.empty(name, **dims) for name in ("features", "context")}
-        self._features = features["features"]
-        self._backbone = backbone.bind({**given, "prompt_embeds": self._prompt}, features)
-        self._velocity = flow_head.empty("velocity", **dims)
-        self._flow_head = flow_head.bind({**given, **features}, {"velocity": self._velocity})
+        bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
+        self._x, self._t, self._prompt = bound.x, bound.t, bound.prompt_embeds
+        self._features, self._backbone = bound.handed["features"], bound.step
+        self._velocity = flow_head.empty("velocity", **bound.dims)
+        given = {"x": self._x, "t": self._t, **bound.rope, **bound.handed}
+        self._flow_head = flow_head.bind(given, {"velocity": self._velocity})
         # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
         self._negative: NDArray[np.float32] = np.empty(0, np.float32)  # velocity of the first of them
         self._rule: Rule = RULES[manifest.sampler.rule](latent_shape)
