@@ -13,12 +13,14 @@ FOLDERS = {
     "tmd_export": ROOT / "export" / "tmd_export",
     "tmd_engines": ROOT / "engines" / "tmd_engines",
     "tmd_runtime": ROOT / "runtime" / "tmd_runtime",
+    "tmd_bench": ROOT / "runtime" / "tmd_bench",
 }
 ALLOWED = {
     "tmd_ref": set(),
     "tmd_engines": set(),
     "tmd_export": {"tmd_ref", "tmd_engines"},
     "tmd_runtime": {"tmd_engines"},
+    "tmd_bench": {"tmd_ref", "tmd_engines", "tmd_export", "tmd_runtime"},  # stands outside and measures
 }
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "av", "transformers", "diffusers")
 
@@ -60,7 +62,9 @@ def test_importing_a_package_loads_no_heavy_library(package):
     assert not loaded_modules(f"import {package}") & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["tmd_runtime.cli", "tmd_engines.cli", "tmd_export.cli", "tmd_ref.distill.cli"])
+@pytest.mark.parametrize(
+    "module", ["tmd_runtime.cli", "tmd_engines.cli", "tmd_export.cli", "tmd_ref.distill.cli", "tmd_bench.cli"]
+)
 def test_asking_a_command_for_help_loads_no_heavy_library(module):
     help_text = f"""
 from {module} import main

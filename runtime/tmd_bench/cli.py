@@ -1,0 +1,268 @@
+"""`tmd-bench`: the command, its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmd_runtime.cli import ENGINES, Size, Whole
+
+from .spec import RIVALS, Work
+
+if TYPE_CHECKING:
+    from .contest import Entry
+
+MODELS = ("tiny", "wan1.3b", "wan14b")  # as in tmd_export, which is not imported for --help; a test compares the two
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
+KINDS = ("tmd", "wan")
+PARTS = "backbone,flow_head"
+
+
+def _rivals(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in (value or "").split(",") if name.strip()))
+    for name in names:
+        if name not in RIVALS:
+            raise click.BadParameter(f"{name!r} is no rival: choose some of {','.join(RIVALS)}.")
+    return names
+
+
+@click.command(
+    "tmd-bench",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\
+\b
+Examples:
+  tmd-bench                                     the built-in model, stage by stage
+  tmd-bench --bundle my-bundle --compare openvino
+  tmd-bench --model wan1.3b --random-weights 0 --size 256x256 --frames 17 --compare torch,diffusers
+  tmd-bench --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --kind wan --steps 4 --json bench.json
+
+\b
+Every contender has its own process; they are loaded one after the other, run
+once (cold), and then in turn (--rounds). Only what the bundle holds is run;
+rivals in torch run the denoising loop alone. diffusers has no flow head: its
+figure is the time of full passes, scaled to the same number of evaluations.
+The limit is one large float32 matrix product of numpy with as many threads.
+
+\b
+--json FILE: machine, versions, work, limit_flops and per contender load_seconds,
+cold_seconds, seconds (median and p90 by stage), flops (by stage), peak_bytes
+and every round; ratio.NAME is NAME's median time for the loop over ours.
+
+\b
+Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C.""",
+)
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Measure this bundle.")
+@click.option("--model", type=click.Choice(MODELS), help="Export a bundle of this model first (and give rivals it).")
+@click.option("--checkpoint", multiple=True, metavar="PATH", help="Weights of --model, as in tmd-export.")
+@click.option("--random-weights", type=Whole(0), metavar="SEED", help="Random weights for --model.")
+@click.option("--kind", type=click.Choice(KINDS), default="tmd", show_default=True,
+              help="With --random-weights: a TMD student, or Wan itself.")  # fmt: skip
+@click.option("--parts", default=PARTS, show_default=True, metavar="LIST", help="Graphs that --model exports.")
+@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the bundle that --model makes.")
+@click.option("--size", type=Size(), metavar="WxH", help="Pixels.  [default: the bundle's]")
+@click.option("--frames", type=Whole(1), metavar="F", help="Frames.  [default: the bundle's]")
+@click.option("--steps", type=Whole(1), metavar="M", help="Outer steps.  [default: the bundle's]")
+@click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per step.  [default: the bundle's]")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="Ours.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
+@click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
+@click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")
+@click.option("--compare", callback=_rivals, metavar="LIST", help=f"Rivals: some of {','.join(RIVALS)}.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write everything.")
+def command(
+    bundle: Path | None,
+    model: str | None,
+    checkpoint: tuple[str, ...],
+    random_weights: int | None,
+    kind: str,
+    parts: str,
+    keep: Path | None,
+    precision: str,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Measure a bundle stage by stage, beside what a user would run instead."""
+    if bundle is not None and model is not None:
+        raise click.UsageError("--bundle is measured as it is: leave --model out, or let --model make the bundle.")
+    if model is None:
+        needless = {"--checkpoint": checkpoint, "--random-weights": random_weights is not None, "--keep": keep}
+        if given := [name for name, value in needless.items() if value]:
+            raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
+        if torch := [name for name in options["compare"] if name not in ENGINES]:
+            if bundle is not None:
+                raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
+            model, kind = "tiny", "tmd"
+            return _of_model(model, (), None, kind, parts, keep, precision, json_file, options)
+        from tmd_runtime.pipeline import BUILT_IN
+
+        return _measure(bundle or BUILT_IN, None, (), None, kind, json_file, options)
+    return _of_model(model, checkpoint, random_weights, kind, parts, keep, precision, json_file, options)
+
+
+def _of_model(
+    model: str,
+    checkpoint: tuple[str, ...],
+    random_weights: int | None,
+    kind: str,
+    parts: str,
+    keep: Path | None,
+    precision: str,
+    json_file: Path | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Export the bundle in a process of its own, then measure it."""
+    import subprocess
+
+    with TemporaryDirectory(prefix="tmd-bench-") as folder:
+        out = keep or Path(folder) / "bundle"
+        arguments = ["--model", model, "--parts", parts, "--precision", precision, "--out", str(out), "--no-verify"]
+        arguments += [word for path in checkpoint for word in ("--checkpoint", path)]
+        if random_weights is not None:
+            arguments += ["--random-weights", str(random_weights)]
+            if kind == "wan":
+                arguments += ["--preset", "wan"]
+        click.echo("exporting", err=True)
+        code = "from tmd_export.cli import main; main()"
+        if subprocess.run([sys.executable, "-c", code, *arguments], stdout=2).returncode:
+            raise click.ClickException("the bundle could not be exported; the lines above say why.")
+        _measure(out, model, checkpoint, random_weights, kind, json_file, options)
+
+
+def _measure(
+    bundle: Path,
+    model: str | None,
+    checkpoint: tuple[str, ...],
+    random_weights: int | None,
+    kind: str,
+    json_file: Path | None,
+    options: Mapping[str, Any],
+) -> None:
+    from tmd_engines import Bundle
+    from tmd_engines.cpu import describe_cpu
+    from tmd_engines.sizing import estimate
+    from tmd_runtime.settings import resolve_settings
+
+    from .contest import contest
+    from .limit import FLOPS
+
+    opened = Bundle.open(bundle)
+    settings = resolve_settings(
+        opened.manifest, 0, options["steps"], options["inner_steps"], options["frames"], options["size"],
+        1.0 if opened.manifest.model.kind == "wan" else None,
+    )  # fmt: skip
+    work = Work(
+        str(bundle), opened.manifest.graphs["backbone"].precision, settings.width, settings.height, settings.frames,
+        settings.steps, settings.inner_steps, options["threads"], model=model, checkpoint=checkpoint,
+        random_seed=random_weights, kind=kind,
+    )  # fmt: skip
+    needed = estimate(opened, width=work.width, height=work.height, frames=work.frames, steps=work.steps,
+                      inner_steps=work.inner_steps)  # fmt: skip
+    flops = {name: stage.flops * stage.calls for name, stage in needed.stages.items()}
+    flops = {"text" if name == "text_encoder" else "decode" if name == "decoder" else name: count
+             for name, count in flops.items()}  # fmt: skip
+    flops["denoise"] = flops["backbone"] + flops["flow_head"]
+    engine = options["engine"]
+    rivals = [name for name in options["compare"] if name != engine]
+    entries = contest([engine, *rivals, "limit"], work, options["rounds"], _progress())
+    limit = FLOPS / entries.pop("limit").median("matmul")
+    ours = entries[engine].median("denoise")
+    ratio = {name: entries[name].median("denoise") / ours for name in rivals}
+    document = {
+        "machine": {**describe_cpu(), "system": platform.platform(), "python": platform.python_version()},
+        "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "work": json.loads(work.to_json()),
+        "nfe": settings.nfe,
+        "limit_flops": limit,
+        "contenders": {name: {**entry.summary(), "flops": flops} for name, entry in entries.items()},
+        "ratio": ratio,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
+    _show(work, entries, flops, limit, ratio)
+
+
+_LIBRARIES = ("tmd", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _progress() -> Callable[[str], None]:
+    if not sys.stderr.isatty():
+        return lambda line: None
+    return lambda line: click.echo(f"\r\x1b[2K{line}", nl=False, err=True)
+
+
+def _show(
+    work: Work, entries: Mapping[str, Entry], flops: Mapping[str, int], limit: float, ratio: Mapping[str, float]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[2K", nl=False, err=True)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("stage", "median", "p90", "cold", "GFLOP/s", "of limit"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, entry in entries.items():
+        for number, (stage, warm) in enumerate(entry.summary()["seconds"].items()):
+            rate = flops[stage] / warm["median"] if stage in flops and warm["median"] else None
+            table.add_row(
+                name if number == 0 else "", stage, *(f"{1000 * warm[key]:.1f} ms" for key in ("median", "p90")),
+                f"{1000 * entry.cold.get(stage, 0.0):.1f} ms",
+                *(("", "") if rate is None else (f"{rate / 1e9:.0f}", f"{100 * rate / limit:.0f} %")),
+            )  # fmt: skip
+    console = Console(width=100)
+    click.echo(
+        f"{work.frames} frames of {work.width}x{work.height}, {work.steps} x {work.inner_steps} steps, "
+        f"{work.precision}, {work.threads} thread{'s' * (work.threads > 1)}; "
+        f"limit {limit / 1e9:.0f} GFLOP/s (float32 matrix product)"
+    )
+    console.print(table)
+    for name, entry in entries.items():
+        loading = sum(entry.load.values())
+        beside = f", loop {ratio[name]:.2f} x our time" if name in ratio else ""
+        click.echo(f"{name}: {loading:.2f} s to load, peak {entry.peak_bytes / 1e6:.0f} MB{beside}")
+
+
+def main() -> None:
+    """Entry point of `tmd-bench`."""
+    from tmd_runtime.errors import RuntimeFailure, UsageFailure
+
+    try:
+        command.main(prog_name="tmd-bench", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UsageFailure as error:
+        click.echo(f"tmd-bench: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except (RuntimeFailure, OSError) as error:
+        click.echo(f"tmd-bench: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        from tmd_engines import BundleError
+
+        from .contest import BenchError
+
+        if not isinstance(error, (BundleError, BenchError)):
+            raise
+        click.echo(f"tmd-bench: {error}", err=True)
+        sys.exit(1)
+    sys.exit(0)

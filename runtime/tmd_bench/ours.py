@@ -1,0 +1,55 @@
+"""The contender that is this project: a bundle on one engine, through the Python runtime."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import tmd_runtime
+
+from .spec import Work
+
+
+class BundleRun:
+    """A whole run of a bundle: text (if it has an encoder), the denoising loop, the decoder (if it has one)."""
+
+    def __init__(self, work: Work, engine: str) -> None:
+        self._work, self._engine = work, engine
+
+    def load(self) -> dict[str, float]:
+        """Opens the bundle; the graphs load in the first run."""
+        start = perf_counter()
+        work = self._work
+        self._pipeline = tmd_runtime.load(work.bundle, engine=self._engine, threads=work.threads)
+        manifest = self._pipeline.manifest
+        self._embeds = None
+        if "text_encoder" not in manifest.graphs:
+            rows = np.random.default_rng(work.seed).standard_normal((1, manifest.text.max_length, manifest.text.dim))
+            self._embeds = rows.astype(np.float32)
+        return {"open": perf_counter() - start}
+
+    def run(self) -> dict[str, float]:
+        """Seconds by stage. `denoise` is the loop from embeddings to latents, of which `host` is not the engines'."""
+        work = self._work
+        marks: dict[str, float] = {}
+
+        def mark(name: str) -> Any:
+            return lambda *_: marks.__setitem__(name, perf_counter())
+
+        def listen(step: tmd_runtime.StepInfo) -> None:
+            if step.stage == "load" and "embeds" in marks and "latents" not in marks:
+                marks["loading"] = marks.get("loading", 0.0) + step.seconds
+
+        inner = {"inner_steps": work.inner_steps} if self._pipeline.manifest.model.kind == "tmd" else {"guidance": 1.0}
+        result = self._pipeline(
+            work.prompt, work.seed, work.steps, frames=work.frames, size=(work.width, work.height),
+            prompt_embeds=self._embeds, on_embeds=mark("embeds"), on_latents=mark("latents"),
+            callback=listen, **inner,
+        )  # fmt: skip
+        seconds = dict(result.stage_seconds)
+        denoise = marks["latents"] - marks["embeds"] - marks.get("loading", 0.0)
+        shown = {name: seconds[name] for name in ("load", "text", "backbone", "flow_head", "decode") if seconds[name]}
+        host = max(0.0, denoise - seconds["backbone"] - seconds["flow_head"])
+        return {**shown, "denoise": denoise, "host": host}
