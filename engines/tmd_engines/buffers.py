@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,17 +11,21 @@ from .engine import Engine
 from .errors import EngineError, quote
 from .manifest import GraphInfo, TensorSpec
 
-# What engines on a CPU compute; fp8 and int8 graphs need settings and tests of their own first.
-_PRECISIONS = ("fp32", "fp16", "bf16")
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")  # what engines on a CPU compute
 
 
 def check_cpu_graph(engine: str, device: str, graph: str, info: GraphInfo) -> None:
     """Raises EngineError unless `engine` can run such a graph on this device with numpy arrays as buffers."""
     if device != "cpu":
         raise EngineError(f"The engine {engine} runs on device cpu, not on {quote(device)}, in this version of tmd.")
-    if info.precision not in _PRECISIONS:
+    check_graph_types(engine, graph, info, _PRECISIONS)
+
+
+def check_graph_types(engine: str, graph: str, info: GraphInfo, precisions: tuple[str, ...]) -> None:
+    """Raises EngineError unless `engine` computes graphs of this precision, with buffers of types that numpy has."""
+    if info.precision not in precisions:
         raise EngineError(
-            f"Graph {graph} is {info.precision}, and the engine {engine} computes {', '.join(_PRECISIONS)} in this "
+            f"Graph {graph} is {info.precision}, and the engine {engine} computes {', '.join(precisions)} in this "
             "version of tmd: use such a bundle."
         )
     if any(spec.dtype == "bfloat16" for spec in (*info.inputs, *info.outputs)):
@@ -35,8 +40,11 @@ def empty_array(engine: Engine, name: str, dims: Mapping[str, int]) -> np.ndarra
     return np.empty(shape, np.dtype((engine.inputs.get(name) or engine.outputs[name]).dtype))
 
 
-def check_buffers(engine: Engine, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-    """Raises EngineError unless the arrays are what `Engine.bind` asks for, named, typed, sized and apart."""
+def check_buffers(engine: Engine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """Raises EngineError unless the arrays are what `Engine.bind` asks for, named, typed, sized and apart.
+
+    They are numpy arrays or, where the engine makes such, `DeviceArray`s.
+    """
     sizes: dict[str, tuple[int, str]] = {}  # symbol -> its value, and the tensor that set it
     for kind, buffers, specs in (("input", inputs, engine.inputs), ("output", outputs, engine.outputs)):
         wrong = [f"misses the {kind} {name}" for name in specs if name not in buffers]
@@ -44,7 +52,7 @@ def check_buffers(engine: Engine, inputs: Mapping[str, np.ndarray], outputs: Map
         if wrong:
             raise EngineError(f"Graph {engine.graph} {wrong[0]}: bind every {kind}, and nothing else, by its name.")
         for name, array in buffers.items():
-            problem = _buffer_problem(array, specs[name], kind) or _size_problem(array, specs[name], sizes)
+            problem = _buffer_problem(array, specs[name], kind, engine) or _size_problem(array, specs[name], sizes)
             if problem:
                 raise EngineError(f"The {kind} {name} of graph {engine.graph} {problem}.")
     for name, other in _overlaps(inputs, outputs):
@@ -54,11 +62,14 @@ def check_buffers(engine: Engine, inputs: Mapping[str, np.ndarray], outputs: Map
         )
 
 
-def _buffer_problem(array: object, spec: TensorSpec, kind: str) -> str | None:
-    if not isinstance(array, np.ndarray):
+def _buffer_problem(array: Any, spec: TensorSpec, kind: str, engine: Engine) -> str | None:
+    on_device = engine.buffer_type is not None and isinstance(array, engine.buffer_type)
+    if not on_device and not isinstance(array, np.ndarray):
         return f"is a {type(array).__name__}: give a numpy array, for example from engine.empty"
     if array.dtype != np.dtype(spec.dtype):
         return f"has dtype {array.dtype}, and the graph needs {spec.dtype}: convert it, or use engine.empty"
+    if on_device:
+        return None
     if not (array.flags.c_contiguous and array.flags.aligned):
         return "is not C-contiguous and aligned, and an engine reads plain memory: pass a copy of it"
     if kind == "output" and not array.flags.writeable:
@@ -66,7 +77,7 @@ def _buffer_problem(array: object, spec: TensorSpec, kind: str) -> str | None:
     return None
 
 
-def _size_problem(array: np.ndarray, spec: TensorSpec, sizes: dict[str, tuple[int, str]]) -> str | None:
+def _size_problem(array: Any, spec: TensorSpec, sizes: dict[str, tuple[int, str]]) -> str | None:
     """Compares the shape with the spec, and every symbol with what an earlier tensor made of it."""
     wanted = f"has shape {list(array.shape)}, and the graph needs [{', '.join(map(str, spec.shape))}]"
     if array.ndim != len(spec.shape):
@@ -84,10 +95,10 @@ def _size_problem(array: np.ndarray, spec: TensorSpec, sizes: dict[str, tuple[in
     return None
 
 
-def _overlaps(inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+def _overlaps(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(output, other tensor) that share memory. Arrays are contiguous, so each is one interval of addresses."""
     spans = sorted(
-        (array.ctypes.data, array.ctypes.data + array.nbytes, is_output, name)
+        (start := _address(array), start + array.nbytes, is_output, name)
         for is_output, buffers in ((False, inputs), (True, outputs))
         for name, array in buffers.items()
     )
@@ -97,3 +108,7 @@ def _overlaps(inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray
             if start < other_end and (is_output or other_is_output):
                 yield (name, other) if is_output else (other, name)
         furthest[is_output] = max(furthest[is_output], (end, name))
+
+
+def _address(array: Any) -> int:
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.address)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Inspect bundles, and see which engines this machine has."""
+    """Inspect and build bundles, and see which engines this machine has."""
 
 
 def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
@@ -95,7 +95,7 @@ def inspect(
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
@@ -131,6 +131,59 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
 
 
 @main.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."
+)
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Their number of frames. Default: the bundle's.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
+@click.option(
+    "--trtexec",
+    type=click.Path(),
+    metavar="DIR",
+    help="Build nothing: write the graphs as TensorRT gets them into DIR, and print NVIDIA's command line for each.",
+)
+@click.option("--tensorrt-version", metavar="M.N", help="With --trtexec: for this version. Default: the one installed.")
+@_errors_as_messages
+def build(
+    bundle: str,
+    engine: str,
+    device: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    threads: int | None,
+    trtexec: str | None,
+    tensorrt_version: str | None,
+) -> None:
+    """Compile every graph of BUNDLE for one size of video, and keep what can be kept for the runs to come.
+
+    Steps do not matter: a plan serves any number of them. TMD_TENSORRT_WORKSPACE (MiB) limits TensorRT's memory, then
+    and in the runs; TMD_CACHE names the folder of the cache.
+    """
+    from . import build as builder
+    from .build_table import print_build, tensorrt_version_of
+    from .bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    video = opened.manifest.video
+    wanted = (*(size or (video.width, video.height)), frames or video.frames)
+    try:
+        if trtexec is None:
+            print_build(opened, engine, device, wanted, threads)
+            return
+        from pathlib import Path
+
+        for _, command in builder.write_for_trtexec(
+            opened, Path(trtexec), tensorrt_version_of(tensorrt_version), wanted
+        ):
+            click.echo(command)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def doctor(as_json: bool) -> None:
     """Print what this machine has for running graphs, and what to install for the rest."""
@@ -155,8 +208,7 @@ def doctor(as_json: bool) -> None:
     for name, engine in found["engines"].items():
         state = engine["version"] or f"{engine['problem']}: {engine['install']}"
         state += f", {engine['note']}" if engine["note"] else ""
-        later = "" if engine["implemented"] else "  [tmd uses it from a later version on]"
-        click.echo(f"  {name:<12} {state}{later}")
+        click.echo(f"  {name:<12} {state}")
 
 
 def _describe(bundle: Bundle) -> Iterator[str]:
@@ -196,6 +248,11 @@ def _describe(bundle: Bundle) -> Iterator[str]:
 
 
 def _sampler(sampler: SamplerInfo) -> str:
+    if sampler.rule == "flow_map":
+        low, high = sampler.guidance_interval
+        return (
+            f"flow_map: {sampler.steps} steps (of any number), guidance {sampler.guidance:g} for {low:g} < t < {high:g}"
+        )
     allowed = _listed(sampler.allowed_steps) if sampler.allowed_steps else "any number"
     text = f"{sampler.rule}: {sampler.steps} steps (of {allowed}), "
     if sampler.rule == "transition":

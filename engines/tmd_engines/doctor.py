@@ -9,15 +9,16 @@ from importlib import import_module
 from typing import Any
 
 from .cpu import describe_cpu
-from .engine import is_implemented
+from .gpu import has_cuda_bindings, has_gpu, has_onnxruntime_cuda
 from .plan_cache import cache_folder, distrust
 
 # engine -> (module to import, what to install)
 _PACKAGES = {
     "onnxruntime": ("onnxruntime", "pip install onnxruntime"),
     "openvino": ("openvino", "pip install openvino"),
-    "tensorrt": ("tensorrt", "pip install tensorrt (needs an NVIDIA GPU and driver)"),
+    "tensorrt": ("tensorrt", "pip install tensorrt cuda-python (needs an NVIDIA GPU and driver)"),
 }
+_WITHOUT = "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def examine() -> dict[str, Any]:
@@ -36,7 +37,6 @@ def examine() -> dict[str, Any]:
 
 def _engine(name: str, module: str, install: str) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("version", "problem", "install", "note"))
-    found["implemented"] = is_implemented(name)
     try:
         found["version"] = str(getattr(import_module(module), "__version__", "unknown"))
     except ModuleNotFoundError as error:
@@ -46,8 +46,23 @@ def _engine(name: str, module: str, install: str) -> dict[str, Any]:
         found["problem"] = f"installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
         found["install"] = install
     else:
-        found["note"] = _openvino_note() if name == "openvino" else None
+        notes = {"openvino": _openvino_note, "onnxruntime": _onnxruntime_note, "tensorrt": _tensorrt_note}
+        found["note"] = notes[name]()
     return found
+
+
+def _onnxruntime_note() -> str | None:
+    """Whether it has the GPU, where there is one."""
+    if not has_gpu():
+        return None
+    return "on the CPU and the GPU" if has_onnxruntime_cuda() else f"on the CPU only, for the GPU: {_WITHOUT}"
+
+
+def _tensorrt_note() -> str | None:
+    """What it lacks to run here, and the command that mends it."""
+    if not has_gpu():
+        return "but no NVIDIA GPU is seen: install its driver"
+    return None if has_cuda_bindings() else "but not the CUDA bindings for Python: pip install cuda-python"
 
 
 def _openvino_note() -> str:

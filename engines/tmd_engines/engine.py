@@ -13,16 +13,20 @@ An implementation is a module of this package that is imported only when it is a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .bundle import Bundle
 from .cpu import describe_cpu
 from .errors import EngineError, quote
+from .gpu import has_onnxruntime_cuda, has_tensorrt
 from .manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from .device_engine import Progress
 
 Buffer = Any  # a numpy array on the CPU; other engines may have device buffers
 
@@ -35,6 +39,9 @@ class Step(Protocol):
 
 class Engine(ABC):
     """A graph ready to run, by one thread at a time. `inputs` and `outputs` map tensor names to `TensorSpec`."""
+
+    buffer_type: type | None = None  # of the buffers from `empty`; None: numpy arrays, as every engine takes them
+    records = False  # whether several steps can be one launch
 
     def __init__(self, graph: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self.graph = graph
@@ -82,6 +89,14 @@ class Engine(ABC):
         """`bind` and one call. For repeated calls on the same buffers keep the step of `bind` instead."""
         self.bind(inputs, outputs)()
 
+    def record(self, work: Callable[[], None]) -> Step:
+        """`work` as one launch, where `records` is True; elsewhere `work` itself.
+
+        `work` calls steps of this engine, and of others of its kind, and nothing else; each graph has run before. What
+        is recorded stays good as long as its steps do, and reads and writes their buffers. Raises EngineError.
+        """
+        return work
+
     @abstractmethod
     def close(self) -> None:
         """Frees the graph's memory now. Its steps raise EngineError from then on. Closing twice is fine."""
@@ -95,58 +110,96 @@ class Engine(ABC):
         self.close()
 
 
-# name -> (module, class); None: the name is known, and its implementation comes with a later version.
-_IMPLEMENTATIONS: dict[str, tuple[str, str] | None] = {
-    "onnxruntime": ("onnxruntime_engine", "OnnxRuntimeEngine"),
-    "openvino": ("openvino_engine", "OpenVinoEngine"),
-    "tensorrt": None,
+# engine -> device -> (module, class)
+_IMPLEMENTATIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "onnxruntime": {
+        "cpu": ("onnxruntime_engine", "OnnxRuntimeEngine"),
+        "cuda": ("onnxruntime_device", "OnnxRuntimeDeviceEngine"),
+    },
+    "openvino": {"cpu": ("openvino_engine", "OpenVinoEngine")},
+    "tensorrt": {"cuda": ("tensorrt_engine", "TensorRtEngine")},
 }
 ENGINE_NAMES = ("auto", *_IMPLEMENTATIONS)
+DEVICE_NAMES = ("auto", "cpu", "cuda")
 
 
-def load(bundle: Bundle, graph: str, engine: str = "auto", device: str = "cpu", threads: int | None = None) -> Engine:
+def load(
+    bundle: Bundle,
+    graph: str,
+    engine: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Engine:
     """Makes a graph of a bundle executable.
 
-    `engine` is one of `ENGINE_NAMES`; "auto" is decided by `choose_engine`.
-    `threads` is the number of CPU threads of one run, None for as many as there are physical cores.
+    `engine` is one of `ENGINE_NAMES`, `device` one of `DEVICE_NAMES`; "auto" is decided by `choose`. `threads` is the
+    number of CPU threads of one run, None for as many as there are physical cores. `progress` is called while an engine
+    compiles, which TensorRT does for minutes, when buffers are bound.
     Raises EngineError if the graph, the engine or the device is not to be had (and says what to do), BundleError if the
     file changed since the bundle was opened.
     """
-    check_engine(engine)
-    if engine == "auto":
-        engine = choose_engine(bundle, graph)
-    implementation = _IMPLEMENTATIONS[engine]
-    assert implementation is not None  # check_engine has refused those
+    engine, device = choose(bundle, graph, engine, device)
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise EngineError(f"threads is {quote(threads)}: give a whole number from 1 to 1024, or None for all cores.")
-    module, name = implementation
-    loaded: Engine = getattr(import_module(f".{module}", __package__), name)(bundle, graph, device, threads)
+    module, name = _IMPLEMENTATIONS[engine][device]
+    more = {} if device == "cpu" else {"progress": progress}
+    loaded: Engine = getattr(import_module(f".{module}", __package__), name)(bundle, graph, device, threads, **more)
     return loaded
 
 
-def check_engine(engine: str) -> None:
-    """Raises EngineError unless `engine` is a name that this version of tmd has something behind."""
-    if engine not in ENGINE_NAMES:
-        raise EngineError(f"There is no engine {quote(engine)}. Choose one of: {', '.join(ENGINE_NAMES)}.")
-    if engine != "auto" and not is_implemented(engine):
-        ready = ", ".join(name for name, found in _IMPLEMENTATIONS.items() if found)
-        raise EngineError(f"The engine {engine} comes with a later version of tmd. Use one of: auto, {ready}.")
+def check_engine(engine: str, device: str = "auto") -> None:
+    """Raises EngineError unless `engine` and `device` are names that go together."""
+    for kind, name, names in (("engine", engine, ENGINE_NAMES), ("device", device, DEVICE_NAMES)):
+        if name not in names:
+            raise EngineError(f"There is no {kind} {quote(name)}. Choose one of: {', '.join(names)}.")
+    if engine != "auto" and device != "auto" and device not in _IMPLEMENTATIONS[engine]:
+        raise EngineError(
+            f"The engine {engine} runs on device {' or '.join(_IMPLEMENTATIONS[engine])}, not on {device}: choose "
+            "another engine or device, or leave one of them to auto."
+        )
+
+
+def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto") -> tuple[str, str]:
+    """Engine and device for a graph, where "auto" leaves them open.
+
+    With an NVIDIA GPU and the libraries for it: TensorRT, then ONNX Runtime on the GPU. ONNX Runtime asked for by name
+    stays on the CPU unless the device is asked for as well. Otherwise `choose_engine`. Raises EngineError.
+    """
+    check_engine(engine, device)
+    if engine == "auto" and device != "cpu":
+        info = bundle.graph_info(graph)
+        precision = info.precision
+        if has_tensorrt() and info.storage != "int8":  # blocks of int8 are nothing that TensorRT reads
+            return "tensorrt", "cuda"
+        if has_onnxruntime_cuda() and precision in ("fp32", "fp16", "bf16"):
+            return "onnxruntime", "cuda"
+        if device == "cuda":
+            raise EngineError(
+                "There is no engine for device cuda here: tmd-engine doctor says what is missing. Without a GPU, leave "
+                "the device to auto."
+            )
+    if engine == "auto":
+        engine = choose_engine(bundle, graph)
+    return engine, next(iter(_IMPLEMENTATIONS[engine])) if device == "auto" else device
 
 
 def choose_engine(bundle: Bundle, graph: str) -> str:
-    """What "auto" means for a graph on a CPU, by what was measured (docs/speed.md); imports no engine to find out.
+    """The engine for a graph on a CPU, by what was measured (docs/speed.md); imports no engine to find out.
 
     OpenVINO for a bf16 graph where it is installed and the CPU multiplies bfloat16, which is twice as fast as float32
-    there and which ONNX Runtime cannot do. ONNX Runtime for everything else: OpenVINO was 1.0 to 1.6 times as fast in
-    float32, and takes several times as long to get ready. Raises EngineError if the bundle has no such graph.
+    there and which ONNX Runtime cannot do, and for an int8 graph where the CPU multiplies int8. ONNX Runtime for
+    everything else: OpenVINO was 1.0 to 1.6 times as fast in float32, and takes several times as long to get ready.
+    Raises EngineError if the bundle has no such graph.
     """
-    if bundle.graph_info(graph).precision == "bf16" and find_spec("openvino") is not None:
-        features = describe_cpu()["features"] or ()
-        if "avx512_bf16" in features or "amx_bf16" in features:
-            return "openvino"
+    wanted = _OPENVINO_IS_FASTER_WITH.get(bundle.graph_info(graph).precision, ())
+    if wanted and find_spec("openvino") is not None and {*wanted} & {*(describe_cpu()["features"] or ())}:
+        return "openvino"
     return "onnxruntime"
 
 
-def is_implemented(engine: str) -> bool:
-    """Whether this version of tmd can load graphs on `engine`."""
-    return _IMPLEMENTATIONS.get(engine) is not None
+# precision -> features of a CPU, any of which is enough
+_OPENVINO_IS_FASTER_WITH = {
+    "bf16": ("avx512_bf16", "amx_bf16"),
+    "int8": ("avx512_vnni", "avx_vnni", "amx_int8"),
+}

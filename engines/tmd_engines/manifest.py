@@ -74,12 +74,14 @@ class ModelInfo(_Part):
     """What the graphs compute. Counts; `dim` is the token width D, `patch_size` (frames, height, width) in latents.
 
     Kind "tmd" is a student with an inner flow, whose `fusion` says how the flow head takes in the features; kind "wan"
-    is a Wan transformer in the same two graphs, without inner flow and without fusion.
+    is a Wan transformer in the same two graphs, without inner flow and without fusion. Kind "tim" is a Transition Model
+    of stills: all its blocks are in `flow_head`, `rope` says what its rotary tables count, and `classes` how many it
+    knows in place of a prompt.
     """
 
     name: Text
     family: Text
-    kind: Literal["tmd", "wan"]
+    kind: Literal["tmd", "wan", "tim"]
     dim: Count
     num_layers: Count
     head_blocks: Count
@@ -87,6 +89,8 @@ class ModelInfo(_Part):
     head_dim: Count
     patch_size: tuple[Count, Count, Count]
     fusion: Literal["gated", "concat"] | None = None
+    rope: Literal["index", "grid"] | None = None
+    classes: Count | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -94,12 +98,21 @@ class ModelInfo(_Part):
             raise ValueError(f"dim {self.dim} is not num_heads {self.num_heads} x head_dim {self.head_dim}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs")
-        if self.head_blocks >= self.num_layers:
+        if self.kind == "tim":
+            if self.head_blocks != self.num_layers:
+                raise ValueError(
+                    f"head_blocks {self.head_blocks} is not num_layers {self.num_layers}, as in kind 'tim'"
+                )
+        elif self.head_blocks >= self.num_layers:
             raise ValueError(
                 f"head_blocks {self.head_blocks} leaves no block of num_layers {self.num_layers} to the backbone"
             )
-        if (self.fusion is None) != (self.kind == "wan"):
+        if (self.fusion is not None) != (self.kind == "tmd"):
             raise ValueError(f"fusion {quote(self.fusion)} does not go with kind {quote(self.kind)}")
+        if (self.rope is not None) != (self.kind == "tim"):
+            raise ValueError(f"rope {quote(self.rope)} does not go with kind {quote(self.kind)}")
+        if self.classes is not None and self.kind != "tim":
+            raise ValueError(f"classes do not go with kind {quote(self.kind)}")
         return self
 
 
@@ -137,7 +150,7 @@ class VelocitySampler(_Part):
     allowed_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=1000)] | None = None
     shift: Shift
     times: Annotated[tuple[TimeLevel, ...], Field(min_length=1, max_length=1000)] | None = None
-    time_rounding: Literal["none", "integer", "bfloat16"]
+    time_rounding: Literal["none", "integer", "nearest", "bfloat16"]
     init_scale: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
     negative_prompt: Text | None = None
@@ -154,6 +167,30 @@ class VelocitySampler(_Part):
         return self
 
 
+class FlowMapSampler(_Part):
+    """How to sample a model of kind "tim": any number of steps, each a jump from t to the next time of a falling list.
+
+    `guidance` g mixes F of the prompt and of none, F- + g·(F+ - F-), while low < t < high of `guidance_interval`; 1
+    means one row per picture. `negative_prompt` null: the empty prompt.
+    """
+
+    rule: Literal["flow_map"]
+    steps: StepCount
+    guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
+    guidance_interval: tuple[
+        Annotated[float, Field(ge=0.0, le=1.0)],
+        Annotated[float, Field(gt=0.0, le=2.0)],
+    ] = (0.0, 1.0)
+    negative_prompt: Text | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval {[low, high]} is empty")
+        return self
+
+
 def _check_allowed(name: str, default: int, allowed: tuple[int, ...]) -> None:
     if list(allowed) != sorted(set(allowed)):
         raise ValueError(f"allowed_{name} must be ascending without repeats")
@@ -161,8 +198,9 @@ def _check_allowed(name: str, default: int, allowed: tuple[int, ...]) -> None:
         raise ValueError(f"{name} {default} is not among allowed_{name} {list(allowed)}")
 
 
-SamplerInfo = TransitionSampler | VelocitySampler
-RULES = ("transition", "euler", "renoise", "unipc")
+SamplerInfo = TransitionSampler | VelocitySampler | FlowMapSampler
+RULES = ("transition", "euler", "renoise", "unipc", "flow_map")
+_KIND_OF_RULE = {"transition": "tmd", "flow_map": "tim"}  # all others: "wan"
 
 
 class LatentInfo(_Part):
@@ -339,7 +377,7 @@ class Manifest(_Part):
         if self.text.tokenizer is not None and self.text.tokenizer not in self.files:
             raise ValueError(f"text.tokenizer is {quote(self.text.tokenizer)}, which is not in files")
         self._check_embedding(owners)
-        if (self.sampler.rule == "transition") != (self.model.kind == "tmd"):
+        if _KIND_OF_RULE.get(self.sampler.rule, "wan") != self.model.kind:
             raise ValueError(f"sampler.rule {quote(self.sampler.rule)} is not for kind {quote(self.model.kind)}")
         if (self.video.frames - 1) % self.latents.temporal_stride:
             raise ValueError(

@@ -10,16 +10,19 @@ import numpy as np
 
 from .buffers import check_buffers, check_cpu_graph, empty_array
 from .bundle import Bundle
+from .cpu import describe_cpu
 from .engine import Engine
 from .errors import EngineError, one_line
 from .graph_file import parse_graph
-from .lowering import attention_to_multi_head_attention, low_precision_to_float32
+from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
 
 
 class OnnxRuntimeEngine(Engine):
     """One ONNX Runtime session. Buffers are C-contiguous numpy arrays; nothing is copied in or out.
 
-    Graphs in low precision run in float32 on their weights, which take twice the memory of their file then.
+    Graphs in 16 bits run in float32 on their weights, which take twice the memory of their file then. So do those in
+    fp8, on values that are rounded as the graph says: to see what a GPU computes, not to be fast. int8 products are
+    int8 here too.
     """
 
     def __init__(
@@ -65,6 +68,11 @@ class OnnxRuntimeEngine(Engine):
         self._session = None
 
 
+def fast_unsigned_products() -> bool:
+    """Whether the CPU sums products of uint8 and int8 exactly (VNNI). Without, pairs of them saturate at 16 bits."""
+    return any(feature in ("avx512_vnni", "avx_vnni", "amx_int8") for feature in describe_cpu()["features"] or ())
+
+
 class _BoundStep:
     """Holds what a bound run needs. ONNX Runtime has only the addresses of the buffers, so they are kept alive here."""
 
@@ -95,6 +103,9 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
     low_precision_to_float32(model, rounding=as_stored)
     attention_to_multi_head_attention(model)
+    literal = as_stored or bundle.graph_info(graph).precision == "fp8"
+    if not literal and fast_unsigned_products():
+        signed_to_unsigned_activations(model)
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they come as exceptions too
@@ -105,6 +116,8 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than needed.
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_mem_pattern = False
+    if literal:  # the fusion of Q/DQ with products takes every type for int8, and skips roundings
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False

@@ -13,10 +13,10 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import BundleError
+from .errors import BundleError, quote
 from .files import file_size, open_regular, read_up_to
 
 VARIABLE = "TMD_CACHE"
@@ -42,8 +42,12 @@ def cache_folder() -> Path | None:
 class PlanCache:
     """The entries of one folder. Every failure of the disk is a miss: a cache may make nothing worse."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """`folder` is made if it is not there; None, or a folder that others can write, is a cache without entries."""
+    def __init__(self, folder: Path | None, max_entry: int | None = None, max_folder: int | None = None) -> None:
+        """`folder` is made if it is not there; None, or a folder that others can write, is a cache without entries.
+
+        `max_entry` and `max_folder` are bytes, of the largest entry and of all together, if not the usual ones.
+        """
+        self._max_entry, self._max_folder = max_entry or MAX_ENTRY_BYTES, max_folder or MAX_FOLDER_BYTES
         if folder is not None:
             with contextlib.suppress(OSError):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,16 +63,16 @@ class PlanCache:
             return None
         try:
             with open_regular(self._folder, _file_name(key)) as file:
-                if file_size(file) > MAX_ENTRY_BYTES + _MAX_LINE:
+                if file_size(file) > self._max_entry + _MAX_LINE:
                     return None
-                line, newline, content = read_up_to(file, MAX_ENTRY_BYTES + _MAX_LINE).partition(b"\n")
+                line, newline, content = read_up_to(file, self._max_entry + _MAX_LINE).partition(b"\n")
         except (BundleError, OSError):
             return None
         return content if newline and line == _line(key, content) else None
 
     def store(self, key: Key, content: bytes) -> None:
         """Keeps `content` under `key`: complete under its name or not at all. Old entries make room."""
-        if self._folder is None or len(content) > MAX_ENTRY_BYTES:
+        if self._folder is None or len(content) > self._max_entry:
             return
         with contextlib.suppress(OSError):
             descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=".new-")  # mode 0600
@@ -80,12 +84,63 @@ class PlanCache:
             except BaseException:
                 os.unlink(name)
                 raise
-            _make_room(self._folder)
+            _make_room(self._folder, self._max_folder)
+
+    def differences(self, key: Key, alike: tuple[str, ...]) -> list[str]:
+        """What keeps the nearest entry that is equal in the fields `alike` from being the one for `key`.
+
+        One text per field, `engine: tensorrt 10.3.0 there, tensorrt 10.16.1 here`; none if there is no such entry.
+        """
+        nearest: list[str] | None = None
+        for path in self._folder.glob("*.plan") if self._folder is not None else ():
+            found = _key_of(path)
+            if found is None or any(found.get(name) != key.get(name) for name in alike):
+                continue
+            names = sorted({name for name in {*found, *key} if found.get(name) != key.get(name)})
+            told = [
+                f"{quote(name)[1:-1]}: {quote(found.get(name, 'nothing'))[1:-1]} there, "
+                f"{quote(key.get(name, 'nothing'))[1:-1]} here"
+                for name in names
+            ]
+            if told and (nearest is None or len(told) < len(nearest)):
+                nearest = told
+        return nearest or []
+
+    @contextlib.contextmanager
+    def locked(self, key: Key) -> Iterator[None]:
+        """Around the making of an entry: another process that wants the same one waits, and finds it then."""
+        if self._folder is None:
+            yield
+            return
+        try:
+            import fcntl
+
+            lock = os.open(self._folder / f".{_file_name(key)}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        except (ImportError, OSError):  # not Unix, or a disk without room: two may make it then, and one wins
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)  # and with it the lock; the empty file stays, because another may be waiting for it
 
 
 def _line(key: Key, content: bytes) -> bytes:
     document = {"key": dict(key), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return json.dumps(document, sort_keys=True).encode()
+
+
+def _key_of(path: Path) -> dict[str, str] | None:
+    """The key that an entry states, without a look at its content."""
+    try:
+        with open_regular(path.parent, path.name) as file:
+            line = read_up_to(file, _MAX_LINE).partition(b"\n")[0]
+        key = json.loads(line)["key"]
+    except (BundleError, OSError, ValueError, LookupError, TypeError):
+        return None
+    return {str(name): str(value) for name, value in key.items()} if isinstance(key, dict) else None
 
 
 def _file_name(key: Key) -> str:
@@ -105,9 +160,9 @@ def distrust(folder: Path) -> str | None:
     return None
 
 
-def _make_room(folder: Path) -> None:
+def _make_room(folder: Path, limit: int) -> None:
     entries = sorted(((path.stat(), path) for path in folder.glob("*.plan")), key=lambda entry: entry[0].st_mtime_ns)
-    excess = sum(status.st_size for status, _ in entries) - MAX_FOLDER_BYTES
+    excess = sum(status.st_size for status, _ in entries) - limit
     for status, path in entries:
         if excess <= 0:
             return

@@ -105,11 +105,11 @@ def estimate(
     Raises ValueError for a size or count that the model cannot make, BundleError if a graph cannot be sized.
     """
     manifest = bundle.manifest
-    sizes = _sizes(manifest, width, height, frames)
+    sizes = graph_sizes(manifest, width, height, frames)
     steps, inner_steps = step_counts(manifest, steps, inner_steps)
     calls = {
         "text_encoder": guidance_passes,
-        "backbone": steps * guidance_passes,
+        "backbone": guidance_passes * (1 if manifest.model.kind == "tim" else steps),  # once per prompt
         "flow_head": steps * (inner_steps or 1) * guidance_passes,
         "decoder": 1,
     }
@@ -138,7 +138,7 @@ def step_counts(manifest: Manifest, steps: int | None, inner_steps: int | None) 
     return counts
 
 
-def _sizes(manifest: Manifest, width: int, height: int, frames: int) -> dict[str, int]:
+def graph_sizes(manifest: Manifest, width: int, height: int, frames: int) -> dict[str, int]:
     """The symbols of the graphs' shapes: latent frames, height and width, tokens, prompt tokens, batch."""
     latents, (patch_frames, patch_height, patch_width) = manifest.latents, manifest.model.patch_size
     stride = latents.spatial_stride

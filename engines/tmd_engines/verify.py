@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bundle import Bundle
-from .engine import Engine, check_engine, choose_engine, load
+from .engine import Engine, check_engine, choose, load
 from .errors import EngineError, one_line
 from .manifest import TensorSpec
 
@@ -49,14 +49,14 @@ def verify(bundle: Bundle, engine: str = "auto", threads: int | None = None, see
     """
     check_engine(engine)
     for name, info in bundle.manifest.graphs.items():
-        chosen = choose_engine(bundle, name) if engine == "auto" else engine
-        with load(bundle, name, "onnxruntime", threads=threads) as reference:
+        chosen, device = choose(bundle, name, engine)
+        with load(bundle, name, "onnxruntime", "cpu", threads=threads) as reference:
             inputs = _inputs(bundle, reference, seed)
             dims = _dims(bundle)
             expected = {output: reference.empty(output, **dims) for output in reference.outputs}
             reference.run(inputs, expected)
         try:
-            with load(bundle, name, chosen, threads=threads) as loaded:
+            with load(bundle, name, chosen, device, threads=threads) as loaded:
                 found = {output: loaded.empty(output, **dims) for output in loaded.outputs}
                 loaded.run(inputs, found)
         except EngineError as error:
@@ -111,19 +111,20 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
 def _dims(bundle: Bundle) -> dict[str, int]:
     patch = dict(zip(("frames", "height", "width"), bundle.manifest.model.patch_size, strict=True))
     sizes = {axis: cells * patch[axis] for axis, cells in _LATENT_CELLS.items()}
-    tokens = int(np.prod(list(_LATENT_CELLS.values())))
+    of_stills = bundle.manifest.model.kind == "tim"
+    tokens = int(np.prod([cells for axis, cells in _LATENT_CELLS.items() if not (of_stills and axis == "frames")]))
     return {"batch": 1, "text": bundle.manifest.text.max_length, "tokens": tokens, **sizes}
 
 
 def _inputs(bundle: Bundle, engine: Engine, seed: int) -> dict[str, np.ndarray]:
-    """Normal values; times in 0..1 with r below s, a turn by random angles, ids, a mask with padding."""
+    """Normal values; times in 0..1 with r below s (or t), a turn by random angles, ids, a mask with padding."""
     rng = np.random.default_rng(seed)
     dims = _dims(bundle)
     arrays = {name: engine.empty(name, **dims) for name in engine.inputs}
     for name, array in arrays.items():
         array[...] = _values(engine.inputs[name], array.shape, rng)
-    if "s" in arrays and "r" in arrays:
-        arrays["r"] *= arrays["s"]
+    if "r" in arrays:
+        arrays["r"] *= arrays["s" if "s" in arrays else "t"]
     if "rope_cos" in arrays and "rope_sin" in arrays:
         angle = rng.uniform(0, 2 * np.pi, arrays["rope_cos"].shape)
         arrays["rope_cos"][...], arrays["rope_sin"][...] = np.cos(angle), np.sin(angle)

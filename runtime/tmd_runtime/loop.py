@@ -2,7 +2,8 @@
 
 Not a sampler library: the one rule `transition` of TMD; models without inner flow have `velocity_loop.py`. All buffers
 are allocated and bound to the engines when the loop is made for a shape; after that a step sets two scalars and runs,
-and nothing is allocated.
+and nothing is allocated. On a device the buffers are the device's (tmd_engines.device_array): nothing but noise and
+scalars is copied there, and an engine that can makes one launch of the backbone and all inner steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tmd_engines import Engine, Manifest
+    from tmd_engines import Engine, Manifest, Step
 
     from .settings import Settings
 
@@ -106,6 +107,15 @@ class BoundBackbone:
         self.step = backbone.bind(given, self.handed)
 
 
+class _Recorded(NamedTuple):
+    """An outer step kept by an engine as one launch: `inner` inner steps; `share` of the time is the backbone's."""
+
+    launch: Step
+    inner: int
+    share: float
+    kept: object  # what the launch reads
+
+
 class DenoiseLoop:
     """Backbone and flow head bound to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens."""
 
@@ -123,13 +133,20 @@ class DenoiseLoop:
         bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
         dims, self._x, self._t, self._prompt = bound.dims, bound.x, bound.t, bound.prompt_embeds
         self._features, self._backbone = bound.handed["features"], bound.step
+        self._engines, self._dims = (backbone, flow_head), dims
+        self._recorded: _Recorded | None = None
 
         self._noise, self._s, self._r = (flow_head.empty(name, **dims) for name in ("noise", "s", "r"))
         # The flow head reads one y and writes the other; its first step reads the noise itself, which saves a copy.
         self._y: list[NDArray[Any]] = [flow_head.empty("y_next", **dims) for _ in range(2)]
-        given = {"noise": self._noise, "s": self._s, "r": self._r, **bound.handed, **bound.rope}
-        ways = ((self._noise, self._y[0]), (self._y[0], self._y[1]), (self._y[1], self._y[0]))
-        self._start, *self._turns = [flow_head.bind({"y": y, **given}, {"y_next": y_next}) for y, y_next in ways]
+        self._given = {"noise": self._noise, **bound.handed, **bound.rope}
+        self._ways = ((self._noise, self._y[0]), (self._y[0], self._y[1]), (self._y[1], self._y[0]))
+        self._start, *self._turns = [self._bind(way, self._s, self._r) for way in self._ways]
+
+    def _bind(self, way: tuple[Any, Any], s: Any, r: Any) -> Step:
+        """The flow head from one buffer into another, at the times that `s` and `r` hold."""
+        y, y_next = way
+        return self._engines[1].bind({"y": y, "s": s, "r": r, **self._given}, {"y_next": y_next})
 
     def run(
         self,
@@ -151,17 +168,28 @@ class DenoiseLoop:
             self._prompt[...] = prompt_embeds
             self._x[...] = stream.normal(self._x.shape)
         for i in range(outer, 0, -1):
-            start = perf_counter()
-            self._t[...] = t[i]
-            self._backbone()
-            check_finite("backbone", self._features)
-            seconds = perf_counter() - start
-            timings.add("backbone", seconds)
-            timings.report("backbone", outer - i + 1, outer, seconds)
+            done = outer - i
+            if self._recorded is not None and self._recorded.inner == inner:
+                with timings.stage("noise"):
+                    self._noise[...] = stream.normal(self._noise.shape)
+                self._t[...] = t[i]
+                self._launch(self._recorded, done, outer, timings)
+                y = self._y[(inner - 1) % 2]
+            else:
+                before = dict(timings.seconds)
+                start = perf_counter()
+                self._t[...] = t[i]
+                self._backbone()
+                check_finite("backbone", self._features)
+                seconds = perf_counter() - start
+                timings.add("backbone", seconds)
+                timings.report("backbone", done + 1, outer, seconds)
 
-            with timings.stage("noise"):
-                self._noise[...] = stream.normal(self._noise.shape)
-            y = self._transition(s, (outer - i) * inner, outer * inner, timings)
+                with timings.stage("noise"):
+                    self._noise[...] = stream.normal(self._noise.shape)
+                y = self._transition(s, done * inner, outer * inner, timings)
+                if self._engines[0].records:
+                    self._recorded = self._record(s, before, timings.seconds)
             with timings.stage("flow_head"):
                 # y is not needed any more: it holds the product, so that the update allocates nothing.
                 np.multiply(y, np.float32(t[i] - t[i - 1]), out=y)
@@ -169,6 +197,31 @@ class DenoiseLoop:
                 check_finite("flow_head", self._x)
         latents: NDArray[np.float32] = self._x.astype(np.float32)
         return latents
+
+    def _record(self, s: NDArray[np.float64], before: dict[str, float], after: dict[str, float]) -> _Recorded:
+        """An outer step as one launch. `before` and `after` are the timings around the one that has just run."""
+        times = [tuple(self._engines[1].empty(name, **self._dims) for name in ("s", "r")) for _ in s[1:]]
+        steps = []
+        for k, (s_k, r_k) in enumerate(times):
+            s_k[...], r_k[...] = s[len(times) - k], s[len(times) - k - 1]
+            steps.append(self._bind(self._ways[(k - 1) % 2 + 1 if k else 0], s_k, r_k))
+
+        def work() -> None:
+            for step in (self._backbone, *steps):
+                step()
+
+        took = [after[stage] - before.get(stage, 0.0) for stage in ("backbone", "flow_head")]
+        return _Recorded(self._engines[0].record(work), len(steps), took[0] / sum(took), (times, steps))
+
+    def _launch(self, recorded: _Recorded, done: int, outer: int, timings: Timings) -> None:
+        """A recorded outer step. It is timed whole: its stages get the shares that they had in the one before it."""
+        start = perf_counter()
+        recorded.launch()
+        check_finite("backbone", self._features)
+        seconds = perf_counter() - start
+        for stage, share, calls in (("backbone", recorded.share, 1), ("flow_head", 1 - recorded.share, recorded.inner)):
+            timings.add(stage, seconds * share)
+            timings.report(stage, (done + 1) * calls, outer * calls, seconds * share)
 
     def _transition(self, s: NDArray[np.float64], done: int, total: int, timings: Timings) -> NDArray[Any]:
         """The inner flow of one outer step; returns the buffer that holds the velocity y."""

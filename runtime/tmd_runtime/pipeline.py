@@ -10,7 +10,7 @@ keeps it, so only the first run is cold, unless memory is short (`memory.py`). O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +26,7 @@ from .memory import MODES, STAGES, Memory, MemoryChooser
 from .result import Result
 from .settings import Settings, resolve_settings
 from .text import EMBEDS_INSTEAD, PromptEncoder
+from .transition_loop import TransitionLoop
 from .velocity_loop import VelocityLoop
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load(
     bundle: str | Path | Bundle | None = None,
     engine: str = "auto",
     threads: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     memory: str = "auto",
 ) -> Pipeline:
     """Pipeline of a bundle (a folder, or a `Bundle` already open; None: the built-in model).
@@ -85,7 +86,7 @@ class Pipeline:
         bundle: Bundle,
         engine: str = "auto",
         threads: int | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         memory: str = "auto",
     ) -> None:
         if memory not in MODES:
@@ -97,7 +98,7 @@ class Pipeline:
         self._engines: dict[str, Engine] = {}
         self._encoder = PromptEncoder(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
-        self._loop: tuple[Any, DenoiseLoop | VelocityLoop] | None = None
+        self._loop: tuple[Any, DenoiseLoop | VelocityLoop | TransitionLoop] | None = None
         self._decoder: tuple[Any, ChunkDecoder] | None = None
         # The latest one: a file of prompts has them all against the same negative prompt.
         self._negative: tuple[str, NDArray[np.float32]] | None = None
@@ -116,9 +117,12 @@ class Pipeline:
         guidance: float | None = None,
         negative_prompt: str | None = None,
         shift: float | None = None,
+        schedule: Sequence[float] | None = None,
     ) -> Settings:
         """The settings of a run with these wishes; loads nothing. Raises UsageFailure saying what the bundle allows."""
-        return resolve_settings(self.manifest, seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift)
+        return resolve_settings(
+            self.manifest, seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift, schedule
+        )
 
     def __call__(
         self,
@@ -134,6 +138,7 @@ class Pipeline:
         guidance: float | None = None,
         negative_prompt: str | None = None,
         shift: float | None = None,
+        schedule: Sequence[float] | None = None,
         prompt_embeds: NDArray[Any] | None = None,
         negative_embeds: NDArray[Any] | None = None,
         on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
@@ -149,7 +154,7 @@ class Pipeline:
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
-        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift)
+        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift, schedule)
         self.choose_memory(settings, unused=() if prompt_embeds is None else STAGES[0])
         timings = Timings(callback)
         timings.seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
@@ -218,12 +223,13 @@ class Pipeline:
         negative_embeds: NDArray[Any] | None = None,
         guidance: float | None = None,
         shift: float | None = None,
+        schedule: Sequence[float] | None = None,
     ) -> NDArray[np.float32]:
         """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`.
 
         With guidance other than 1, `negative_embeds` of the same shape are needed. Raises as a run does.
         """
-        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, None, shift)
+        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, None, shift, schedule)
         if settings.passes == 1:
             negative_embeds = None
         elif negative_embeds is None:
@@ -349,7 +355,8 @@ class Pipeline:
             if self._loop is None or self._loop[0] != key:
                 engines = self._graph("backbone", timings), self._graph("flow_head", timings)
                 self._loop = None
-                kind = DenoiseLoop if settings.rule == "transition" else VelocityLoop
+                loops: dict[str, type[Any]] = {"transition": DenoiseLoop, "flow_map": TransitionLoop}
+                kind = loops.get(settings.rule, VelocityLoop)
                 self._loop = key, kind(*engines, self.manifest, *key)
             return self._loop[1].run(prompt_embeds, settings, timings, negative_embeds)
 

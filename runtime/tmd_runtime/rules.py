@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,8 +29,10 @@ class Rule(ABC):
 
     draws = False  # whether a step draws noise
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], empty: Callable[[], Latents] | None = None) -> None:
+        """`empty` makes a buffer like the latents, where they are not float32 numpy arrays."""
         self._shape = shape
+        self._empty = empty or (lambda: np.empty(shape, np.float32))
         self._times: Sequence[float] = ()
 
     def start(self, times: Sequence[float], stream: NoiseStream) -> None:
@@ -79,10 +81,10 @@ class UniPC(Rule):
     1; the last one, to 0, returns the data prediction.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__(shape)
-        self._from = np.empty(shape, np.float32)  # x before the latest step
-        self._data = [np.empty(shape, np.float32) for _ in range(3)]  # m of the three latest times, taking turns
+    def __init__(self, shape: tuple[int, ...], empty: Callable[[], Latents] | None = None) -> None:
+        super().__init__(shape, empty)
+        self._from = self._empty()  # x before the latest step
+        self._data = [self._empty() for _ in range(3)]  # m of the three latest times, taking turns
 
     def step(self, i: int, x: Latents, v: Latents) -> None:
         m = self._data[i % 3]
@@ -92,7 +94,7 @@ class UniPC(Rule):
             start, *others = self._weights(i - 1, i, correct=True)
             np.multiply(self._from, start, out=x)
             self._add(x, v, ((others[0], i - 1), (others[1], i - 2), (others[2], i)))
-        np.copyto(self._from, x)
+        self._from[...] = x
         start, *others = self._weights(i, i + 1, correct=False)
         np.multiply(x, start, out=x)
         self._add(x, v, ((others[0], i), (others[1], i - 1)))

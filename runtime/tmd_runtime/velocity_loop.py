@@ -6,6 +6,7 @@ The same two graphs as for a student: the features of the backbone go straight i
 
 from __future__ import annotations
 
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,9 @@ class VelocityLoop:
         given = {"x": self._x, "t": self._t, **bound.rope, **bound.handed}
         self._flow_head = flow_head.bind(given, {"velocity": self._velocity})
         # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-        self._negative: NDArray[np.float32] = np.empty(0, np.float32)  # velocity of the first of them
-        self._rule: Rule = RULES[manifest.sampler.rule](latent_shape)
+        self._empty = partial(flow_head.empty, "velocity", **bound.dims)
+        self._negative: Any = None  # velocity of the first of them
+        self._rule: Rule = RULES[manifest.sampler.rule](latent_shape, self._empty)
 
     def run(
         self,
@@ -60,8 +62,8 @@ class VelocityLoop:
         the callback says so, RuntimeFailure if a stage gives NaN or Inf.
         """
         passes = 1 if negative_embeds is None else 2
-        if negative_embeds is not None and not self._negative.size:
-            self._negative = np.empty(self._velocity.shape, np.float32)
+        if negative_embeds is not None and self._negative is None:
+            self._negative = self._empty()
         stream = NoiseStream(settings.seed)
         with timings.stage("noise"):
             self._prompt[...] = prompt_embeds
@@ -76,7 +78,7 @@ class VelocityLoop:
             if negative_embeds is not None:
                 self._prompt[...] = negative_embeds
                 self._pass(2 * i + 1, total, timings)
-                np.copyto(self._negative, v)
+                self._negative[...] = v
                 self._prompt[...] = prompt_embeds
             self._pass((i + 1) * passes, total, timings)
             with timings.stage("noise" if self._rule.draws else "flow_head"):

@@ -9,7 +9,6 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from tests.unit.bundle_tools import edit_manifest
 from tmd_engines import Bundle, EngineError, load
 
 
@@ -51,9 +50,3 @@ def test_missing_onnxruntime_says_what_to_install(bundle: Bundle, monkeypatch: p
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match="pip install onnxruntime"):
         load(bundle, "backbone", "onnxruntime")
-
-
-def test_precision_without_kernels_is_refused(synthetic_bundle: Path) -> None:
-    edit_manifest(synthetic_bundle, lambda document: document["graphs"]["backbone"].update(precision="fp8"))
-    with pytest.raises(EngineError, match="backbone is fp8"):
-        load(Bundle.open(synthetic_bundle), "backbone")

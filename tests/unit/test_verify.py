@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from tests.synthetic import GRAPHS
 from tests.unit.bundle_tools import edit_graph
 from tmd_engines import Bundle, load, verify
+from tmd_engines.buffers import check_graph_types
 from tmd_engines.cli import main
 from tmd_engines.openvino_engine import OpenVinoEngine
 from tmd_engines.verify import GraphCheck, _compare
@@ -61,7 +62,10 @@ def test_engine_that_is_off_fails(
 def test_graph_that_the_engine_does_not_take_has_failed(
     synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tmd_engines.openvino_engine._PRECISIONS", ("fp16",))
+    def refuse(engine: str, device: str, graph: str, info: Any) -> None:
+        check_graph_types(engine, graph, info, ("fp16",))
+
+    monkeypatch.setattr("tmd_engines.openvino_engine.check_cpu_graph", refuse)
     checks = list(verify.verify(Bundle.open(synthetic_bundle), "openvino", threads=1))
     assert len(checks) == len(GRAPHS) and all("is fp32" in (check.problem or "") for check in checks)
 

@@ -1,0 +1,104 @@
+"""Compiles the graphs of a bundle for one size ahead of the first run, or writes what NVIDIA's tools need for it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .bundle import Bundle
+from .engine import choose, load
+from .errors import EngineError
+from .graph_file import parse_graph
+from .sizing import graph_sizes
+from .tensorrt_engine import lowered_graph, workspace_limit
+
+if TYPE_CHECKING:
+    import onnx
+
+    from .device_engine import Progress
+
+_PER_FRAME = ("decoder_first", "decoder_step")  # these take one latent frame at a time
+
+
+def input_shapes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a graph's inputs in a run of this size, with a prompt of full length.
+
+    Raises ValueError for a size that the model cannot make.
+    """
+    sizes = graph_sizes(bundle.manifest, width, height, frames)
+    if graph in _PER_FRAME:
+        sizes = {**sizes, "frames": 1}
+    return {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info(graph).inputs}
+
+
+def build(
+    bundle: Bundle,
+    engine: str,
+    device: str,
+    size: tuple[int, int, int],
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, str, str]]:
+    """Compiles the graphs in turn for `size` (width, height, frames); yields (graph, engine, device) after each.
+
+    All are checked before the first is built where TensorRT is to build them. Raises EngineError, and ValueError for a
+    size that the model cannot make.
+    """
+    chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
+    shapes = {graph: input_shapes(bundle, graph, *size) for graph in chosen}
+    if any(name == "tensorrt" for name, _ in chosen.values()):
+        from .tensorrt_engine import import_tensorrt
+
+        version = import_tensorrt()[0].version()
+        for graph, (name, _) in chosen.items():
+            if name == "tensorrt":
+                _lowered(bundle, graph, shapes[graph], version)
+    for graph, (name, where) in chosen.items():
+        sizes = graph_sizes(bundle.manifest, *size)
+        if graph in _PER_FRAME:
+            sizes = {**sizes, "frames": 1}
+        with load(bundle, graph, name, where, threads, progress) as loaded:
+            sides = loaded.inputs, loaded.outputs
+            loaded.bind(*({each: loaded.empty(each, **sizes) for each in side} for side in sides))
+        yield graph, name, where
+
+
+def write_for_trtexec(
+    bundle: Bundle, folder: Path, version: tuple[int, int], size: tuple[int, int, int]
+) -> Iterator[tuple[str, str]]:
+    """Puts the graphs as TensorRT `version` gets them into `folder`; yields (graph, command line of trtexec).
+
+    Weights are copied. Needs no TensorRT. Raises EngineError for a graph that this
+    version would refuse, or a folder that cannot be written, and ValueError for a size that the model cannot make.
+    """
+    if folder.exists() and folder.samefile(bundle.folder):
+        raise EngineError(f"{folder} is the bundle itself, whose graphs must stay as they are: name another folder.")
+    workspace = workspace_limit()
+    for graph, info in bundle.manifest.graphs.items():
+        shapes = input_shapes(bundle, graph, *size)
+        model = _lowered(bundle, graph, shapes, version)
+        target = folder / info.file
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(model.SerializeToString(deterministic=True))
+            if info.data:
+                shutil.copyfile(bundle.folder / info.data, folder / info.data)  # onnx refuses links
+        except OSError as error:
+            raise EngineError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
+        told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+        command = ["trtexec", f"--onnx={target}", "--stronglyTyped", "--noTF32"]
+        command += [f"--{which}Shapes={told}" for which in ("min", "opt", "max")]
+        if workspace is not None:
+            command.append(f"--memPoolSize=workspace:{workspace >> 20}M")
+        command += [f"--timingCacheFile={folder / 'timing.cache'}", f"--saveEngine={target.with_suffix('.plan')}"]
+        yield graph, shlex.join([*command, "--skipInference"])
+
+
+def _lowered(
+    bundle: Bundle, graph: str, shapes: dict[str, tuple[int, ...]], version: tuple[int, int]
+) -> onnx.ModelProto:
+    path = bundle.graph_path(graph)
+    return lowered_graph(parse_graph(bundle.read_graph(graph), str(path)), shapes, version, str(path), bundle.folder)

@@ -1,0 +1,40 @@
+"""Whether this machine has an NVIDIA GPU and what runs graphs on it. Looks at files and packages, and loads nothing."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def has_gpu() -> bool:
+    """A device of the kernel driver: desktop and server GPUs, or Jetson's."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(Path("/dev", name).exists() for name in ("nvidia0", "nvhost-gpu", "nvgpu/igpu0")) or bool(
+        list(Path("/dev").glob("nvidia[0-9]*"))
+    )
+
+
+def has_tensorrt() -> bool:
+    """A GPU, TensorRT and the CUDA bindings for Python."""
+    return has_gpu() and find_spec("tensorrt") is not None and has_cuda_bindings()
+
+
+def has_cuda_bindings() -> bool:
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:  # there is no `cuda` at all
+        return False
+
+
+def has_onnxruntime_cuda() -> bool:
+    """A GPU and ONNX Runtime in its build for it, which is a package of another name."""
+    if not has_gpu():
+        return False
+    try:
+        distribution("onnxruntime-gpu")
+    except PackageNotFoundError:
+        return False
+    return find_spec("onnxruntime") is not None
