@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .parts import MODELS, PARTS, ordered, parse_precision
+from .parts import MODELS, PARTS, QUANTIZED, ordered, parse_precision
 from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .export import ExportResult, Progress
+    from .quantization.calibration import Calibration
     from .sources import Source
 
 FAILED, INTERRUPTED = 1, 130
@@ -76,17 +77,22 @@ diffusers, or a single .safetensors, .pt or .pth file of one part. Its format
 and size are recognised from the tensors. With several, a file given by itself
 replaces that part of a folder, in any order. Parts that no checkpoint has are
 left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
-bidirectional ones and do not work.
+bidirectional ones and do not work. For the tim models: a folder with the
+released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
+tmd-distill pack leaves.
 
 \b
 A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
 what would feel the rounding stay fp32. For single graphs:
 --precision bf16,decoder=fp16,text_encoder=fp32
+backbone and flow_head can also be int8 (for CPUs) or fp8 (E4M3, for GPUs); the
+others are bf16 then. Both are calibrated by sampling a few prompts in fp32; what
+was measured is calibration.json in the bundle, good for the same checkpoint.
 
 \b
 Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
 error above 1e-4 is a failure, in units of an output's RMS where that is above 1
-(in fp16 and bf16: a cosine below 0.9999; with int8 weights: below 0.99).
+(in fp16 and bf16: a cosine below 0.9999; with 8 bits: below 0.99).
 
 \b
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
@@ -133,6 +139,13 @@ The bundle appears under its name only when it is complete.""",
     help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
     "students, wan for all others]",
 )
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="For int8 and fp8: prompts to calibrate on, one per line, or the calibration.json of an earlier bundle of "
+    "this checkpoint.  [default: built-in prompts]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
@@ -147,6 +160,7 @@ def command(
     precision: str,
     text_encoder_weights: str | None,
     preset: str | None,
+    calibration: Path | None,
     overwrite: bool,
     no_verify: bool,
     as_json: bool,
@@ -157,12 +171,15 @@ def command(
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
     if not checkpoint and random_weights is None and model != "tiny":
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
+    if calibration and not set(QUANTIZED) & set(parse_precision(precision).values()):
+        raise click.UsageError("--calibration is for --precision int8 or fp8: nothing else needs one.")
     start = perf_counter()
     try:
         options = {
             "precision": precision,
             "text_encoder_weights": text_encoder_weights,
             "preset": preset,
+            "calibration": calibration,
             "verify": not no_verify,
             "overwrite": overwrite,
         }
@@ -203,7 +220,18 @@ def _export(
         if not quiet:
             for note in (*source.notes, *_left_out(source, checkpoint, parts)):
                 click.echo(f"tmd-export: {note}", err=True)
+        options["calibration"] = _calibration(options["calibration"])
         return export_bundle(source, out, parts, **options, report=line or _reporter(quiet))
+
+
+def _calibration(path: Path | None) -> Calibration | tuple[str, ...] | None:
+    """What `--calibration` names. Raises ExportError."""
+    from .quantization.calibration import read_calibration
+    from .quantization.prompts import read_prompts
+
+    if path is None:
+        return None
+    return read_calibration(path) if path.suffix == ".json" else read_prompts(path)
 
 
 def _left_out(source: Source, checkpoint: tuple[Path, ...], parts: tuple[str, ...] | None) -> list[str]:
@@ -244,9 +272,14 @@ def _reporter(quiet: bool) -> Callable[[Progress], None] | None:
     if quiet:
         return None
 
+    shown = set()
+
     def show(progress: Progress) -> None:
+        if progress.stage == "calibrate" and progress.stage not in shown:
+            click.echo("calibrating: both graphs in fp32, over whole samplings", err=True)
         if progress.stage == "trace":
             click.echo(f"{progress.graph} ({progress.done + 1} of {progress.total})", err=True)
+        shown.add(progress.stage)
 
     return show
 
@@ -255,6 +288,7 @@ class _Line:
     """What a terminal shows during the work: the graph, its stage, how many graphs are over, the time."""
 
     LABELS = {  # noqa: RUF012
+        "calibrate": "calibrating",
         "trace": "tracing",
         "write": "writing",
         "verify": "comparing with the reference",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,19 +13,24 @@ from typing import Any, NamedTuple
 
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle import format_size
-from tmd_ref.text import EOS_ID, PAD_ID
 
 from .errors import ExportError
 from .graph_export import GraphReport, Tell, export_graph
-from .graphs import spatial_stride, temporal_stride
 from .int8 import int8_bytes
-from .parts import ordered, parse_precision
+from .parts import QUANTIZED, ordered, parse_precision
 from .presets import Preset, find
+from .quantization.calibration import QUANTIZABLE, Calibration
+from .quantization.quantizer import Quantizer
 from .sources import TOKENIZER, Source
 from .weights import build
 
 # Models that were not made for the size of their preset.
-VIDEO = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}
+VIDEO = {
+    "tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8},
+    "tim-tiny": {"frames": 1, "width": 64, "height": 64, "fps": 1},
+    "tim-c2i-256": {"frames": 1, "width": 256, "height": 256, "fps": 1},
+    "tim-c2i-512": {"frames": 1, "width": 512, "height": 512, "fps": 1},
+}
 
 
 class Progress(NamedTuple):
@@ -57,6 +62,7 @@ def export_bundle(
     precision: str = "fp32",
     text_encoder_weights: str | None = None,
     preset: str | None = None,
+    calibration: Calibration | Sequence[str] | None = None,
     verify: bool = True,
     overwrite: bool = False,
     report: Callable[[Progress], None] | None = None,
@@ -66,8 +72,9 @@ def export_bundle(
     `precision` is that of the large products, for all graphs or by graph: see `parts.parse_precision`. Inputs and
     outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
     text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `presets.PRESETS`, says
-    how the model is sampled (None: as the source says, or as its kind usually is). `verify=False` skips the comparison
-    with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
+    how the model is sampled (None: as the source says, or as its kind usually is). `calibration` is for int8 and fp8:
+    one of the same checkpoint, prompts to make one with, or None for built-in prompts. `verify=False` skips the
+    comparison with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
 
     Weights pass through one at a time: the memory that this takes does not grow with the model.
 
@@ -79,23 +86,31 @@ def export_bundle(
     if text_encoder_weights not in (None, "int8"):
         raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
     if text_encoder_weights and "text_encoder" in precisions:
-        precisions["text_encoder"] = text_encoder_weights
+        precisions["text_encoder"] = f"{text_encoder_weights}-weights"
     sampling = find(source.kind, preset)
     if preset is None and source.sampler is not None:
         sampling = replace(sampling, sampler=source.sampler)
     source.check(chosen)
     with BundleWriter(out, overwrite=overwrite) as writer:
-        _check_room(source, precisions, writer.folder)
         entries: dict[str, dict[str, Any]] = {}
         reports = []
         tokenizer = source.tokenizer if "text_encoder" in chosen else None
         document = _manifest(source, sampling, chosen, TOKENIZER if tokenizer else None, entries)
+        quantizer = None
+        if any(precision in QUANTIZED for precision in precisions.values()):
+            quantizer = Quantizer(source, document, precisions, writer.folder, calibration, verify)
+        _check_room(source, precisions, writer.folder, quantizer is not None and quantizer.runs_float32)
         try:
             if tokenizer:
                 shutil.copyfile(tokenizer, writer.folder / TOKENIZER)
             for done, part in enumerate(chosen):
                 tell = _told(report, part, done, len(chosen))
-                reports.append(export_graph(source, part, precisions[part], writer.folder, document, verify, tell))
+                needed = quantizer if precisions[part] in QUANTIZED else None
+                reports.append(
+                    export_graph(source, part, precisions[part], writer.folder, document, verify, tell, needed)
+                )
+            if quantizer:
+                quantizer.write()
         except OSError as error:
             raise ExportError(
                 f"{writer.target.parent} cannot be written: {error}. Free some space, or choose another --out."
@@ -110,37 +125,13 @@ def _told(report: Callable[[Progress], None] | None, part: str, done: int, total
 def _manifest(
     source: Source, preset: Preset, parts: tuple[str, ...], tokenizer: str | None, graphs: dict[str, Any]
 ) -> dict[str, Any]:
-    wan, vae = source.wan, source.vae
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {
-            "name": source.model,
-            "family": "wan2.1-t2v",
-            "kind": source.kind,
-            "dim": wan.dim,
-            "num_layers": wan.num_layers,
-            "head_blocks": source.head_blocks,
-            "num_heads": wan.num_heads,
-            "head_dim": wan.head_dim,
-            "patch_size": list(wan.patch_size),
-            "fusion": source.fusion,
-        },
+        "model": {"name": source.model, **source.model_entry()},
         "sampler": dict(preset.sampler),
-        "latents": {
-            "channels": vae.z_dim,
-            "temporal_stride": temporal_stride(vae.temporal_downsample),
-            "spatial_stride": spatial_stride(vae.dim_mult),
-            "mean": list(vae.latents_mean),
-            "std": list(vae.latents_std),
-        },
+        "latents": source.latents_entry(),
         "video": dict(VIDEO.get(source.model, preset.video)),
-        "text": {
-            "tokenizer": tokenizer,
-            "max_length": wan.text_len,
-            "dim": wan.text_dim,
-            "pad_id": PAD_ID,
-            "eos_id": EOS_ID,
-        },
+        "text": {"tokenizer": tokenizer, **source.text_entry()},
         "graphs": graphs,
         "provenance": {
             "source": source.origin,
@@ -166,10 +157,13 @@ def _versions() -> dict[str, str]:
     return {name: said for name, said in found.items() if said}
 
 
-def _check_room(source: Source, precisions: dict[str, str], folder: Path) -> None:
+def _check_room(source: Source, precisions: dict[str, str], folder: Path, calibrating: bool) -> None:
     """Says at once, and not after an hour, that the disk is too small. Raises ExportError."""
     built = {part: build(source, part, precision)[1] for part, precision in precisions.items()}
-    needed = sum(int8_bytes(built[part]) if precisions[part] == "int8" else built[part].bytes() for part in built)
+    in_int8 = {part for part, precision in precisions.items() if precision == "int8-weights"}
+    needed = sum(int8_bytes(built[part]) if part in in_int8 else built[part].bytes() for part in built)
+    if calibrating:  # and both graphs in float32 beside them, for a while
+        needed += sum(build(source, part)[1].bytes() for part in QUANTIZABLE)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmd_engines import Bundle, Manifest
 from tmd_engines.files import sha256_hex
@@ -26,14 +26,17 @@ from . import verify as accuracy
 from .embedding import write_table
 from .errors import ExportError
 from .graphs import Graph
-from .int8 import Int8Weights, to_int8
+from .int8 import to_int8
 from .lint import lint
 from .sources import Source
-from .storage import compare, save
+from .storage import Stored, compare, save
 from .trace import OPSET, trace
 from .weights import Weights, blocks_of, build, kept_blocks
 
-STAGES = ("trace", "write", "verify")
+if TYPE_CHECKING:
+    from .quantization.quantizer import Quantizer
+
+STAGES = ("calibrate", "trace", "write", "verify")
 LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCKS blocks is compared
 KEPT_BLOCKS = 2
 
@@ -54,13 +57,25 @@ class GraphReport:
 
 
 def export_graph(
-    source: Source, part: str, precision: str, folder: Path, document: dict[str, Any], verify: bool, tell: Tell
+    source: Source,
+    part: str,
+    precision: str,
+    folder: Path,
+    document: dict[str, Any],
+    verify: bool,
+    tell: Tell,
+    quantizer: Quantizer | None = None,
 ) -> GraphReport:
-    """Writes the graph `part` into `folder` and its entry into the manifest `document`. Raises ExportError."""
+    """Writes the graph `part` into `folder` and its entry into the manifest `document`. Raises ExportError.
+
+    `quantizer` is for graphs whose precision needs one.
+    """
     start = time.perf_counter()
+    if quantizer:
+        quantizer.prepare(tell)
     tell("trace")
     graph, weights = build(source, part, precision)
-    path, stored = _write(graph, weights, precision, folder, tell)
+    path, stored = _write(graph, weights, precision, folder, tell, quantizer)
     if any(spec.name == "token_embeds" for spec in graph.inputs):
         document["text"]["embedding"] = write_table(source, precision, folder)
     nodes = lint(path, graph.inputs, graph.outputs)
@@ -68,11 +83,16 @@ def export_graph(
     found = None
     if verify:
         tell("verify")
-        if weights.bytes(as_float32=True) > LARGE_BYTES and blocks_of(graph.module):
+        large = weights.bytes(as_float32=True) > LARGE_BYTES and blocks_of(graph.module)
+        if quantizer:
+            found = quantizer.measure(unfinished(folder, document, part, entry), part)
+            if large:
+                compare(path, stored, lambda done, size: tell("verify", done, size))
+        elif large:
             found = _compare_short(source, graph, stored, precision, path, document, tell)
         else:
             cases = _reference(source, part, None, weights)
-            found = accuracy.measure(_unfinished(folder, document, part, entry), part, cases)
+            found = accuracy.measure(unfinished(folder, document, part, entry), part, cases)
         accuracy.check(part, found, precision)
         entry["accuracy"] = found.entry()
     size = sum(file.stat().st_size for file in (path, _data(path)) if file.exists())
@@ -80,11 +100,20 @@ def export_graph(
 
 
 def _write(
-    graph: Graph, weights: Weights, precision: str, folder: Path, tell: Tell | None = None
-) -> tuple[Path, Weights | Int8Weights]:
+    graph: Graph,
+    weights: Weights,
+    precision: str,
+    folder: Path,
+    tell: Tell | None = None,
+    quantizer: Quantizer | None = None,
+) -> tuple[Path, Stored]:
     """Path of the graph's file, and the weights that were written."""
     model = trace(graph, weights)
-    stored = to_int8(model, weights) if precision == "int8" else weights
+    stored: Stored = weights
+    if precision == "int8-weights":
+        stored = to_int8(model, weights)
+    elif quantizer:
+        stored = quantizer.quantize(model, weights, graph.name)
     path = save(model, stored, folder, graph.name, tell and (lambda done, total: tell("write", done, total)))
     del model
     gc.collect()  # it refers to itself, and what comes next needs the memory
@@ -102,7 +131,7 @@ def _reference(source: Source, part: str, blocks: int | None, weights: Weights) 
 def _compare_short(
     source: Source,
     graph: Graph,
-    stored: Weights | Int8Weights,
+    stored: Stored,
     precision: str,
     path: Path,
     document: dict[str, Any],
@@ -119,7 +148,7 @@ def _compare_short(
         short_path, _ = _write(short, its_weights, precision, folder)
         _check_likeness(path, short_path, total - len(numbers))
         cases = _reference(source, part, KEPT_BLOCKS, its_weights)
-        bundle = _unfinished(folder, document, part, _entry(short_path, short, precision))
+        bundle = unfinished(folder, document, part, _entry(short_path, short, precision))
         found = accuracy.measure(bundle, part, cases, as_stored=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -154,15 +183,15 @@ def _entry(path: Path, graph: Graph, precision: str) -> dict[str, Any]:
         "file": path.name,
         "data": _data(path).name if _data(path).exists() else None,
         "opset": OPSET,
-        "precision": "fp32" if precision == "int8" else precision,
-        "storage": "int8" if precision == "int8" else None,
+        "precision": "fp32" if precision == "int8-weights" else precision,
+        "storage": "int8" if precision == "int8-weights" else None,
         "inputs": [spec.model_dump(mode="json") for spec in graph.inputs],
         "outputs": [spec.model_dump(mode="json") for spec in graph.outputs],
         "accuracy": None,
     }
 
 
-def _unfinished(folder: Path, document: dict[str, Any], part: str, entry: dict[str, Any]) -> Bundle:
+def unfinished(folder: Path, document: dict[str, Any], part: str, entry: dict[str, Any]) -> Bundle:
     """The files of one graph as a bundle that an engine can load, before there is a bundle."""
     files = {}
     for name in filter(None, (entry["file"], entry["data"])):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # ScatterND, GatherND, Resize, Loop, If, Scan, NonZero, which one of them refuses or runs on the host.
 ALLOWED = frozenset((
     "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
-    "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "RMSNormalization", "Range", "Reciprocal",
-    "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice", "Split", "Sqrt",
-    "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
+    "Reciprocal", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 ))  # fmt: skip
 
 
@@ -84,6 +84,36 @@ def canonical_attention(model: onnx.ModelProto, *_: object) -> Problems:
             yield f"node {node.name} is not an interleaved rotary embedding of 3-D tensors"
 
 
+def quantization(model: onnx.ModelProto, *_: object) -> Problems:
+    """What TensorRT asks of QuantizeLinear and DequantizeLinear, so that nothing is read as something else.
+
+    A zero point names the type (without one it would be INT8) and is zero; one scale per activation, in its type; one
+    per channel of a weight, whose values go straight into a product. (The text encoder's int8 weights are for CPUs,
+    with a scale per block.)
+    """
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    users = {name: node for node in model.graph.node for name in node.input}
+    products = {weight.data_type for weight in weights.values() if weight.name.endswith(".scale")}
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        if any(name not in weights for name in node.input[1:]):
+            yield f"node {node.name} has a scale or zero point that is computed"
+            continue
+        scale, weight = weights[node.input[1]], weights.get(node.input[0])
+        if weight is None:
+            if len(node.input) < 3 or any(weights[node.input[2]].raw_data):
+                yield f"node {node.name} has no zero point, or one that is not zero"
+            if list(scale.dims):
+                yield f"node {node.name} has {list(scale.dims)} scales for an activation, which has one"
+            if products and scale.data_type not in products:
+                yield f"node {node.name} has a scale in another type than its product"
+        elif users[node.output[0]].op_type != "MatMul":
+            yield f"the weight of node {node.name} goes into {users[node.output[0]].op_type}, not into a product"
+        elif len(scale.dims) == 1 and scale.dims[0] != weight.dims[1]:
+            yield f"node {node.name} has {scale.dims[0]} scales for {weight.dims[1]} channels"
+
+
 def one_data_file(model: onnx.ModelProto, name: str, *_: object) -> Problems:
     """Weights in `<graph>.onnx.data`, only shapes and scalars in the graph itself."""
     from tmd_engines.graph_file import external_tensors
@@ -127,6 +157,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     no_functions,
     allowed_operators,
     canonical_attention,
+    quantization,
     one_data_file,
     interface,
     no_notes,

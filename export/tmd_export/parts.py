@@ -16,12 +16,15 @@ MODEL_OF = {
 }
 """Part -> the model that it is cut from."""
 
-MODELS = ("tiny", "wan1.3b", "wan14b")
+MODELS = ("tiny", "wan1.3b", "wan14b", "tim-t2i", "tim-c2i-256", "tim-c2i-512", "tim-tiny")
 """What `--model` can be."""
 
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 """What the large products of a graph can be computed in."""
+
+QUANTIZED = ("int8", "fp8")
+"""Precisions that need a calibration; `backbone` and `flow_head` can have them."""
 
 
 def ordered(parts: Iterable[str]) -> tuple[str, ...]:
@@ -38,7 +41,8 @@ def parse_precision(text: str) -> dict[str, str]:
     """Part -> precision for every part of `PARTS`, from "bf16" or "bf16,decoder=fp16,text_encoder=fp32".
 
     A precision alone is for all parts that are not named; "decoder" names both decoders. Without one, those parts stay
-    fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. Raises ValueError.
+    fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. "int8" and "fp8" alone
+    give bf16 to what they are not for. Raises ValueError.
     """
     default, named = "fp32", dict[str, str]()
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -53,7 +57,12 @@ def parse_precision(text: str) -> dict[str, str]:
         named |= dict.fromkeys(members, precision)
     if named.get("text_encoder") == "fp16":
         raise ValueError("values of the text encoder leave float16's range: choose bf16 or fp32 for it.")
-    chosen = dict.fromkeys(PARTS, default) | named
-    if chosen["text_encoder"] == "fp16":
+    for name, precision in named.items():
+        if precision in QUANTIZED and MODEL_OF[name] != "student":
+            raise ValueError(f"{name} cannot be {precision}, only backbone and flow_head: choose bf16 for it.")
+    chosen = dict.fromkeys(PARTS, default)
+    if default in QUANTIZED:
+        chosen |= {name: "bf16" for name in PARTS if MODEL_OF[name] != "student"}
+    if default == "fp16":
         chosen["text_encoder"] = "bf16"
-    return chosen
+    return chosen | named

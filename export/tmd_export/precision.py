@@ -17,15 +17,20 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
-    "int8": torch.float32,
+    "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "int8-weights": torch.float32,
 }
-"""Precision of a graph -> type of the weights of its large products; int8 is of the file only (see `int8`)."""
+"""Precision of a graph -> type of the weights of its large products. That of int8 and fp8 is what their products
+return, and what stays unquantized (see `quantization`); bfloat16, because sums of attention leave float16's range.
+int8-weights are int8 in the file only (see `int8`)."""
 
 # Layers of few operations whose rounding the whole result would feel: Wan computes its time embedding and its output
 # layer in float32; latents and pictures have more levels than 8 bits of mantissa tell apart.
 _EXACT = re.compile(
     r"(^|\.)((time|interval)_(embedding|projection)|patch_embedding|pos_embedding|conv2|head\.head"
-    r"|decoder\.(head|1|22))(\.|$)"  # of Wan's VAE; first and last of TAEHV
+    r"|decoder\.(head|1|22)"  # of Wan's VAE; first and last of TAEHV
+    r"|(t|delta|x)_embedder|final_layer)(\.|$)"  # of TiM
 )
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ExportError
-from .int8 import Int8Weights
-from .weights import SMALL, Weights
+from .weights import SMALL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,7 +34,17 @@ Told = Callable[[int, int], None]
 """Hears how many bytes of how many are done."""
 
 
-def save(model: ir.Model, weights: Weights | Int8Weights, folder: Path, name: str, told: Told | None = None) -> Path:
+class Stored(Protocol):
+    """Weights as they are written: those of the source, or a rounding of them. See `weights.Weights`."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def form(self, name: str) -> tuple[torch.Size, torch.dtype]: ...
+
+    def chunks(self, name: str) -> Iterator[Tensor]: ...
+
+
+def save(model: ir.Model, weights: Stored, folder: Path, name: str, told: Told | None = None) -> Path:
     """Writes `name.onnx` and its one data file `name.onnx.data` into `folder`; returns the path of the first.
 
     The initializers of `model` that `weights` knows come from there. Raises ExportError if another one is large (its
@@ -45,12 +54,12 @@ def save(model: ir.Model, weights: Weights | Int8Weights, folder: Path, name: st
 
     path, data = folder / f"{name}.onnx", folder / f"{name}.onnx.data"
     slots = [_slot(value) for value in model.graph.initializers.values()]
-    total, done = sum(slot.bytes for slot in slots if slot.bytes > INLINE_BYTES), 0
+    total, done = sum(slot.bytes for slot in slots if not slot.is_inline), 0
     with open(data, "xb") as file:
         for slot in slots:
             _check(slot, weights, path.name)
             size = slot.bytes
-            if size <= INLINE_BYTES:
+            if slot.is_inline:
                 continue
             step = LARGE_ALIGNMENT if size >= LARGE_BYTES else ALIGNMENT
             offset = -(-file.tell() // step) * step
@@ -73,7 +82,7 @@ def save(model: ir.Model, weights: Weights | Int8Weights, folder: Path, name: st
     return path
 
 
-def compare(path: Path, weights: Weights | Int8Weights, told: Told | None = None) -> int:
+def compare(path: Path, weights: Stored, told: Told | None = None) -> int:
     """Reads every weight in the data file of the graph `path` and compares it with its source, byte by byte.
 
     Returns how many weights were compared. Raises ExportError if one differs.
@@ -118,6 +127,10 @@ class _Slot(NamedTuple):
     def bytes(self) -> int:
         return int(math.prod(self.shape) * self.dtype.itemsize)
 
+    @property
+    def is_inline(self) -> bool:
+        return self.bytes <= INLINE_BYTES and self.value.const_value is not None
+
 
 def _slot(value: ir.Value) -> _Slot:
     if value.name is None or value.shape is None or value.dtype is None:
@@ -125,7 +138,7 @@ def _slot(value: ir.Value) -> _Slot:
     return _Slot(value.name, tuple(value.shape.numpy()), value.dtype, value)
 
 
-def _check(slot: _Slot, weights: Weights | Int8Weights, where: str) -> None:
+def _check(slot: _Slot, weights: Stored, where: str) -> None:
     """Raises ExportError unless the values of this initializer are known, and those that the graph expects."""
     if slot.name in weights:
         shape, dtype = weights.form(slot.name)
@@ -141,10 +154,16 @@ def _check(slot: _Slot, weights: Weights | Int8Weights, where: str) -> None:
         )
 
 
-_IR_NAMES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int8: "INT8"}
+_IR_NAMES = {
+    torch.float32: "FLOAT",
+    torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
+    torch.int8: "INT8",
+    torch.float8_e4m3fn: "FLOAT8E4M3FN",
+}
 
 
-def _pieces(slot: _Slot, weights: Weights | Int8Weights) -> Iterator[np.ndarray]:
+def _pieces(slot: _Slot, weights: Stored) -> Iterator[np.ndarray]:
     if slot.name in weights:
         yield from map(_array, weights.chunks(slot.name))
     elif slot.value.const_value is not None:

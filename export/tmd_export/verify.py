@@ -18,7 +18,7 @@ from .graphs import Graph
 
 MAX_ERROR = 1e-4  # for float outputs of an fp32 graph, times their RMS where that is above 1 (a decoder's caches)
 MIN_COSINE = 0.9999  # for all outputs of a graph in low precision
-MIN_COSINE_INT8 = 0.99  # and of one whose weights are int8
+MIN_COSINE_QUANTIZED = 0.99  # and of one with 8 bits
 MAX_LEVELS = 1  # for uint8 frames: a value may round the other way,
 MAX_LEVEL_SHARE = 0.005  # but few may
 
@@ -48,7 +48,8 @@ class Accuracy:
 
     `max_abs_error` is that of the float outputs, `cosine` that of all; of `levels_total` uint8 values `levels_changed`
     differ, by `max_levels` at most. `scaled_error` is as `max_abs_error`, of outputs divided by their RMS where that is
-    above 1; None: the same. `scope`: which part of the graph was measured, if it was not all of it.
+    above 1; None: the same. `relative_l2` is that of all float outputs together. `scope`: which part of the graph was
+    measured, if it was not all of it.
     """
 
     max_abs_error: float
@@ -58,6 +59,7 @@ class Accuracy:
     levels_total: int = 0
     scope: str = ""
     scaled_error: float | None = None
+    relative_l2: float = 0.0
 
     def entry(self) -> dict[str, Any]:
         """As the manifest states it."""
@@ -98,6 +100,7 @@ def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = Fals
     """
     as_stored = as_stored or bundle.graph_info(name).precision != "fp32"
     worst, scaled, cosine, max_levels, changed, total = 0.0, 0.0, 1.0, 0, 0, 0
+    squares = [0.0, 0.0]  # of differences and of values
     with OnnxRuntimeEngine(bundle, name, "cpu", None, as_stored=as_stored) as engine:
         for case in cases:
             outputs = {output: engine.empty(output, **case.sizes) for output in engine.outputs}
@@ -113,16 +116,19 @@ def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = Fals
                     error = math.inf if math.isnan(error) else error
                     worst = max(worst, error)
                     scaled = max(scaled, error / max(1.0, math.sqrt(float(np.square(expected, dtype=float).mean()))))
+                    squares[0] += float(np.square(found - expected, dtype=float).sum())
+                    squares[1] += float(np.square(expected, dtype=float).sum())
                 cosine = min(cosine, _cosine(found, expected))
     precision = bundle.graph_info(name).precision
     scope = "" if precision == "fp32" else f"values rounded to {precision}"
-    return Accuracy(worst, cosine, max_levels, changed, total, scaled_error=scaled, scope=scope)
+    relative = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+    return Accuracy(worst, cosine, max_levels, changed, total, scope=scope, scaled_error=scaled, relative_l2=relative)
 
 
 def check(name: str, found: Accuracy, precision: str) -> None:
     """Raises ExportError unless `found` passes the gates for graphs of this precision."""
     problem, exact = None, precision == "fp32"
-    least = MIN_COSINE_INT8 if precision == "int8" else MIN_COSINE
+    least = MIN_COSINE if precision in ("fp16", "bf16") else MIN_COSINE_QUANTIZED
     error = found.max_abs_error if found.scaled_error is None else found.scaled_error
     if not math.isfinite(found.max_abs_error):
         problem = "it gives NaN or Inf"

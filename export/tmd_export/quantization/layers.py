@@ -1,0 +1,87 @@
+"""Which products of a graph can be quantized: the linear layers of its transformer blocks, and their attention.
+
+Everything else keeps its precision: embeddings of patches, time and text, modulation, norms, gates, the output layer.
+They are few operations, and the whole result would feel their rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_LINEAR = re.compile(
+    r"^(?P<name>(.+\.)?(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|fusion\.(ffn\.[02]|linear)))\.weight\.T$"
+)
+ATTENTION = ".attention"
+# What an attention may say besides its heads and scale, and what its plain form does without.
+_PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A product: a `MatMul` with a weight, or an `Attention`, which is two products.
+
+    `name` is that of the module ("blocks.0.ffn.2", "blocks.0.self_attn.attention"), the same in every precision.
+    """
+
+    name: str
+    node: ir.Node
+    width: int  # columns of its weight; of an attention, those of v
+
+    @property
+    def is_attention(self) -> bool:
+        return self.node.op_type == "Attention"
+
+    @property
+    def operands(self) -> dict[str, ir.Value]:
+        """Name of a range -> the activation that has it."""
+        if not self.is_attention:
+            return {self.name: self.node.inputs[0]}  # type: ignore[dict-item]
+        return {f"{self.name}.{part}": value for part, value in zip("qkv", self.node.inputs, strict=False)}  # type: ignore[misc]
+
+
+def find(model: ir.Model, attention: bool = True) -> list[Layer]:
+    """The products that can be quantized, in the order of the graph."""
+    layers = []
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            weight = _weight_before(node.outputs[0])
+        elif attention and node.op_type == "Attention" and _is_plain(node):
+            weight = _weight_before(node.inputs[2])
+        else:
+            continue
+        match = _LINEAR.match(weight.name or "") if weight is not None else None
+        if match and weight is not None and weight.shape is not None:
+            name = match["name"] if node.op_type == "MatMul" else match["name"].rpartition(".")[0] + ATTENTION
+            layers.append(Layer(name, node, int(weight.shape[1])))  # type: ignore[arg-type]
+    return layers
+
+
+def _weight_before(value: ir.Value | None) -> ir.Value | None:
+    """The weight of the linear layer that made `value`, behind its bias and casts; None if there is none."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "MatMul":
+            weight = node.inputs[1]
+            return weight if weight is not None and weight.is_initializer() else None
+        if node.op_type not in ("Add", "Cast"):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether it is softmax(scale q k^T) v with as many heads on both sides."""
+    said = {name: attribute.value for name, attribute in node.attributes.items()}
+    heads = said.pop("q_num_heads", None)
+    said.pop("scale", None)
+    return (
+        bool(heads)
+        and said.pop("kv_num_heads", heads) == heads
+        and not any(node.inputs[3:])
+        and len(node.outputs) == 1
+        and all(_PLAIN.get(name) == value for name, value in said.items())
+    )
