@@ -1,4 +1,4 @@
-"""Weights with their configuration in one safetensors file: the VAE, the text encoder and the teacher.
+"""Weights with their configuration in one safetensors file: the VAE, the text encoder, the teacher, a TiM.
 
 (`tmd_ref.student` does the same for a student, whose two parts share weights.)
 """
@@ -13,15 +13,21 @@ from typing import Any, TypeVar
 
 import torch
 
+from tmd_ref.tim.model import TiM, TiMConfig
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
 from tmd_ref.vae import WanVAE, WanVAEConfig
 from tmd_ref.wan import WanConfig, WanTransformer
 
-Model = TypeVar("Model", WanVAE, UMT5Encoder, WanTransformer)
-_KINDS: dict[type, type] = {WanVAE: WanVAEConfig, UMT5Encoder: UMT5Config, WanTransformer: WanConfig}
+Model = TypeVar("Model", WanVAE, UMT5Encoder, WanTransformer, TiM)
+_KINDS: dict[type, type] = {
+    WanVAE: WanVAEConfig,
+    UMT5Encoder: UMT5Config,
+    WanTransformer: WanConfig,
+    TiM: TiMConfig,
+}
 
 
-def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTransformer) -> None:
+def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTransformer | TiM) -> None:
     """Write weights, in the precision they have, and configuration; complete or not at all."""
     from safetensors.torch import save_file
 

@@ -94,19 +94,21 @@ def tmd_sample(
     prompt_embeds: Tensor,
     outer_steps: int,
     inner_steps: int,
-    shift: float = 10.0,
-    inner_shift: float = 10.0,
+    shift: float | None = None,
+    inner_shift: float | None = None,
     t_max: float = 0.999,
     inner_noise: Tensor | Callable[[torch.Size], Tensor] | None = None,
 ) -> Tensor:
     """Few-step sampling with a TMD student (TMD Algorithm 1, with the sign of Eq. 13 corrected); no guidance.
 
-    noise `[B, 16, T, H, W]` is x at t_max; prompt_embeds `[B, S, E]`. `inner_noise` starts the inner rollouts, in the
+    noise `[B, 16, T, H, W]` is x at t_max; prompt_embeds `[B, S, E]`. Shifts that are None are those that the student
+    was distilled for. `inner_noise` starts the inner rollouts, in the
     order in which they run: a tensor `[outer_steps, B, 16, T, H, W]`, a function of the shape called once per outer
     step, or None for torch's global generator. Returns latents, shape of noise. Raises ValueError for bad steps or
     an `inner_noise` of another shape.
     """
-    t, s = shift_grid(outer_steps, shift, t_max), shift_grid(inner_steps, inner_shift, t_max)
+    t = shift_grid(outer_steps, student.grids.outer_shift if shift is None else shift, t_max)
+    s = shift_grid(inner_steps, student.grids.inner_shift if inner_shift is None else inner_shift, t_max)
     if isinstance(inner_noise, Tensor) and inner_noise.shape != (outer_steps, *noise.shape):
         raise ValueError(
             f"inner_noise is {tuple(inner_noise.shape)}: {outer_steps} outer steps with noise {tuple(noise.shape)} "

@@ -11,7 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +31,27 @@ from tmd_ref.wan import (
     token_grid,
     unpatchify,
 )
+
+
+@dataclass(frozen=True)
+class TimeGrids:
+    """The steps and time grids that a student is distilled for; the shifts are `shift_grid`'s. Defaults: the paper's.
+
+    A shift of 10 suits videos of 30,000 tokens (TMD A.2). Where there are few, neighbouring pixels tell less about each
+    other, and the middle time of that grid, 0.91, leaves the second step nearly as much to do as the first.
+    Raises ValueError for what is no grid.
+    """
+
+    outer_steps: int = 2
+    inner_steps: int = 2
+    outer_shift: float = 10.0
+    inner_shift: float = 10.0
+
+    def __post_init__(self) -> None:
+        whole = (self.outer_steps, self.inner_steps)
+        shifts = (self.outer_shift, self.inner_shift)
+        if not all(type(n) is int and 1 <= n <= 1000 for n in whole) or not all(1 <= shift <= 1000 for shift in shifts):
+            raise ValueError(f"{self}: steps are whole numbers and shifts numbers from 1 to 1000.")
 
 
 class GatedFusion(nn.Module):
@@ -180,10 +201,18 @@ def check_head_blocks(config: WanConfig, head_blocks: int) -> None:
 
 
 class TMDStudent(nn.Module):
-    """A backbone and a flow head that were one Wan transformer. `backbone` and `head` are usable alone."""
+    """A backbone and a flow head that were one Wan transformer. `backbone` and `head` are usable alone.
+
+    `grids`: what it is distilled for, which its file and its bundle carry as the defaults of sampling.
+    """
 
     def __init__(
-        self, config: WanConfig, head_blocks: int, fusion: str = "gated", wan: WanTransformer | None = None
+        self,
+        config: WanConfig,
+        head_blocks: int,
+        fusion: str = "gated",
+        wan: WanTransformer | None = None,
+        grids: TimeGrids = TimeGrids(),
     ) -> None:
         """`wan`: the transformer whose modules the student takes over; None makes one with random weights.
 
@@ -194,14 +223,16 @@ class TMDStudent(nn.Module):
         if fusion not in FUSIONS:
             raise ValueError(f"there is no fusion {fusion!r}: choose one of {', '.join(FUSIONS)}.")
         wan = wan or WanTransformer(config)
-        self.config, self.head_blocks, self.fusion = config, head_blocks, fusion
+        self.config, self.head_blocks, self.fusion, self.grids = config, head_blocks, fusion, grids
         self.backbone = Backbone(wan, head_blocks)
         self.head = FlowHead(wan, head_blocks, fusion)
 
     @classmethod
-    def from_teacher(cls, wan: WanTransformer, head_blocks: int, fusion: str = "gated") -> "TMDStudent":
+    def from_teacher(
+        cls, wan: WanTransformer, head_blocks: int, fusion: str = "gated", grids: TimeGrids = TimeGrids()
+    ) -> "TMDStudent":
         """A student that starts as a copy of the teacher `wan`, which stays as it is. Raises as the constructor."""
-        return cls(wan.config, head_blocks, fusion, copy.deepcopy(wan))
+        return cls(wan.config, head_blocks, fusion, copy.deepcopy(wan), grids)
 
     def rope(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Rope tables for latents of this size, on their device."""
@@ -219,7 +250,8 @@ def save_student(path: str | os.PathLike[str], student: TMDStudent) -> None:
     """Write weights and configuration as one safetensors file, complete or not at all, shared weights once."""
     from safetensors.torch import save_file
 
-    config = {"wan": asdict(student.config), "head_blocks": student.head_blocks, "fusion": student.fusion}
+    sizes = {"wan": asdict(student.config), "head_blocks": student.head_blocks, "fusion": student.fusion}
+    config = {**sizes, "grids": asdict(student.grids)}
     weights = {name: value.contiguous() for name, value in student.state_dict().items() if name not in _shared(student)}
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -243,13 +275,14 @@ def read_student(path: str | os.PathLike[str]) -> TMDStudent:
     try:
         stored = json.loads(metadata["config"])
         arguments = WanConfig(**stored["wan"]), stored["head_blocks"], stored["fusion"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        grids = TimeGrids(**stored.get("grids", {}))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(path)} has no student configuration in its metadata ({error}): "
             "give a file written by tmd-distill or save_student."
         ) from error
     with torch.device("meta"):
-        return TMDStudent(*arguments)
+        return TMDStudent(*arguments, grids=grids)
 
 
 def load_student(path: str | os.PathLike[str]) -> TMDStudent:

@@ -16,6 +16,7 @@ from tmd_engines import TensorSpec
 from tmd_ref.split import SplitWan
 from tmd_ref.student import FlowHead, TMDStudent, flow_head_step
 from tmd_ref.taehv import TAEHV
+from tmd_ref.tim.split import SplitTiM
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 
@@ -46,10 +47,10 @@ class Graph:
         self.module.eval()
 
     def sizes(self, **dims: int) -> dict[str, int]:
-        """`dims` and the number of tokens that they make."""
-        tokens = dims.get("frames", 1) // self.multiples.get("frames", 1)
-        for side in ("height", "width"):
-            tokens *= dims.get(side, 1) // self.multiples.get(side, 1)
+        """`dims` and the number of tokens that those of them make which are free in this graph."""
+        tokens, free = 1, {symbol for spec in self.inputs for _, symbol in spec.factors()}
+        for side in ("frames", "height", "width"):
+            tokens *= dims.get(side, 1) // self.multiples.get(side, 1) if side in free else 1
         return {**dims, "tokens": tokens}
 
     def random_inputs(self, seed: int, **dims: int) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ class Graph:
         given: dict[str, Tensor] = {}
         for spec in self.inputs:
             shape = spec.resolve(**sizes)
-            if spec.name == "input_ids":
+            if spec.name in ("input_ids", "labels"):
                 given[spec.name] = torch.randint(0, self.vocabulary, shape, generator=generator)
             elif spec.name == "attention_mask":
                 lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
@@ -68,7 +69,7 @@ class Graph:
             elif spec.name in ("t", "s"):
                 given[spec.name] = torch.rand(shape, generator=generator)
             elif spec.name == "r":
-                given[spec.name] = given["s"] * torch.rand(shape, generator=generator)
+                given[spec.name] = given["s" if "s" in given else "t"] * torch.rand(shape, generator=generator)
             elif spec.name.startswith("rope_"):
                 angles = 6.3 * torch.rand(shape, generator=generator) if angles is None else angles
                 given[spec.name] = angles.cos() if spec.name == "rope_cos" else angles.sin()
@@ -150,7 +151,10 @@ def text_encoder(encoder: UMT5Encoder) -> Graph:
     return Graph("text_encoder", encoder, (tokens, mask), (prompt_embeds,), vocabulary=config.vocab_size)
 
 
-def backbone(student: TMDStudent | SplitWan) -> Graph:
+def backbone(student: TMDStudent | SplitWan | SplitTiM) -> Graph:
+    """The first graph: once per step, or for a Transition Model what depends on the prompt alone."""
+    if isinstance(student, SplitTiM):
+        return tim_prompt(student)
     config = student.config
     return Graph(
         "backbone",
@@ -169,8 +173,11 @@ def backbone(student: TMDStudent | SplitWan) -> Graph:
     )
 
 
-def flow_head(student: TMDStudent | SplitWan) -> Graph:
-    """The second graph: one step of a student's inner flow, or the rest of a Wan transformer that has none."""
+def flow_head(student: TMDStudent | SplitWan | SplitTiM) -> Graph:
+    """The second graph: one step of a student's inner flow, the rest of a Wan transformer that has none, or one whole
+    step of a Transition Model."""
+    if isinstance(student, SplitTiM):
+        return tim_transition(student)
     config = student.config
     latents: Shape = ("batch", config.out_channels, "frames", "height", "width")
     if isinstance(student, SplitWan):
@@ -202,6 +209,41 @@ def flow_head(student: TMDStudent | SplitWan) -> Graph:
         (_tensor("y_next", latents),),
         _patches(config.patch_size),
     )
+
+
+def tim_prompt(split: SplitTiM) -> Graph:
+    config = split.config
+    if config.num_classes is not None:
+        labels = _tensor("labels", ("batch",), "int64")
+        context = _tensor("context", ("batch", config.dim))
+        return Graph("backbone", split.prompt, (labels,), (context,), vocabulary=config.num_classes + 1)
+    prompt_embeds = _tensor("prompt_embeds", ("batch", "text", config.text_dim or 0))
+    return Graph("backbone", split.prompt, (prompt_embeds,), (_tim_context(split),))
+
+
+def tim_transition(split: SplitTiM) -> Graph:
+    config = split.config
+    x: Shape = ("batch", config.in_channels, 1, "height", "width")
+    context = _tim_context(split) if config.num_classes is None else _tensor("context", ("batch", config.dim))
+    return Graph(
+        "flow_head",
+        split.transition,
+        (
+            _tensor("x", x),
+            _tensor("t", ("batch",)),
+            _tensor("r", ("batch",)),
+            _tensor("guidance", ("batch", "batch")),
+            context,
+            *_rope(config.head_dim),
+        ),
+        (_tensor("x_next", x),),
+        {"height": config.patch, "width": config.patch},
+    )
+
+
+def _tim_context(split: SplitTiM) -> TensorSpec:
+    """Keys and values of all blocks."""
+    return _tensor("context", (split.config.num_layers, "batch", "text", 2 * split.config.dim))
 
 
 def decoder_first(vae: VideoDecoder) -> Graph:

@@ -21,7 +21,8 @@ from tmd_engines.files import sha256_hex
 from tmd_ref.checkpoint import read_config
 from tmd_ref.split import SplitWan
 from tmd_ref.student import TMDStudent, read_student
-from tmd_ref.text import Tokenizer
+from tmd_ref.text import EOS_ID, PAD_ID, Tokenizer
+from tmd_ref.tim.model import TIM_CONFIGS
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
@@ -29,6 +30,7 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 from .checkpoints import Tensors, open_tensors
 from .errors import ExportError
 from .parts import MODEL_OF, PARTS
+from .presets import student_sampler
 from .random_weights import random_tensor
 
 FILE_OF = {"student": "student.safetensors", "vae": "vae.safetensors", "text_encoder": "umt5.safetensors"}
@@ -62,6 +64,36 @@ class Source(ABC):
     def vae(self) -> WanVAEConfig:
         """Sizes and latent statistics of the VAE whose latents the transformer makes."""
         return WAN_VAE_CONFIGS["wan2.1"]
+
+    def model_entry(self) -> dict[str, Any]:
+        """The manifest's `model`, but for its name."""
+        wan = self.wan
+        return {
+            "family": "wan2.1-t2v",
+            "kind": self.kind,
+            "dim": wan.dim,
+            "num_layers": wan.num_layers,
+            "head_blocks": self.head_blocks,
+            "num_heads": wan.num_heads,
+            "head_dim": wan.head_dim,
+            "patch_size": list(wan.patch_size),
+            "fusion": self.fusion,
+        }
+
+    def latents_entry(self) -> dict[str, Any]:
+        """The manifest's `latents`."""
+        vae = self.vae
+        return {
+            "channels": vae.z_dim,
+            "temporal_stride": 1 << sum(vae.temporal_downsample),
+            "spatial_stride": 1 << (len(vae.dim_mult) - 1),
+            "mean": list(vae.latents_mean),
+            "std": list(vae.latents_std),
+        }
+
+    def text_entry(self) -> dict[str, Any]:
+        """The manifest's `text`, but for the file of its tokenizer."""
+        return {"max_length": self.wan.text_len, "dim": self.wan.text_dim, "pad_id": PAD_ID, "eos_id": EOS_ID}
 
     @abstractmethod
     def check(self, parts: tuple[str, ...]) -> None:
@@ -109,6 +141,7 @@ class FolderSource(Source):
         if not isinstance(student, TMDStudent):
             raise TypeError(f"read_student gave a {type(student).__name__}")
         self.wan, self.head_blocks, self.fusion = student.config, student.head_blocks, student.fusion
+        self.sampler = student_sampler(student.grids)
         self.tokenizer = self._existing(TOKENIZER)
 
     @cached_property
@@ -251,8 +284,16 @@ def open_source(
     model of `random_kind` (see `Source.kind`). Neither: the built-in weights, which only `tiny` has. `decoder`: a file
     with another decoder (see `decoders.WithDecoder`).
     """
+    if model in TIM_CONFIGS:
+        from .tim_source import open_tim
+
+        if decoder is not None:
+            raise ExportError(f"--decoder is for models of video: leave it out for {model}.")
+        return open_tim(model, checkpoint, random_seed)
+    if random_kind == "tim":
+        raise ExportError(f"the preset tim is for Transition Models, and {model} is none: choose another --preset.")
     if model not in WAN_CONFIGS:
-        raise ExportError(f"there is no model {model!r}: choose one of {', '.join(WAN_CONFIGS)}.")
+        raise ExportError(f"there is no model {model!r}: choose one of {', '.join((*WAN_CONFIGS, *TIM_CONFIGS))}.")
     if decoder is not None:
         from .decoders import WithDecoder
 

@@ -80,6 +80,20 @@ class Number(click.ParamType):
         return number
 
 
+class Schedule(click.ParamType):
+    """Times separated by commas."""
+
+    name = "times"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value[:80]!r} is no list of times: write them like 1,0.6,0.2,0.", param, ctx)
+
+
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
@@ -128,8 +142,8 @@ A file appears under its name only when it is complete.""",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Ends in .mp4, .webm, .gif or .png (contact sheet; a picture if --frames is 1); without an ending: a folder "
-    "of PNG frames. "
-    "Several prompts get NAME-001, NAME-002, ...  [default: PROMPT-SEED.mp4 in this folder]",
+    "of PNG frames. Several prompts get NAME-001, NAME-002, ...  [default: PROMPT-SEED.mp4 in this folder, .png for a "
+    "model of stills]",
 )
 @click.option(
     "--seed", type=Whole(0, 2**64 - 1), metavar="N", help="Same seed, same video.  [default: random, printed]"
@@ -145,6 +159,12 @@ A file appears under its name only when it is complete.""",
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance steers away from.")
 @click.option(
     "--shift", type=Number(1, 1000), metavar="S", help="Warp of the times of a model without a fixed list of them."
+)
+@click.option(
+    "--schedule",
+    type=Schedule(),
+    metavar="T,T,...",
+    help="Times of a Transition Model in the place of --steps, falling from 1 to 0.",
 )
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")

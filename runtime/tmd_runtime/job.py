@@ -38,6 +38,7 @@ class Job:
     save_latents: Path | None = None
     opening_seconds: float = 0.0
     done: int = 0
+    stills: bool = False
 
     def check_targets(self, count: int) -> None:
         """Fail now, not after minutes of work, if a result could not be written."""
@@ -53,7 +54,7 @@ class Job:
     def target(self, prompt: str, seed: int, number: int) -> Path:
         """File of the prompt with this number (from 1)."""
         if self.out is None:
-            return Path(f"{slug(prompt)}-{seed}.mp4")
+            return Path(f"{slug(prompt)}-{seed}{'.png' if self.stills else '.mp4'}")
         return self._numbered(self.out, number)
 
     def _numbered(self, path: Path, number: int) -> Path:
@@ -99,6 +100,7 @@ class Job:
         frames = (saved.latents.shape[2] - 1) * pipeline.manifest.latents.temporal_stride + 1
         settings = pipeline.settings(frames=frames, size=saved.size)
         memory = pipeline.choose_memory(settings, unused=(*STAGES[0], *STAGES[1]))
+        self.stills = settings.rule == "flow_map"
         target = self.target(saved.prompt, saved.seed, self.done + 1)
         seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
         visible = in_terminal() and not self.quiet
@@ -127,6 +129,7 @@ class Job:
         from .video import open_video
 
         settings = pipeline.settings(**self.wishes)
+        self.stills = settings.rule == "flow_map"
         wishes = {**self.wishes, "seed": settings.seed}
         files, hooks = self._extra_files(pipeline, prompt, settings)
         graphs = pipeline.manifest.graphs

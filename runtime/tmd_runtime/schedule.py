@@ -51,10 +51,12 @@ def wan_grid(steps: int, shift: float) -> NDArray[np.float64]:
 
 
 def told_time(t: float, rounding: str) -> float:
-    """The time that the network is told at time t: 1000·t as it is ("none"), cut off to an integer ("integer") or
-    rounded to bfloat16 ("bfloat16", nearest, ties to even), divided by 1000 again. Dimensionless."""
+    """The time that the network is told at time t: 1000·t as it is ("none"), cut off to an integer ("integer"), rounded
+    to one ("nearest") or to bfloat16 ("bfloat16", nearest, ties to even), divided by 1000 again. Dimensionless."""
     if rounding == "integer":
         return math.floor(1000 * t) / 1000
+    if rounding == "nearest":
+        return math.floor(1000 * t + 0.5) / 1000
     if rounding == "bfloat16":
         bits = np.float32(1000 * t).view(np.uint32)
         bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
@@ -65,6 +67,30 @@ def told_time(t: float, rounding: str) -> float:
 def effective_nfe(steps: int, inner_steps: int, head_blocks: int, num_layers: int) -> float:
     """Effective number of function evaluations M·(1 + (N − 1)·H/L)  (TMD Eq. 16): blocks run, in whole models."""
     return steps * (1 + (inner_steps - 1) * head_blocks / num_layers)
+
+
+def uniform_times(steps: int) -> NDArray[np.float64]:
+    """TiM's grid, noise to data: 1 to 0 in `steps` equal steps. Returns float64 `[steps + 1]`, descending."""
+    return 1 - np.arange(steps + 1) / steps
+
+
+def tim_rope_tables(
+    grid_h: int, grid_w: int, head_dim: int, rope: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Tables of TiM's two-axis rotary embedding, for tokens row by row: half of a head per position.
+
+    Token k has the positions (k mod grid_h, k div grid_h) for `rope` "index", as the released weights were trained, and
+    (column, row) for "grid"; on a square that is the same. Computed in float64.
+
+    Returns (cos, sin), each float32 `[grid_h·grid_w, head_dim/2]`. Raises ValueError for a grid beyond TiM's 1024
+    positions, or if head_dim is no multiple of 4.
+    """
+    if head_dim % 4 or min(grid_h, grid_w) < 1 or max(grid_h, grid_w) > ROPE_POSITIONS:
+        raise ValueError(f"a token grid of {grid_h}x{grid_w} with heads of {head_dim} has no rotary table")
+    token, side, half = np.arange(grid_h * grid_w), grid_h if rope == "index" else grid_w, head_dim // 2
+    frequencies = ROPE_BASE ** (-2.0 * np.arange(half // 2) / half)
+    angles = np.concatenate([np.multiply.outer(position, frequencies) for position in (token % side, token // side)], 1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rope_tables(

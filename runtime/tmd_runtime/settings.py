@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .errors import RuntimeFailure, UsageFailure
-from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid, wan_grid
+from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid, uniform_times, wan_grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tmd_engines import Manifest
-    from tmd_engines.manifest import TransitionSampler, VelocitySampler
+    from tmd_engines.manifest import FlowMapSampler, TransitionSampler, VelocitySampler
 
 MAX_STEPS = 1000
 
@@ -23,7 +24,8 @@ class Settings:
     """One run, checked. `width` and `height` in pixels, `fps` in 1/s; `nfe` counts evaluations of the whole model.
 
     For models without inner flow `inner_steps` is 1, and `times` (descending, ending in 0), `time_rounding` and
-    `init_scale` say how to sample; a `guidance` other than 1 takes a second pass with `negative_prompt`.
+    `init_scale` say how to sample; a `guidance` other than 1 takes a second pass with `negative_prompt`, of a
+    Transition Model only in the steps from a time inside `guidance_interval`, without its ends.
     """
 
     seed: int
@@ -42,6 +44,7 @@ class Settings:
     times: tuple[float, ...] = ()
     time_rounding: str = "none"
     init_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def passes(self) -> int:
@@ -61,6 +64,7 @@ class _Sampling:
     time_rounding: str = "none"
     init_scale: float = 1.0
     warnings: tuple[str, ...] = ()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 def resolve_settings(
@@ -73,13 +77,23 @@ def resolve_settings(
     guidance: float | None = None,
     negative_prompt: str | None = None,
     shift: float | None = None,
+    schedule: Sequence[float] | None = None,
 ) -> Settings:
     """Fill what is None from the manifest (the seed at random) and check the rest. `size` is (width, height) in pixels.
 
+    `schedule` are the times of a Transition Model, falling from 1 to 0, in the place of `steps`.
     Raises UsageFailure that says what the bundle allows.
     """
     sampler, video = manifest.sampler, manifest.video
-    if sampler.rule == "transition":
+    if schedule is not None and sampler.rule != "flow_map":
+        raise UsageFailure("a schedule of one's own is for Transition Models, and this is none: leave it out.")
+    if sampler.rule == "flow_map":
+        if manifest.model.classes is not None:
+            raise RuntimeFailure("this model draws numbered classes and takes no prompt, which is not supported yet.")
+        if frames not in (None, 1):
+            raise UsageFailure(f"this model makes stills, so it cannot do {frames} frames: leave them out.")
+        sampling = _flow_map(sampler, steps, inner_steps, guidance, negative_prompt, shift, schedule)
+    elif sampler.rule == "transition":
         sampling = _student(sampler, steps, inner_steps, guidance, negative_prompt, shift)
     else:
         sampling = _without_inner_flow(sampler, steps, inner_steps, guidance, negative_prompt, shift)
@@ -93,6 +107,9 @@ def resolve_settings(
         )
     model = manifest.model
     nfe = effective_nfe(sampling.steps, sampling.inner_steps, model.head_blocks, model.num_layers)
+    nfe *= 1 if sampling.guidance == 1 else 2
+    if sampler.rule == "flow_map":
+        nfe = float(sum(1 + (sampling.guidance != 1 and _inside(t, sampling)) for t in sampling.times[:-1]))
     return Settings(
         seed=_check_seed(seed),
         steps=sampling.steps,
@@ -101,7 +118,7 @@ def resolve_settings(
         width=width,
         height=height,
         fps=video.fps,
-        nfe=nfe if sampling.guidance == 1 else 2 * nfe,
+        nfe=nfe,
         latent_shape=_latent_shape(manifest, frames, width, height),
         warnings=tuple(warnings),
         rule=sampler.rule,
@@ -110,7 +127,57 @@ def resolve_settings(
         times=sampling.times,
         time_rounding=sampling.time_rounding,
         init_scale=sampling.init_scale,
+        guidance_interval=sampling.guidance_interval,
     )
+
+
+def _inside(t: float, sampling: _Sampling) -> bool:
+    low, high = sampling.guidance_interval
+    return low < t < high
+
+
+def _flow_map(
+    sampler: FlowMapSampler,
+    steps: int | None,
+    inner_steps: int | None,
+    guidance: float | None,
+    negative_prompt: str | None,
+    shift: float | None,
+    schedule: Sequence[float] | None,
+) -> _Sampling:
+    for what, value in (("inner steps", None if inner_steps == 1 else inner_steps), ("shift", shift)):
+        if value is not None:
+            raise UsageFailure(f"this model is a Transition Model, which has no {what}: leave it out.")
+    if schedule is not None and steps is not None:
+        raise UsageFailure("a schedule says how many steps there are: leave the steps out.")
+    count = (sampler.steps if steps is None else steps) if schedule is None else len(schedule) - 1
+    if not 1 <= count <= MAX_STEPS:
+        raise UsageFailure(f"{count} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
+    times = tuple(map(float, uniform_times(count) if schedule is None else schedule))
+    if times[0] != 1 or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
+        raise UsageFailure("the times of a schedule must fall from 1 (noise) to 0 (the picture), such as 1,0.6,0.2,0.")
+    _check_guidance(guidance, negative_prompt, sampler.guidance)
+    chosen = _Sampling(
+        count,
+        1,
+        times,
+        sampler.guidance if guidance is None else guidance,
+        (sampler.negative_prompt if negative_prompt is None else negative_prompt) or "",
+        guidance_interval=sampler.guidance_interval,
+    )
+    if any(_inside(t, chosen) for t in times[:-1]):
+        return chosen
+    low, high = sampler.guidance_interval
+    asked = guidance not in (None, 1) or negative_prompt is not None
+    said = f"no step begins at a time between {low:g} and {high:g}, where guidance takes part: there is none."
+    return replace(chosen, guidance=1.0, negative_prompt="", warnings=(said,) if asked else ())
+
+
+def _check_guidance(guidance: float | None, negative_prompt: str | None, default: float) -> None:
+    if guidance is not None and not 0 <= guidance <= 1000:
+        raise UsageFailure(f"a guidance of {guidance:g} is out of range: choose 0 to 1000, where 1 switches it off.")
+    if negative_prompt is not None and (default if guidance is None else guidance) == 1:
+        raise UsageFailure("a negative prompt needs guidance, and this run has none: choose a guidance other than 1.")
 
 
 def _student(
@@ -155,11 +222,8 @@ def _without_inner_flow(
         raise UsageFailure("this model was distilled for fixed times, which have no shift to choose: leave it out.")
     if shift is not None and not 1 <= shift <= 1000:
         raise UsageFailure(f"a shift of {shift:g} is out of range: choose 1 to 1000 (default {sampler.shift:g}).")
-    if guidance is not None and not 0 <= guidance <= 1000:
-        raise UsageFailure(f"a guidance of {guidance:g} is out of range: choose 0 to 1000, where 1 switches it off.")
+    _check_guidance(guidance, negative_prompt, sampler.guidance)
     chosen = sampler.guidance if guidance is None else guidance
-    if negative_prompt is not None and chosen == 1:
-        raise UsageFailure("a negative prompt needs guidance, and this run has none: choose a guidance other than 1.")
     if sampler.times is None:
         times = tuple(map(float, wan_grid(steps, sampler.shift if shift is None else shift)))
     else:

@@ -16,7 +16,8 @@ def main() -> None:
     """Train and distil models for tmd-run.
 
     In order: prepare, teacher (only for a model without one), stage1, stage2, evaluate. The built-in model also needs
-    `tiny text`, `tiny vae` before and `tiny decoder`, `tiny pack` after; `tiny all` runs everything. With several GPUs:
+    `tiny text`, `tiny vae` before and `tiny decoder`, `tiny pack` after; `tiny all` runs everything. A Transition Model
+    (config tim-tiny) takes prepare, tim, evaluate, pack. With several GPUs:
     torchrun --nproc-per-node 8 -m tmd_ref.distill stage1 --config wan1.3b --device cuda.
     """
 
@@ -47,7 +48,7 @@ def _guarded(run: Path, action: Callable[[], None]) -> None:
 _RUN = click.option("--run", type=click.Path(path_type=Path), default=Path("runs/tiny"), show_default=True,
                     help="Folder for checkpoints, data and results.")  # fmt: skip
 _THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads; default: all cores.")
-_CONFIG = click.option("--config", "config_name", required=True, metavar="FILE|tiny|wan1.3b|wan14b",
+_CONFIG = click.option("--config", "config_name", required=True, metavar="FILE|tiny|tim-tiny|wan1.3b|wan14b",
                        help="Settings: a YAML file or a packaged one.")  # fmt: skip
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                     help="Change one setting, such as stage2.steps=100; may be repeated.")  # fmt: skip
@@ -59,17 +60,24 @@ def _command(name: str, text: str, *extra: Callable) -> None:
         def action() -> None:
             import torch
 
-            from tmd_ref.distill import recipe
-            from tmd_ref.distill.config import load_config
+            from tmd_ref.distill import recipe, tim_recipe
+            from tmd_ref.distill.config import ConfigError
             from tmd_ref.distill.parallel import World
+            from tmd_ref.distill.tim_config import TiMRun, load_any
 
-            config = load_config(config_name, overrides)
+            config = load_any(config_name, overrides)
+            of_tim = isinstance(config, TiMRun)
+            stage = getattr(tim_recipe if of_tim else recipe, name, None)
+            if stage is None:
+                other = "prepare, tim, evaluate, pack" if of_tim else "prepare, teacher, stage1, stage2, evaluate"
+                raise ConfigError(f"{config_name} has no {name}: it goes with {other}.")
             if threads:
                 torch.set_num_threads(threads)
             world = World.start(device)
             report = click.echo if world.first else _silent
             try:
-                getattr(recipe, name)(recipe.Job(config, run, inputs, world, report), **options)
+                job = tim_recipe.TiMJob if of_tim else recipe.Job
+                stage(job(config, run, inputs, world, report), **options)  # type: ignore[arg-type]
             finally:
                 world.stop()
 
@@ -98,7 +106,9 @@ _command("prepare", "Encode videos and captions, or rendered scenes, into shards
 _command("teacher", "Train a flow-matching teacher from scratch.")
 _command("stage1", "Pre-train the generator: TM-MeanFlow, plain TM, or the baseline's warm-up.")
 _command("stage2", "Distil by DMD2-v, the flow head unrolled.")
-_command("evaluate", "Measure teacher and student on held-out captions; write a table and a contact sheet.")
+_command("tim", "Train a Transition Model, or the same network by flow matching or MeanFlow.")
+_command("pack", "Write a trained Transition Model and its helpers in float16, ready for tmd-export --checkpoint.")
+_command("evaluate", "Measure what was trained on held-out captions; write a table and a contact sheet.")
 
 
 @main.command()

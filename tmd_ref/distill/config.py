@@ -1,23 +1,26 @@
 """Settings of a distillation as a YAML file: typed, checked before anything starts, every error with its line.
 
-Three configs come with the package: `tiny` (the built-in model), `wan1.3b` and `wan14b` (the paper's values). A config
-file may begin with `base: NAME` and give only what differs.
+Three configs of distillations come with the package: `tiny` (the built-in model), `wan1.3b` and `wan14b` (the paper's
+values); those of Transition Models are in `tim_config`. A config file may begin with `base: NAME` and give only what
+differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from tmd_ref.distill.trainer import Schedule
+from tmd_ref.student import TimeGrids
 from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 FOLDER = Path(__file__).parent / "configs"
 Share = Field(ge=0, le=1)
+Kind = TypeVar("Kind", bound=BaseModel)
 Shift = Field(ge=1)
 
 
@@ -89,6 +92,10 @@ class Student(_Part):
     @property
     def is_tmd(self) -> bool:
         return self.head_blocks > 0
+
+    @property
+    def grids(self) -> TimeGrids:
+        return TimeGrids(self.outer_steps, self.inner_steps, self.outer_shift, self.inner_shift)
 
 
 class Teacher(_Part):
@@ -207,6 +214,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError.
     """
+    return validated(Config, *read_values(name, overrides))
+
+
+def read_values(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], dict[tuple[str, ...], int]]:
+    """The file that `name` means, its values with `overrides`, and the line of every key. Raises ConfigError."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         path = Path(name)
@@ -222,8 +234,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         values = _merge(inherited, values)
     for override in overrides:
         values = _merge(values, _parse(override))
+    return path, values, lines
+
+
+def validated(kind: type[Kind], path: Path, values: dict[str, Any], lines: Mapping[tuple[str, ...], int]) -> Kind:
+    """A config of `kind` from the values of a file. Raises ConfigError that names the line."""
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
         keys = tuple(str(key) for key in found["loc"])

@@ -23,12 +23,13 @@ from torch import Tensor
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.state import TrainingError
 from tmd_ref.distill.vae import to_video
-from tmd_ref.scenes import caption, render, sample_scene
+from tmd_ref.scenes import Scene, caption, render, sample_scene
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 from tmd_ref.wan import WanConfig, rope_tables
 
+CLIP_FRAMES = 17  # of a rendered scene
 PHRASINGS = 4  # captions per rendered clip
 BATCH = 8  # clips encoded at a time; convolutions of batch 1 are several times slower
 NEGATIVE_PROMPT = ""  # the built-in model's null condition: dropped prompts in training, negative one of guidance
@@ -104,14 +105,18 @@ def write_index(folder: Path, made: dict[str, Any]) -> int:
 @torch.no_grad()
 def render_shard(
     path: Path, vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, clips: int, seed: int, first: int = 0,
-    report=print,
+    report=print, frames: int = CLIP_FRAMES,
 ) -> None:  # fmt: skip
-    """Render training scenes number `first` to `first + clips`, encode pictures and captions, write one shard."""
+    """Render training scenes number `first` to `first + clips`, encode pictures and captions, write one shard.
+
+    `frames`: all of a clip, or 1 for its `still`.
+    """
+    draw = render if frames == CLIP_FRAMES else lambda scene: still(scene)[None]
     latents, embeds = [], []
     for start in range(first, first + clips, BATCH):
         rng = np.random.default_rng([seed, start])
         scenes = [sample_scene(rng) for _ in range(min(BATCH, first + clips - start))]
-        latents.append(vae.encode(to_video(np.stack([render(scene) for scene in scenes]))).half())
+        latents.append(vae.encode(to_video(np.stack([draw(scene) for scene in scenes]))).half())
         captions = [caption(scene, rng) for scene in scenes for _ in range(PHRASINGS)]
         embeds.append(encode_prompts(encoder, tokenizer, captions).unflatten(0, (len(scenes), PHRASINGS)).half())
         if (start - first) // BATCH % 50 == 49:
@@ -119,6 +124,11 @@ def render_shard(
     null = encode_prompts(encoder, tokenizer, [NEGATIVE_PROMPT])[0]
     made = {"seed": str(seed), "vae": json.dumps(asdict(vae.config))}
     write_shard(path, torch.cat(latents), torch.cat(embeds), null, **made)
+
+
+def still(scene: Scene, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """The middle frame of a scene, uint8 `[H, W, 3]`."""
+    return render(scene, CLIP_FRAMES, size)[CLIP_FRAMES // 2]
 
 
 class _Shard:

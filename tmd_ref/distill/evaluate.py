@@ -61,14 +61,13 @@ def teacher_row(name: str, teacher: WanTransformer, negative: Tensor, steps: int
     return Row(name, float(steps * (1 if guidance == 1 else 2)), sample)
 
 
-def student_row(name: str, student: TMDStudent, outer_steps: int, inner_steps: int, shifts: tuple[float, float],
-                shape: tuple[int, ...]) -> Row:  # fmt: skip
-    """TMD's transitions without guidance."""
+def student_row(name: str, student: TMDStudent, outer_steps: int, inner_steps: int, shape: tuple[int, ...]) -> Row:
+    """TMD's transitions without guidance, on the student's own time grids."""
 
     def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(len(prompt), *shape, generator=generator)
         draws = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
-        return tmd_sample(student, noise, prompt, outer_steps, inner_steps, *shifts, inner_noise=draws)
+        return tmd_sample(student, noise, prompt, outer_steps, inner_steps, inner_noise=draws)
 
     return Row(name, effective_nfe(outer_steps, inner_steps, student.head_blocks, student.config.num_layers), sample)
 

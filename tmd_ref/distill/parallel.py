@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tmd_ref.student import GatedFusion
+from tmd_ref.tim.model import Block as TiMBlock
 from tmd_ref.wan import Block
 
 Result = TypeVar("Result")
@@ -117,7 +118,7 @@ def bare(network: Any) -> Any:
 def recompute_activations(network: nn.Module) -> None:
     """Keep only the inputs of transformer blocks and fusion for the backward pass and compute the rest again."""
     for module in network.modules():
-        if isinstance(module, (Block, GatedFusion)):
+        if isinstance(module, (Block, TiMBlock, GatedFusion)):
             setattr(module, "forward", functools.partial(checkpoint, module.forward, use_reentrant=False))  # noqa: B010
 
 
@@ -141,7 +142,7 @@ def place(network: nn.Module, world: World, recompute: bool = False, bf16: bool 
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     shell = Shell(network)
     for module in network.modules():
-        if isinstance(module, Block):
+        if isinstance(module, (Block, TiMBlock)):
             fully_shard(module, mesh=mesh, mp_policy=half if bf16 else full)
     fully_shard(shell, mesh=mesh, mp_policy=full)
     return shell

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tmd_ref.checkpoint import save_model
 from tmd_ref.distill.config import Config, ConfigError
-from tmd_ref.distill.data import LatentDataset, encode_prompts, render_shard, write_index
+from tmd_ref.distill.data import CLIP_FRAMES, LatentDataset, encode_prompts, render_shard, write_index
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.parallel import World, autocast, bare, place
@@ -105,7 +105,7 @@ class Job:
             original = bare(network)
             with torch.device("meta"):
                 whole: Any = (
-                    TMDStudent(original.config, original.head_blocks, original.fusion)
+                    TMDStudent(original.config, original.head_blocks, original.fusion, grids=original.grids)
                     if isinstance(original, TMDStudent)
                     else WanTransformer(original.config)
                 )
@@ -138,13 +138,15 @@ def prepare(job: Job, videos: Path | None = None) -> None:
             entries, out, config.data, vae, encoder, tokenizer, job.world, config.machine.bf16, job.report
         )
     else:
-        if tuple(config.data.size) != (64, 64) or config.data.frames != 17:
-            raise ConfigError("data.size, data.frames: rendered training scenes are 64x64 pixels and 17 frames.")
+        if tuple(config.data.size) != (64, 64) or config.data.frames not in (1, CLIP_FRAMES):
+            raise ConfigError("data.size, data.frames: rendered training scenes are 64x64 pixels and 17 frames, or 1.")
         for number, first in enumerate(range(0, rendered, config.data.shard)):
             path = out / f"{number:06d}.safetensors"
             if number % job.world.size == job.world.rank and not path.exists():
                 count = min(config.data.shard, rendered - first)
-                render_shard(path, vae, encoder, tokenizer, count, config.data.seed, first, job.report)
+                render_shard(
+                    path, vae, encoder, tokenizer, count, config.data.seed, first, job.report, config.data.frames
+                )
         job.world.wait()
         clips = write_index(out, config.data.model_dump(mode="json")) if job.world.first else 0
         job.world.wait()
@@ -184,7 +186,7 @@ def stage1(job: Job) -> None:
     torch.manual_seed(0)
     wan = job.load_teacher().requires_grad_(True)
     # the differences of stage 1 are taken in float32, so blocks are gathered in float32
-    network = job.place(TMDStudent.from_teacher(wan, student.head_blocks, student.fusion), half=False)
+    network = job.place(TMDStudent.from_teacher(wan, student.head_blocks, student.fusion, student.grids), half=False)
     del wan
     if settings.derivative == "exact" and job.world.size > 1:
         raise ConfigError("stage1.derivative exact: forward mode does not work on sharded weights; use difference.")
@@ -234,6 +236,7 @@ def stage2(job: Job) -> None:
                 f"student_stage1.safetensors has {generator.head_blocks} head blocks and {generator.fusion} fusion, "
                 f"the config asks for {student.head_blocks} and {student.fusion}: run stage1 with this config."
             )
+        generator.grids = student.grids
     elif config.stage1.objective == "kd":
         generator = load_teacher(job.find("generator_stage1.safetensors"), config.wan)
     else:
@@ -275,7 +278,6 @@ def evaluate(job: Job, out: Path | None = None) -> None:
     vae = load_vae(job.find(config.sources.vae))
     negative = encode_prompts(encoder, tokenizer, [config.data.negative_prompt])
     shape = (config.wan.in_channels, *config.data.latent_size)
-    shifts = student.outer_shift, student.inner_shift
     steps = settings.teacher_steps
     rows = [table.teacher_row(f"teacher {steps}x2", job.load_teacher(), negative, steps, settings.shift,
                               settings.guidance, shape)]  # fmt: skip
@@ -283,7 +285,7 @@ def evaluate(job: Job, out: Path | None = None) -> None:
     for name, kind in (("student_stage1", "TMD stage 1"), ("student", "TMD")):
         if student.is_tmd and (path := _found(job, f"{name}.safetensors")):
             tmd = load_student(path).float().eval()
-            rows.append(table.student_row(f"{kind} M={m} N={n}", tmd, m, n, shifts, shape))
+            rows.append(table.student_row(f"{kind} M={m} N={n}", tmd, m, n, shape))
     for name, kind in (("generator_stage1", "DMD2-v warm-up"), ("generator", "DMD2-v")):
         if not student.is_tmd and (path := _found(job, f"{name}.safetensors")):
             wan = load_teacher(path, config.wan)

@@ -30,7 +30,10 @@ from tmd_ref.distill.state import (
     save_atomic,
 )
 
-__all__ = ["Loss", "Objective", "Run", "Schedule", "TrainingError", "fit", "save_atomic", "step_generator", "train"]
+__all__ = [
+    "AveragedWeights", "Loss", "Objective", "Run", "Schedule", "TrainingError", "fit", "save_atomic", "step_generator",
+    "train",
+]  # fmt: skip
 
 Scalars = Mapping[str, Tensor]
 Loss = Callable[[int], tuple[Tensor, Scalars]]
@@ -160,17 +163,42 @@ class _Averaged:
         self._trained._exchange()
 
 
+class AveragedWeights:
+    """An objective's way to the averaged weights of the one network in training, which `train` is given too.
+
+    `with averaged: ...` around a pass without gradient, before the pass that has one.
+    """
+
+    _trained: _Trained | None = None
+
+    def __enter__(self) -> None:
+        if self._trained is None:
+            raise ValueError("these averaged weights are those of no network in training: give them to `train`.")
+        self._trained._exchange()
+
+    def __exit__(self, *error: object) -> None:
+        if self._trained is not None:
+            self._trained._exchange()
+
+    def _attach(self, networks: Mapping[str, _Trained]) -> None:
+        (self._trained,) = networks.values()
+        if self._trained.average is None:
+            raise ValueError("the schedule keeps no averaged weights: set its ema.")
+
+
 def train(
     networks: Mapping[str, tuple[nn.Module, Schedule]],
     objective: Objective,
     run: Run,
     turn: Callable[[int], tuple[str, ...]] | None = None,
+    averaged: AveragedWeights | None = None,
 ) -> dict[str, nn.Module]:
     """Train networks by AdamW and return them, evaluated, with their averaged weights where a schedule keeps some.
 
     `turn(step)` names the networks that a step updates (None: all); the objective's gradient must reach no other one.
-    All schedules count all steps and have the same number. In the run's folder, `checkpoint.pt` is resumed, and
-    `metrics.jsonl` gets one line per `log_every` steps.
+    `averaged` gives the objective the averaged weights of the one network. All schedules count all steps and have the
+    same number. In the run's folder, `checkpoint.pt` is resumed, and `metrics.jsonl` gets one line per `log_every`
+    steps.
     Raises TrainingError if a number is not finite, a checkpoint cannot be written or belongs to other settings.
     """
     world, folder = run.world, run.folder
@@ -181,6 +209,8 @@ def train(
     parts = world.parts(run.batch, run.micro)
     folder.mkdir(parents=True, exist_ok=True)
     trained = {name: _Trained(model, schedule) for name, (model, schedule) in networks.items()}
+    if averaged is not None:
+        averaged._attach(trained)
     identity = _plain(
         {"schedule": {name: asdict(schedule) for name, (_, schedule) in networks.items()},
          "batch": run.batch, "seed": run.seed, **run.settings}
