@@ -1,6 +1,7 @@
 """The C++ library for tests: built once, and asked about its inside through its twin program.
 
-`TMD_CPP_BUILD` names a build folder that is there already (`runtime/cpp/ci.sh` sets it, and then nothing is skipped).
+`TMD_CPP_BUILD` names a build folder that is there already (`runtime/cpp/ci.sh` sets it, and then nothing is skipped,
+except an engine whose header could not be had).
 Without it the programs are built into `build/cpp`; a machine without compiler, CMake or the libraries skips the tests.
 """
 
@@ -38,6 +39,22 @@ def program(name: str) -> Path:
     built = _run("cmake", "--build", build, "--target", *PROGRAMS)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     return build / PROGRAMS[name]
+
+
+def engine_options(engine: str) -> list[str]:
+    """Options of `tmd_generate` that choose `engine`, from the library that Python uses. Skips the test without one."""
+    built = twin().ask("build_info")["ok"]
+    if engine not in built:
+        pytest.skip(f"the C++ library was built without the headers of {engine}: {built}")
+    pytest.importorskip(engine, reason=f"the library of {engine} comes with its Python package")
+    return ["--engine", engine, *(["--engine-library", str(onnxruntime_library())] if engine == "onnxruntime" else [])]
+
+
+def onnxruntime_library() -> Path:
+    """ONNX Runtime's shared library inside its Python package."""
+    import onnxruntime
+
+    return next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
 
 
 def _openvino() -> list[str]:

@@ -6,8 +6,9 @@
 #
 # Needs: apt install cmake ninja-build g++ pkg-config nlohmann-json3-dev libsentencepiece-dev libutf8proc-dev libssl-dev
 # doctest-dev (and clang for the fuzzers, which are left out without it); a Python environment with this repository's
-# package, openvino, pytest and hypothesis. FUZZ_SECONDS (default 5) is the time of each fuzzer, 0 leaves them out.
-# SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan.
+# package, openvino, onnxruntime, pytest and hypothesis. ONNX Runtime's header is fetched where it is not installed; if
+# that fails, a line says so and the engine onnxruntime is left out. FUZZ_SECONDS (default 5) is the time of each
+# fuzzer, 0 leaves them out. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(realpath -m "${1:-$root/build/cpp-ci}")
@@ -16,13 +17,24 @@ openvino=$("$python" -c "import openvino, os; print(os.path.dirname(openvino.__f
 jobs=$(nproc)
 bundle=$root/runtime/tmd_runtime/bundles/tiny
 prompt="a red circle moving right on a black background"
+onnxruntime=$("$python" -c "import onnxruntime, os; print(os.path.dirname(onnxruntime.__file__))")
+onnxruntime=$(echo "$onnxruntime"/capi/libonnxruntime.so.*)
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
-configure() { cmake -G Ninja -DOpenVINO_DIR="$openvino/cmake" "$@" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }; }
+engines=(-DOpenVINO_DIR="$openvino/cmake" -DTMD_ONNXRUNTIME_LIBRARY="$onnxruntime")
+configure() { cmake -G Ninja "${engines[@]}" "$@" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }; }
 rm -rf "$build"
 mkdir -p "$build"
 
 say build
+if [ ! -e /usr/include/onnxruntime/onnxruntime_c_api.h ]; then
+  if header=$("$root/runtime/cpp/tools/onnxruntime_header.sh" "$build/onnxruntime" 2>"$build/onnxruntime.log"); then
+    engines+=(-DTMD_ONNXRUNTIME_INCLUDE="$header")
+  else
+    echo "ONNX Runtime's header cannot be had ($(tail -n 1 "$build/onnxruntime.log")): its engine is neither built nor tested"
+  fi
+fi
 configure -S "$root/runtime/cpp" -B "$build" -DCMAKE_INSTALL_PREFIX="$build/prefix" -DCMAKE_INSTALL_LIBDIR=lib
+grep "tmd: " "$build/configure.log"
 cmake --build "$build" -j "$jobs"
 
 say test
@@ -56,13 +68,13 @@ say "the same as Python"
 if [ "${FUZZ_SECONDS:-5}" != 0 ] && command -v clang++ >/dev/null; then
   say fuzz
   configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
-    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
+    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
   cmake --build "$build/fuzz" -j "$jobs"
-  for target in manifest:manifest.json graph:text_encoder.onnx tokenizer:tokenizer.model prompt:manifest.json; do
+  for target in manifest:manifest.json graph:flow_head.onnx tokenizer:tokenizer.model prompt:manifest.json; do
     corpus=$build/corpus-${target%%:*}
     mkdir -p "$corpus"
     cp "$bundle/${target#*:}" "$corpus"
-    (cd "$build" && "fuzz/fuzz/tmd_fuzz_${target%%:*}" -max_total_time="${FUZZ_SECONDS:-5}" -rss_limit_mb=2000 -max_len=30000 \
+    (cd "$build" && "fuzz/fuzz/tmd_fuzz_${target%%:*}" -max_total_time="${FUZZ_SECONDS:-5}" -rss_limit_mb=2000 -max_len=40000 \
       "$corpus" >"fuzz-${target%%:*}.log" 2>&1) || { tail -n 40 "$build/fuzz-${target%%:*}.log"; exit 1; }
   done
 fi
@@ -71,11 +83,12 @@ if [ -n "${SANITIZE:-}" ]; then
   export TBB_ENABLE_SANITIZERS=1  # else TBB, inside OpenVINO, loads its helper in a way that AddressSanitizer refuses
   for kind in address,undefined thread; do
     say "sanitizer $kind"
-    configure -S "$root/runtime/cpp" -B "$build/$kind" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=$kind
-    cmake --build "$build/$kind" -j "$jobs"
+    folder=$build/${kind%%,*}  # a comma in a path ends the linker's -rpath
+    configure -S "$root/runtime/cpp" -B "$folder" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=$kind
+    cmake --build "$folder" -j "$jobs"
     ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS="suppressions=$root/runtime/cpp/tests/lsan.supp" \
       TSAN_OPTIONS="suppressions=$root/runtime/cpp/tests/tsan.supp ignore_noninstrumented_modules=1" \
-      ctest --test-dir "$build/$kind" --output-on-failure
+      ctest --test-dir "$folder" --output-on-failure
   done
 fi
 say done

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +15,26 @@ import pytest
 from numpy.typing import NDArray
 
 import tmd_runtime
-from tests.cpp_tools import program
+from tests.cpp_tools import engine_options, program
 from tests.synthetic import velocity_sampler, write_synthetic_bundle
 from tmd_runtime.pipeline import BUILT_IN
 
-pytest.importorskip("openvino", reason="the C++ library's engine is OpenVINO")
+ENGINES = ("openvino", "onnxruntime")
 
 
-def in_cpp(out: Path, prompt: str, *options: object, bundle: Path = BUILT_IN) -> NDArray[np.uint8]:
-    words = [program("tmd_generate"), bundle, prompt, out, "--threads", 1, *options]
+def in_cpp(out: Path, prompt: str, engine: str, *options: object, bundle: Path = BUILT_IN) -> NDArray[np.uint8]:
+    words = [program("tmd_generate"), bundle, prompt, out, "--threads", 1, *engine_options(engine), *options]
     run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return np.fromfile(out, np.uint8)
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> tmd_runtime.Pipeline:
-    return tmd_runtime.load(engine="openvino", threads=1)
+@pytest.fixture(scope="module", params=ENGINES)
+def pipeline(request: pytest.FixtureRequest) -> Iterator[tuple[str, tmd_runtime.Pipeline]]:
+    """An engine, and a pipeline on it."""
+    engine_options(request.param)
+    with tmd_runtime.load(engine=request.param, threads=1) as loaded:
+        yield request.param, loaded
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,7 @@ def pipeline() -> tmd_runtime.Pipeline:
     ],
 )
 def test_frames_are_bit_equal(
-    pipeline: tmd_runtime.Pipeline,
+    pipeline: tuple[str, tmd_runtime.Pipeline],
     tmp_path: Path,
     prompt: str,
     seed: int,
@@ -54,9 +60,12 @@ def test_frames_are_bit_equal(
     options = [word for name, value in wanted.items() if value is not None for word in (name, value)]
     if size is not None:
         options += ["--size", f"{size[0]}x{size[1]}"]
-    expected = pipeline(prompt, seed=seed, steps=steps, inner_steps=inner_steps, frames=frames, size=size).frames
+    engine, in_python = pipeline
+    expected = in_python(prompt, seed=seed, steps=steps, inner_steps=inner_steps, frames=frames, size=size).frames
     assert expected.std() > 1, "a picture, not a flat colour"
-    np.testing.assert_array_equal(in_cpp(tmp_path / "v.rgb", prompt, *options).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(
+        in_cpp(tmp_path / "v.rgb", prompt, engine, *options).reshape(expected.shape), expected
+    )
 
 
 WAN_SAMPLERS = {
@@ -73,21 +82,27 @@ WAN_SAMPLERS = {
 }
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("rule", "guidance"), [("unipc", None), ("unipc", 1.0), ("renoise", None), ("euler", 2.5)])
-def test_models_without_inner_flow_are_bit_equal(tmp_path: Path, rule: str, guidance: float | None) -> None:
+def test_models_without_inner_flow_are_bit_equal(
+    tmp_path: Path, rule: str, guidance: float | None, engine: str
+) -> None:
     bundle = write_synthetic_bundle(tmp_path / "bundle", sampler=WAN_SAMPLERS[rule])
     options = [] if guidance is None else ["--guidance", guidance]
-    with tmd_runtime.load(bundle, engine="openvino", threads=1) as pipeline:
+    engine_options(engine)
+    with tmd_runtime.load(bundle, engine=engine, threads=1) as pipeline:
         expected = pipeline("a red circle moving right", seed=5, guidance=guidance).frames
     assert expected.std() > 1
-    found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", "--seed", 5, *options, bundle=bundle)
+    found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", engine, "--seed", 5, *options, bundle=bundle)
     np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
-def test_the_two_commands_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_two_commands_agree(tmp_path: Path, engine: str) -> None:
     """As a user types them, before any encoding: PNG frames of one, raw frames of the other."""
     import av
 
+    engine_options(engine)
     prompt = "a green square moving left on a white background"
     tmd_run = [
         sys.executable,
@@ -96,7 +111,7 @@ def test_the_two_commands_agree(tmp_path: Path) -> None:
         "--prompt",
         prompt,
     ]
-    options = ["--engine", "openvino", "--threads", "1", "--seed", "3", "--out", str(tmp_path / "frames")]
+    options = ["--engine", engine, "--threads", "1", "--seed", "3", "--out", str(tmp_path / "frames")]
     # As the console script does it, whether or not the package is installed.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([*tmd_run, *options], capture_output=True, text=True, check=False, env=environment)
@@ -106,7 +121,9 @@ def test_the_two_commands_agree(tmp_path: Path) -> None:
         with av.open(str(path)) as file:
             pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24"))
     expected = np.stack(pictures)
-    np.testing.assert_array_equal(in_cpp(tmp_path / "v.rgb", prompt, "--seed", 3).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(
+        in_cpp(tmp_path / "v.rgb", prompt, engine, "--seed", 3).reshape(expected.shape), expected
+    )
 
 
 def test_bad_usage_ends_with_2_and_a_failed_run_with_1(tmp_path: Path) -> None:
@@ -120,3 +137,19 @@ def test_bad_usage_ends_with_2_and_a_failed_run_with_1(tmp_path: Path) -> None:
     code, said = ends_with(tmp_path, "a prompt", tmp_path / "x.rgb")
     assert code == 1 and "manifest.json is missing" in said
     assert not (tmp_path / "x.rgb").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("graph", "precision"), [("text_encoder", "fp8"), ("flow_head", "int8")])
+def test_graphs_that_the_engine_cannot_compute_are_refused(
+    tmp_path: Path, engine: str, graph: str, precision: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(BUILT_IN, bundle)
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["graphs"][graph]["precision"] = precision
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    command = [program("tmd_generate"), bundle, "a red circle", tmp_path / "x.rgb", *engine_options(engine)]
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert f"{graph}.onnx is {precision}, and the engine {engine} computes fp32, fp16 and bf16" in run.stderr

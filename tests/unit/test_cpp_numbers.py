@@ -56,7 +56,7 @@ def test_time_grids() -> None:
                 assert answer["ok"] == expected
     rng = np.random.default_rng(0)
     for t in (*rng.random(200), 0.988, 0.9375, 1.0, 0.001):
-        for rounding in ("none", "integer", "bfloat16"):
+        for rounding in ("none", "integer", "nearest", "bfloat16"):
             assert twin().ask("told", t=t, rounding=rounding)["ok"] == told_time(t, rounding)
 
 

@@ -219,17 +219,17 @@ V1 = {
 }
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, None),
-        (MEMINFO, 3000 * 1024),
-        (MEMINFO | V2, 2000000 - 1500000 + 200000),
-        (MEMINFO | V1, 1000000 - 400000 + 100000),
-        (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 3000 * 1024),
-        (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.usage_in_bytes": "2000000\n"}, 0),
-    ],
-)
+FREE_MEMORY = [
+    ({}, None),
+    (MEMINFO, 3000 * 1024),
+    (MEMINFO | V2, 2000000 - 1500000 + 200000),
+    (MEMINFO | V1, 1000000 - 400000 + 100000),
+    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 3000 * 1024),
+    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.usage_in_bytes": "2000000\n"}, 0),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), FREE_MEMORY)
 def test_free_memory_is_the_least_that_machine_and_container_leave(tmp_path: Path, files, expected):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

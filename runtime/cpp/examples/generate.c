@@ -12,7 +12,8 @@
 
 static const char usage[] =
     "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
-    "                    [--size WxH] [--threads N] [--guidance X] [--memory all|low] [--engine-library FILE]\n";
+    "                    [--size WxH] [--threads N] [--guidance X] [--memory auto|all|low] [--engine NAME]\n"
+    "                    [--engine-library FILE]\n";
 
 static int show_progress(void* user, const tmd_progress* progress) {
   (void)user;
@@ -78,7 +79,10 @@ static int read_options(int count, char** words, tmd_open_options* open, tmd_run
     else if (!strcmp(name, "--size") && sscanf(value, "%dx%d", &run->width, &run->height) == 2) continue;
     else if (!strcmp(name, "--threads") && whole) open->threads = (int32_t)number;
     else if (!strcmp(name, "--guidance")) run->guidance = atof(value);
-    else if (!strcmp(name, "--memory")) open->memory = strcmp(value, "low") ? TMD_MEMORY_ALL : TMD_MEMORY_LOW;
+    else if (!strcmp(name, "--memory") && !strcmp(value, "auto")) open->memory = TMD_MEMORY_AUTO;
+    else if (!strcmp(name, "--memory") && !strcmp(value, "all")) open->memory = TMD_MEMORY_ALL;
+    else if (!strcmp(name, "--memory") && !strcmp(value, "low")) open->memory = TMD_MEMORY_LOW;
+    else if (!strcmp(name, "--engine")) open->engine = value;
     else if (!strcmp(name, "--engine-library")) open->engine_library = value;
     else return 0;
   }

@@ -9,9 +9,8 @@ namespace {
 #define TMD_TEXT(x) TMD_TEXT_OF(x)
 #define TMD_VERSION_TEXT TMD_TEXT(TMD_VERSION_MAJOR) "." TMD_TEXT(TMD_VERSION_MINOR) "." TMD_TEXT(TMD_VERSION_PATCH)
 
-#ifdef TMD_WITH_OPENVINO
-#define TMD_ENGINES "openvino"
-#else
+// Set by CMake: "openvino, onnxruntime".
+#ifndef TMD_ENGINES
 #define TMD_ENGINES "none"
 #endif
 
@@ -143,7 +142,7 @@ void tmd_open_options_init(tmd_open_options* options) {
   *options = {};
   options->struct_size = sizeof *options;
   options->threads = TMD_DEFAULT;
-  options->memory = TMD_MEMORY_ALL;
+  options->memory = TMD_MEMORY_AUTO;
 }
 
 void tmd_description_init(tmd_description* description) {
@@ -156,8 +155,8 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
   return guarded(context, [&] {
     if (!path) refuse_usage("the path of the bundle is NULL: name its folder.");
     const tmd_open_options wanted = read_options(options, tmd_open_options_init, "tmd_open_options_init");
-    if (wanted.memory != TMD_MEMORY_ALL && wanted.memory != TMD_MEMORY_LOW)
-      refuse_usage("there is no such memory mode: use TMD_MEMORY_ALL or TMD_MEMORY_LOW.");
+    if (wanted.memory < TMD_MEMORY_ALL || wanted.memory > TMD_MEMORY_AUTO)
+      refuse_usage("there is no such memory mode: use TMD_MEMORY_ALL, TMD_MEMORY_LOW or TMD_MEMORY_AUTO.");
     EngineOptions engine;
     if (wanted.engine) engine.engine = wanted.engine;
     if (wanted.device) engine.device = wanted.device;
@@ -166,12 +165,16 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
 
     auto shared = std::make_shared<Shared>();
     shared->bundle = Bundle::open(path);
+    if (shared->bundle.manifest.model.kind == "tim")
+      refuse_usage(quote(path, 300) +
+                   " is a Transition Model, which this library does not run yet: use tmd-run, or another bundle.");
     shared->engine = open_engine(engine);
     shared->memory = static_cast<tmd_memory>(wanted.memory);
+    const std::string engine_name = shared->engine->name();
     context->pipeline = std::make_unique<Pipeline>(std::move(shared), &context->log);
     fill_description_places(context);
     context->warnings.clear();
-    context->log(TMD_LOG_INFO, "opened " + quote(path, 300) + " on openvino " + context->engine_version);
+    context->log(TMD_LOG_INFO, "opened " + quote(path, 300) + " on " + engine_name + " " + context->engine_version);
   });
 }
 

@@ -137,6 +137,7 @@ tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_
     if (frames) need_room("frames", size, frames_size(settings), "bytes");
     Frames pieces(options, frames, frames_size(settings), settings.width, settings.height);
     std::string warnings = settings.warnings;
+    pipeline.prepare({settings.latent_frames, settings.latent_height, settings.latent_width}, warnings);
     Progress progress(options.on_progress, options.user,
                       settings.passes() + denoise_steps(settings) + settings.latent_frames);
     std::int32_t dropped = 0;
@@ -194,9 +195,11 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
       refuse_usage(negative ? "negative_embeds need guidance, and this run has none: leave them out, or set guidance."
                             : "this run has guidance, which needs negative_embeds: give them, or set guidance to 1.");
     need_room("latents", count, latents_count(settings), "floats");
+    std::string warnings = settings.warnings;
+    pipeline.prepare({settings.latent_frames, settings.latent_height, settings.latent_width}, warnings);
     Progress progress(options.on_progress, options.user, denoise_steps(settings));
     const std::vector<float> values = pipeline.denoise(embeds, negative, tokens, settings, progress);
-    context->warnings = settings.warnings;
+    context->warnings = std::move(warnings);
     std::copy(values.begin(), values.end(), latents);
     write_result(result, settings.seed, progress, 0);
   });
@@ -222,9 +225,12 @@ tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent
       throw std::bad_alloc();
     if (frames) need_room("frames", size, need, "bytes");
     Frames pieces(options, frames, need, width, height);
+    std::string warnings;
+    pipeline.prepare({latent_frames, latent_height, latent_width}, warnings);
     Progress progress(options.on_progress, options.user, latent_frames);
     pipeline.decode(latents, latent_frames, latent_height, latent_width, std::ref(pieces), progress);
     pieces.finish();
+    context->warnings = std::move(warnings);
     write_result(result, 0, progress, 0);
   });
 }

@@ -100,16 +100,16 @@ const GraphInfo& Bundle::graph(const std::string& name, const char* purpose) con
   return found->second;
 }
 
-std::string Bundle::recheck_graph(const GraphInfo& info) const {
-  const std::string path = folder + "/" + info.file;
+std::string Bundle::read_graph(const GraphInfo& info) const {
+  const std::string path = graph_path(info);
   const FileInfo& stated = manifest.files.at(info.file);
   const File file = open_regular(folder, info.file);
   check_size(file, stated, path, true);
-  const std::string content = file.read_up_to(stated.size + 1, path);
+  std::string content = file.read_up_to(stated.size + 1, path);
   if (sha256_hex(content) != stated.sha256) refuse_content(path);
   if (!is_all_known(content))
     fail_engine(path + " has parts that are not ONNX as we know it. Make the bundle again with tmd-export.");
-  return path;
+  return content;
 }
 
 }  // namespace tmd::internal

@@ -17,9 +17,10 @@ struct Bundle {
   // What the manifest says of a graph; `purpose` completes "so it cannot ...". Throws Error(RUN) if there is none.
   const GraphInfo& graph(const std::string& name, const char* purpose) const;
 
-  // Checks a graph's file once more, right before an engine reads it by its path, which is returned: the sha256, and
-  // that it holds nothing which the check of graphs does not know. Throws Error(BUNDLE, ENGINE).
-  std::string recheck_graph(const GraphInfo& info) const;
+  // The bytes of a graph's file, checked once more, right before an engine gets them: the sha256, and that it holds
+  // nothing which the check of graphs does not know. Throws Error(BUNDLE, ENGINE).
+  std::string read_graph(const GraphInfo& info) const;
+  std::string graph_path(const GraphInfo& info) const { return folder + "/" + info.file; }
 };
 
 }  // namespace tmd::internal

@@ -56,4 +56,7 @@ class Engine {
 // Finds and opens the engine's library. Throws Error(USAGE) for an unknown name, Error(ENGINE) if it is not to be had.
 std::shared_ptr<Engine> open_engine(const EngineOptions& options);
 
+// Throws Error(ENGINE) unless an engine on the CPU can run such a graph.
+void check_cpu_graph(const std::string& engine, const GraphInfo& info);
+
 }  // namespace tmd::internal

@@ -71,28 +71,6 @@ bool collect(std::string_view data, int message, int depth, std::vector<std::str
   return reader.good();
 }
 
-// The last value of a field, as protobuf has it; absent if it does not occur in this form.
-std::optional<WireField> last(std::string_view data, std::uint32_t number, int wire_type) {
-  std::optional<WireField> found;
-  WireReader reader(data);
-  for (WireField field; reader.next(&field);)
-    if (field.number == number && field.wire_type == wire_type) found = field;
-  return found;
-}
-
-std::vector<std::string_view> all(std::string_view data, std::uint32_t number) {
-  std::vector<std::string_view> found;
-  WireReader reader(data);
-  for (WireField field; reader.next(&field);)
-    if (field.number == number && field.wire_type == 2) found.push_back(field.bytes);
-  return found;
-}
-
-std::string_view last_text(std::string_view data, std::uint32_t number) {
-  const std::optional<WireField> field = last(data, number, 2);
-  return field ? field->bytes : std::string_view();
-}
-
 std::optional<std::uint64_t> byte_count(std::string_view text) {
   if (text.empty() || text.size() > 15) return std::nullopt;
   std::uint64_t value = 0;
@@ -106,8 +84,8 @@ std::optional<std::uint64_t> byte_count(std::string_view text) {
 // Why a tensor may not keep its values where it says, or "".
 std::string external_problem(std::string_view tensor, const std::optional<std::string>& data_name,
                              std::uint64_t data_size) {
-  const std::vector<std::string_view> entries = all(tensor, kTensorExternalData);
-  const std::optional<WireField> place = last(tensor, kTensorDataLocation, 0);
+  const std::vector<std::string_view> entries = all_fields(tensor, kTensorExternalData);
+  const std::optional<WireField> place = last_field(tensor, kTensorDataLocation, 0);
   if (entries.empty() && !(place && place->varint == kExternal)) return "";
   std::map<std::string_view, std::string_view> found;
   for (const std::string_view entry : entries)
@@ -155,21 +133,21 @@ std::string element_type(std::uint64_t code) {
 std::string interface_problem(std::string_view value, const TensorSpec& spec) {
   const std::string_view type = last_text(value, 2);
   // TypeProto's kinds exclude each other: tensor_type is 1, the others 4, 5, 7, 8, 9.
-  if (!last(type, 1, 2)) return spec.name + " is not a tensor";
+  if (!last_field(type, 1, 2)) return spec.name + " is not a tensor";
   for (const std::uint32_t other : {4u, 5u, 7u, 8u, 9u})
-    if (last(type, other, 2)) return spec.name + " is not a tensor";
+    if (last_field(type, other, 2)) return spec.name + " is not a tensor";
   const std::string_view tensor = last_text(type, 1);
-  const std::optional<WireField> code = last(tensor, 1, 0);
+  const std::optional<WireField> code = last_field(tensor, 1, 0);
   const std::string dtype = element_type(code ? code->varint : 0);
   if (dtype != dtype_name(spec.dtype))
     return spec.name + " is " + dtype + " in the file and " + dtype_name(spec.dtype) + " in the manifest";
-  const std::optional<WireField> shape = last(tensor, 2, 2);
+  const std::optional<WireField> shape = last_field(tensor, 2, 2);
   if (!shape) return "";  // outputs may come without a shape; the engine then learns it from the manifest
-  const std::vector<std::string_view> dims = all(shape->bytes, 1);
+  const std::vector<std::string_view> dims = all_fields(shape->bytes, 1);
   bool same = dims.size() == spec.shape.size();
   for (std::size_t i = 0; same && i < dims.size(); ++i) {
-    const std::optional<WireField> size = last(dims[i], 1, 0);
-    if (size && last(dims[i], 2, 2)) same = false;  // both a number and a name
+    const std::optional<WireField> size = last_field(dims[i], 1, 0);
+    if (size && last_field(dims[i], 2, 2)) same = false;  // both a number and a name
     if (size)
       same = same && spec.shape[i].symbol.empty() && static_cast<std::int64_t>(size->varint) == spec.shape[i].factor;
   }
@@ -225,12 +203,12 @@ void check_graph(std::string_view data, const GraphInfo& info, std::uint64_t dat
   if (!collect(data, ModelProto, 1, &tensors))
     refuse_bundle(where + " is not an ONNX file, though its sha256 is right." + kRemedy);
   const std::string_view graph = last_text(data, kModelGraph);
-  const std::size_t nodes = all(graph, kGraphNode).size();
+  const std::size_t nodes = all_fields(graph, kGraphNode).size();
   if (nodes > kMaxNodes)
     refuse_bundle(where + " has " + std::to_string(nodes) + " nodes, more than " + std::to_string(kMaxNodes) + "." +
                   kRemedy);
   // Chains of functions are expanded by recursion inside the engines: a small file can exhaust the stack.
-  if (!all(data, kModelFunctions).empty())
+  if (!all_fields(data, kModelFunctions).empty())
     refuse_bundle(where + " defines functions of its own, which a bundle may not: export with functions inlined.");
   for (const std::string_view tensor : tensors) {
     const std::string problem = external_problem(tensor, info.data, data_size);
@@ -238,10 +216,10 @@ void check_graph(std::string_view data, const GraphInfo& info, std::uint64_t dat
       refuse_bundle(where + ": tensor " + quote(last_text(tensor, kTensorName)) + " " + problem + "." + kRemedy);
   }
   std::optional<std::int64_t> opset;
-  for (const std::string_view entry : all(data, kModelOpset)) {
+  for (const std::string_view entry : all_fields(data, kModelOpset)) {
     const std::string_view domain = last_text(entry, 1);
     if (opset || !(domain.empty() || domain == "ai.onnx")) continue;
-    const std::optional<WireField> version = last(entry, 2, 0);
+    const std::optional<WireField> version = last_field(entry, 2, 0);
     opset = version ? static_cast<std::int64_t>(version->varint) : 0;
   }
   if (opset != info.opset)
@@ -249,7 +227,7 @@ void check_graph(std::string_view data, const GraphInfo& info, std::uint64_t dat
                   std::to_string(info.opset) + "." + kRemedy);
   for (const bool input : {true, false}) {
     const std::string problem =
-        interface_problem(all(graph, input ? kGraphInput : kGraphOutput), input ? info.inputs : info.outputs);
+        interface_problem(all_fields(graph, input ? kGraphInput : kGraphOutput), input ? info.inputs : info.outputs);
     if (!problem.empty())
       refuse_bundle(where + ": the " + (input ? "inputs" : "outputs") + " differ from the manifest's: " + problem +
                     "." + kRemedy);

@@ -33,7 +33,7 @@ ModelInfo read_model(const Field& field) {
   ModelInfo model;
   model.name = object.need("name").text();
   model.family = object.need("family").text();
-  model.kind = object.need("kind").one_of({"tmd", "wan"});
+  model.kind = object.need("kind").one_of({"tmd", "wan", "tim"});
   model.dim = count(object.need("dim"));
   model.num_layers = count(object.need("num_layers"));
   model.head_blocks = count(object.need("head_blocks"));
@@ -43,12 +43,20 @@ ModelInfo read_model(const Field& field) {
   for (std::size_t i = 0; i < 3; ++i) model.patch_size[i] = count(patch[i]);
   const Field fusion = object.maybe("fusion");
   if (!fusion.is_null()) fusion.one_of({"gated", "concat"});
+  const Field rope = object.maybe("rope"), classes = object.maybe("classes");
+  if (!rope.is_null()) rope.one_of({"index", "grid"});
+  if (!classes.is_null()) count(classes);
   object.done();
 
   if (model.dim != model.num_heads * model.head_dim) object.refuse("dim is not num_heads x head_dim");
   if (model.head_dim % 2) object.refuse("head_dim is odd, but rotary embedding turns pairs");
-  if (model.head_blocks >= model.num_layers) object.refuse("head_blocks leaves no block of num_layers to the backbone");
-  if (fusion.is_null() != (model.kind == "wan")) object.refuse("fusion does not go with kind");
+  const bool is_tim = model.kind == "tim";
+  if (is_tim && model.head_blocks != model.num_layers) object.refuse("head_blocks is not num_layers, as in kind 'tim'");
+  if (!is_tim && model.head_blocks >= model.num_layers)
+    object.refuse("head_blocks leaves no block of num_layers to the backbone");
+  if (fusion.is_null() == (model.kind == "tmd")) object.refuse("fusion does not go with kind");
+  if (rope.is_null() == is_tim) object.refuse("rope does not go with kind");
+  if (!classes.is_null() && !is_tim) object.refuse("classes do not go with kind");
   return model;
 }
 
@@ -70,7 +78,7 @@ void read_velocity(Object& object, SamplerInfo& sampler) {
   if (!sampler.any_steps) sampler.allowed_steps = allowed_steps(allowed, 1000, steps, sampler.steps);
   sampler.allowed_inner_steps = {1};
   sampler.shift = object.need("shift").number(1, 1000);
-  sampler.time_rounding = object.need("time_rounding").one_of({"none", "integer", "bfloat16"});
+  sampler.time_rounding = object.need("time_rounding").one_of({"none", "integer", "nearest", "bfloat16"});
   if (const Field scale = object.maybe("init_scale"); scale.present())
     sampler.init_scale = scale.number(0, 1000, false);
   sampler.guidance = object.need("guidance").number(0, 1000);
@@ -84,12 +92,26 @@ void read_velocity(Object& object, SamplerInfo& sampler) {
                  ": there are as many times");
 }
 
+void read_flow_map(Object& object, SamplerInfo& sampler) {
+  sampler.steps = object.need("steps").integer(1, kMaxSteps);
+  sampler.any_steps = true;
+  sampler.allowed_inner_steps = {1};
+  sampler.guidance = object.need("guidance").number(0, 1000);
+  if (const Field interval = object.maybe("guidance_interval"); interval.present()) {
+    const std::vector<Field> ends = interval.list(2, 2);
+    if (ends[0].number(0, 1) >= ends[1].number(0, 2, false)) interval.refuse("is empty");
+  }
+  if (const Field prompt = object.maybe("negative_prompt"); !prompt.is_null()) sampler.negative_prompt = prompt.text();
+}
+
 SamplerInfo read_sampler(const Field& field) {
   Object object(field);
   SamplerInfo sampler;
-  sampler.rule = object.need("rule").one_of({"transition", "euler", "renoise", "unipc"});
+  sampler.rule = object.need("rule").one_of({"transition", "euler", "renoise", "unipc", "flow_map"});
   if (sampler.rule == "transition") {
     read_transition(object, sampler);
+  } else if (sampler.rule == "flow_map") {
+    read_flow_map(object, sampler);
   } else {
     read_velocity(object, sampler);
   }
@@ -202,7 +224,8 @@ GraphInfo read_graph(const Field& field) {
   if (const Field data = object.maybe("data"); !data.is_null()) graph.data = data.file_name();
   graph.opset = object.need("opset").integer(1, 1000);
   graph.precision = object.need("precision").one_of({"fp32", "fp16", "bf16", "fp8", "int8"});
-  if (const Field storage = object.maybe("storage"); !storage.is_null()) storage.one_of({"fp32", "fp16", "int8"});
+  if (const Field storage = object.maybe("storage"); !storage.is_null())
+    graph.storage = storage.one_of({"fp32", "fp16", "int8"});
   for (const Field& item : object.need("inputs").list(1, kMaxTensors)) graph.inputs.push_back(read_tensor(item));
   for (const Field& item : object.need("outputs").list(1, kMaxTensors)) graph.outputs.push_back(read_tensor(item));
   if (const Field field_accuracy = object.maybe("accuracy"); !field_accuracy.is_null()) {
@@ -303,7 +326,8 @@ void check_references(const Manifest& manifest, const Object& object) {
   if (manifest.text.tokenizer && !manifest.files.count(*manifest.text.tokenizer))
     object.refuse("text.tokenizer is " + quote(*manifest.text.tokenizer) + ", which is not in files");
   check_embedding(manifest, owners, object);
-  if ((manifest.sampler.rule == "transition") != (manifest.model.kind == "tmd"))
+  const std::string& rule = manifest.sampler.rule;
+  if (manifest.model.kind != (rule == "transition" ? "tmd" : rule == "flow_map" ? "tim" : "wan"))
     object.refuse("sampler.rule " + quote(manifest.sampler.rule) + " is not for kind " + quote(manifest.model.kind));
   if ((manifest.video.frames - 1) % manifest.latents.temporal_stride)
     object.refuse("video.frames is not 1 plus a multiple of latents.temporal_stride");

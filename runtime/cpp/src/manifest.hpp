@@ -38,7 +38,7 @@ struct GraphInfo {
   std::string file;
   std::optional<std::string> data;
   std::int64_t opset = 0;
-  std::string precision;
+  std::string precision, storage;  // of the arithmetic; of the large weights in the file, "" if the same
   std::vector<TensorSpec> inputs, outputs;
 };
 

@@ -92,7 +92,8 @@ class OpenVinoGraph : public LoadedGraph {
 
   ov_model_t* read_model() const {
     // By its path: OpenVINO finds a data file only beside a graph that it reads itself.
-    const std::string path = bundle_.recheck_graph(info_);
+    bundle_.read_graph(info_);
+    const std::string path = bundle_.graph_path(info_);
     ov_model_t* model = nullptr;
     library_->check(library_->ov_core_read_model(library_->core, path.c_str(), nullptr, &model),
                     library_->version + " cannot load " + path);
@@ -182,10 +183,7 @@ class OpenVinoEngine : public Engine {
   std::string version() const override { return library_->version; }
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
-    // fp8 and int8 graphs need tests of their own first.
-    if (info.precision != "fp32" && info.precision != "fp16" && info.precision != "bf16")
-      fail_engine("the graph " + info.file + " is " + info.precision +
-                  ", and the engine openvino computes fp32, fp16 and bf16 in this version of tmd: use such a bundle.");
+    check_cpu_graph(name(), info);
     return std::make_shared<OpenVinoGraph>(library_, bundle, info, threads_);
   }
 

@@ -4,8 +4,8 @@
 
 #include <map>
 #include <mutex>
-#include <vector>
 
+#include "engine_library.hpp"
 #include "error.hpp"
 
 // Set by CMake from the OpenVINO that the headers are of.
@@ -19,36 +19,11 @@
 namespace tmd::internal {
 namespace {
 
-// The folder of the library (or program) that holds this code, with its slash; "" if unknown.
-std::string own_folder() {
-  Dl_info info;
-  if (!::dladdr(reinterpret_cast<const void*>(&own_folder), &info) || !info.dli_fname) return "";
-  const std::string path = info.dli_fname;
-  const std::size_t slash = path.rfind('/');
-  return slash == std::string::npos ? "" : path.substr(0, slash + 1);
-}
-
-std::vector<std::string> places() {
-  std::vector<std::string> list;
-  const std::string own = own_folder();
-  if (!own.empty()) list.push_back(own + TMD_OPENVINO_SONAME);
-  list.push_back(TMD_OPENVINO_SONAME);
-  list.push_back("libopenvino_c.so");
-  if (*TMD_OPENVINO_FOLDER) list.push_back(std::string(TMD_OPENVINO_FOLDER) + "/" + TMD_OPENVINO_SONAME);
-  return list;
-}
-
-void* load(const std::string& path) {
-  const std::vector<std::string> tried = path.empty() ? places() : std::vector<std::string>{path};
-  std::string reasons;
-  for (const std::string& place : tried) {
-    // Never closed again: OpenVINO's threads and plugins do not survive that.
-    if (void* handle = ::dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
-    const char* reason = ::dlerror();
-    reasons += std::string(reasons.empty() ? "" : "; ") + (reason ? reason : place);
-  }
-  fail_engine("OpenVINO cannot be loaded (" + reasons.substr(0, 600) +
-              "). Install it, put its libraries beside this one, or name libopenvino_c.so in engine_library.");
+LibraryNames names() {
+  const std::string folder = TMD_OPENVINO_FOLDER;
+  return {"OpenVINO",
+          {TMD_OPENVINO_SONAME, "libopenvino_c.so"},
+          folder.empty() ? folder : folder + "/" + TMD_OPENVINO_SONAME};
 }
 
 }  // namespace
@@ -60,7 +35,7 @@ std::shared_ptr<OpenVino> OpenVino::open(const std::string& path) {
   if (std::shared_ptr<OpenVino> found = known[path].lock()) return found;
 
   auto library = std::make_shared<OpenVino>();
-  void* handle = load(path);
+  void* handle = open_engine_library(names(), path);
 #define TMD_FIND(name)                                                               \
   library->name = reinterpret_cast<decltype(library->name)>(::dlsym(handle, #name)); \
   if (!library->name) fail_engine("this OpenVINO has no function " #name ": install a newer one (2024.0 or later).");

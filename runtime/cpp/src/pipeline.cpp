@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "files.hpp"
+
 namespace tmd::internal {
 namespace {
 
@@ -45,8 +47,31 @@ std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char
   return graph;
 }
 
+void Pipeline::prepare(const LatentSize& size, std::string& warnings) {
+  if (shared_->memory != TMD_MEMORY_AUTO) {
+    one_after_the_other_ = shared_->memory == TMD_MEMORY_LOW;
+    return;
+  }
+  // Runs of one size keep the decision of the first: what that one left loaded is not free any more.
+  if (prepared_ && *prepared_ == size) return;
+  const std::optional<std::uint64_t> free = available_bytes(shared_->system_root);
+  const Need need = estimate_need(manifest(), size);
+  std::uint64_t loaded = 0;
+  for (const auto& [name, graph] : graphs_) loaded += weight_bytes(manifest(), graph->info());
+  const bool fits = !free || need.all <= *free + loaded;
+  if (!fits && need.low > *free + loaded)
+    warnings += "this run takes about " + format_size(need.low) +
+                " of memory even with one stage after the other, and " + format_size(*free + loaded) +
+                " are free; fewer frames or a smaller size take less.\n";
+  (*log_)(TMD_LOG_INFO, "the run takes about " + format_size(need.all) + " with every graph loaded" +
+                            (fits ? "" : ", more than is free: one stage after the other"));
+  if (!fits && !one_after_the_other_) unload();
+  one_after_the_other_ = !fits;
+  prepared_ = size;
+}
+
 void Pipeline::release(std::initializer_list<const char*> graphs) {
-  if (shared_->memory != TMD_MEMORY_LOW) return;
+  if (!one_after_the_other_) return;
   for (const char* name : graphs) graphs_.erase(name);
 }
 
@@ -55,6 +80,7 @@ void Pipeline::unload() {
   decoder_.reset();
   graphs_.clear();
   negative_.reset();
+  prepared_.reset();
 }
 
 Tokens Pipeline::tokenize(std::string_view prompt, bool may_be_empty) const {
@@ -131,7 +157,7 @@ std::vector<float> Pipeline::denoise(const float* embeds, const float* negative,
 
 void Pipeline::decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
                       const Decoder::Pieces& pieces, Progress& progress) {
-  if (shared_->memory == TMD_MEMORY_LOW) loop_.reset();
+  if (one_after_the_other_) loop_.reset();
   release({"backbone", "flow_head"});
   const std::vector<std::int64_t> key = {height, width};
   if (!decoder_ || decoder_key_ != key) {
@@ -146,7 +172,7 @@ void Pipeline::decode(const float* latents, std::int64_t frames, std::int64_t he
                static_cast<std::size_t>(manifest().latents.channels * frames * height * width));
   const auto load_step = [&] { return graph("decoder_step", "turn latents into more than one frame", progress); };
   decoder_->run(latents, frames, load_step, pieces, progress);
-  if (shared_->memory == TMD_MEMORY_LOW) decoder_.reset();
+  if (one_after_the_other_) decoder_.reset();
   release({"decoder_first", "decoder_step"});
 }
 

@@ -11,6 +11,7 @@
 #include "engine.hpp"
 #include "log.hpp"
 #include "loop.hpp"
+#include "memory.hpp"
 #include "settings.hpp"
 #include "tokenizer.hpp"
 
@@ -20,7 +21,8 @@ namespace tmd::internal {
 struct Shared {
   Bundle bundle;
   std::shared_ptr<Engine> engine;
-  tmd_memory memory = TMD_MEMORY_ALL;
+  tmd_memory memory = TMD_MEMORY_AUTO;
+  std::string system_root;  // where /proc and /sys are; tests put something else there
 
   std::shared_ptr<const Tokenizer> tokenizer();
   // The graph if somebody holds it, otherwise loaded now; `fresh` tells which.
@@ -38,6 +40,10 @@ class Pipeline {
 
   const std::shared_ptr<Shared>& shared() const { return shared_; }
   const Manifest& manifest() const { return shared_->bundle.manifest; }
+
+  // Before a run: decides for TMD_MEMORY_AUTO whether graphs stay loaded, and warns of a run that may not fit at all.
+  void prepare(const LatentSize& size, std::string& warnings);
+  bool one_after_the_other() const { return one_after_the_other_; }
 
   Tokens tokenize(std::string_view prompt, bool may_be_empty = false) const;
   // Embeddings [tokens, dim] of a prompt; `expected` prompts are read in this call. Adds to `warnings`.
@@ -59,6 +65,8 @@ class Pipeline {
 
   std::shared_ptr<Shared> shared_;
   const Log* log_;
+  bool one_after_the_other_ = false;
+  std::optional<LatentSize> prepared_;
   std::map<std::string, std::shared_ptr<LoadedGraph>> graphs_;
   std::optional<std::pair<std::string, std::vector<float>>> negative_;
   // Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.

@@ -1,6 +1,6 @@
 #include "protobuf_wire.hpp"
 
-#include <vector>
+#include <cstring>
 
 namespace tmd::internal {
 namespace {
@@ -75,13 +75,60 @@ bool WireReader::skip_group(std::uint32_t number) {
 
 bool WireReader::next(WireField* field) {
   if (!good_ || at_ >= data_.size()) return false;
+  const std::size_t start = at_;
   std::uint64_t tag;
   if (!read_varint(&tag)) return false;
   if (tag >> 32 || !(tag >> 3)) return fail();
   *field = WireField();
   field->number = static_cast<std::uint32_t>(tag >> 3);
   field->wire_type = static_cast<int>(tag & 7);
-  return field->wire_type == kStartGroup ? skip_group(field->number) : read_value(field);
+  if (!(field->wire_type == kStartGroup ? skip_group(field->number) : read_value(field))) return false;
+  field->whole = data_.substr(start, at_ - start);
+  return true;
+}
+
+std::optional<WireField> last_field(std::string_view data, std::uint32_t number, int wire_type) {
+  std::optional<WireField> found;
+  WireReader reader(data);
+  for (WireField field; reader.next(&field);)
+    if (field.number == number && field.wire_type == wire_type) found = field;
+  return found;
+}
+
+std::vector<std::string_view> all_fields(std::string_view data, std::uint32_t number) {
+  std::vector<std::string_view> found;
+  WireReader reader(data);
+  for (WireField field; reader.next(&field);)
+    if (field.number == number && field.wire_type == 2) found.push_back(field.bytes);
+  return found;
+}
+
+std::string_view last_text(std::string_view data, std::uint32_t number) {
+  const std::optional<WireField> field = last_field(data, number, 2);
+  return field ? field->bytes : std::string_view();
+}
+
+void WireWriter::varint(std::uint64_t value) {
+  for (; value >= 0x80; value >>= 7) data_ += static_cast<char>((value & 0x7F) | 0x80);
+  data_ += static_cast<char>(value);
+}
+
+void WireWriter::number(std::uint32_t field, std::uint64_t value) {
+  varint(std::uint64_t{field} << 3);
+  varint(value);
+}
+
+void WireWriter::real(std::uint32_t field, float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  varint(std::uint64_t{field} << 3 | 5);
+  for (int shift = 0; shift < 32; shift += 8) data_ += static_cast<char>((bits >> shift) & 0xFF);
+}
+
+void WireWriter::bytes(std::uint32_t field, std::string_view content) {
+  varint(std::uint64_t{field} << 3 | 2);
+  varint(content.size());
+  data_.append(content);
 }
 
 }  // namespace tmd::internal

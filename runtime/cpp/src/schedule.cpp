@@ -38,6 +38,7 @@ std::vector<double> wan_grid(std::int64_t steps, double shift) {
 
 double told_time(double t, const std::string& rounding) {
   if (rounding == "integer") return std::floor(1000 * t) / 1000;
+  if (rounding == "nearest") return std::floor(1000 * t + 0.5) / 1000;
   if (rounding != "bfloat16") return t;
   float value = static_cast<float>(1000 * t);
   std::uint32_t bits;

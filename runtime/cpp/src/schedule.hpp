@@ -16,8 +16,8 @@ std::vector<double> shift_grid(std::int64_t steps, double shift, double t_max);
 // Wan2.1's own grid, noise to data: `steps` equispaced times from 0.999, warped as above, then 0.
 std::vector<double> wan_grid(std::int64_t steps, double shift);
 
-// The time that the network is told at time t: 1000 t as it is ("none"), cut off ("integer") or rounded to bfloat16,
-// divided by 1000 again.
+// The time that the network is told at time t: 1000 t as it is ("none"), cut off ("integer"), rounded to an integer
+// ("nearest") or to bfloat16, divided by 1000 again.
 double told_time(double t, const std::string& rounding);
 
 // Cosine and sine of Wan's three-axis rotary embedding for tokens in the order t, h, w (w fastest), each

@@ -102,6 +102,7 @@ int main() {
   tmd_open_options open;
   tmd_open_options_init(&open);
   open.threads = 1;
+  open.engine = std::getenv("TMD_TEST_ENGINE");  // "openvino", "onnxruntime"
   inject(
       "open", [&] { return tmd_open(tmd, TMD_TEST_BUNDLE, &open); }, 0.2);
   tmd_run_options run;

@@ -11,8 +11,10 @@
 #include "bundle.hpp"
 #include "clean_prompt.hpp"
 #include "context.hpp"
+#include "memory.hpp"
 #include "mojibake.hpp"
 #include "noise.hpp"
+#include "onnxruntime_lowering.hpp"
 #include "rules.hpp"
 #include "schedule.hpp"
 #include "tokenizer.hpp"
@@ -58,6 +60,34 @@ json answer(const json& question) {
   if (what == "manifest") {
     parse_manifest(from_hex(question.at("data")), "manifest.json");
     return {{"ok", true}};
+  }
+  if (what == "build_info") return {{"ok", tmd_build_info()}};
+  if (what == "lower") {
+    const std::string lowered = lower_for_onnxruntime(from_hex(question.at("model")));
+    return {{"ok", to_hex(lowered.data(), lowered.size())}};
+  }
+  if (what == "available") {
+    const std::optional<std::uint64_t> free = available_bytes(question.at("root"));
+    return {{"ok", free ? json(*free) : json()}};
+  }
+  if (what == "memory_mode") {  // "low" or not, for each size in turn
+    const auto shared = std::make_shared<Shared>();
+    shared->bundle = Bundle::open(question.at("bundle"));
+    shared->system_root = question.at("root");
+    const Log silent;
+    Pipeline pipeline(shared, &silent);
+    std::string warnings;
+    json modes;
+    for (const json& size : question.at("sizes")) {
+      pipeline.prepare({size[0], size[1], size[2]}, warnings);
+      modes.push_back(pipeline.one_after_the_other());
+    }
+    return {{"ok", modes}, {"warnings", warnings}};
+  }
+  if (what == "need") {
+    const auto& size = question.at("size");
+    const Need need = estimate_need(Bundle::open(question.at("bundle")).manifest, {size[0], size[1], size[2]});
+    return {{"ok", {need.all, need.low}}};
   }
   if (what == "clean") return {{"ok", clean_prompt(question.at("text").get<std::string>())}};
   if (what == "is_bad") return {{"ok", looks_wrongly_decoded(decode_utf8(question.at("text").get<std::string>()))}};

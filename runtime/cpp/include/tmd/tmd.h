@@ -106,7 +106,7 @@ TMD_API void tmd_free(tmd_context* context);
 TMD_API const char* tmd_error(const tmd_context* context);
 
 /* What a finished run would like a person to know ("the prompt is too long ..."), one line each; "" if nothing.
- * Belongs to the last tmd_plan_run, tmd_encode, tmd_denoise or tmd_generate. Valid until the next call. */
+ * Belongs to the last tmd_plan_run, tmd_encode, tmd_denoise, tmd_decode or tmd_generate. Valid until the next call. */
 TMD_API const char* tmd_warnings(const tmd_context* context);
 
 typedef enum tmd_log_level {
@@ -126,17 +126,19 @@ TMD_API tmd_status tmd_set_log(tmd_context* context, tmd_log_fn log, void* user,
 
 typedef enum tmd_memory {
   TMD_MEMORY_ALL = 0, /* graphs stay loaded between runs: the first run is cold, later ones are warm */
-  TMD_MEMORY_LOW = 1  /* text encoder, denoiser and decoder live one after the other; every run is cold */
+  TMD_MEMORY_LOW = 1, /* text encoder, denoiser and decoder live one after the other; every run is cold */
+  TMD_MEMORY_AUTO = 2 /* LOW for runs that would not fit into the free memory with ALL, by a rough estimate; else ALL */
 } tmd_memory;
 
 typedef struct tmd_open_options {
   size_t struct_size;
-  const char* engine;         /* "auto" or NULL: the best this library has for the device; "openvino" */
+  const char* engine;         /* "openvino"; "onnxruntime"; "auto" or NULL: the first of them whose library is there */
   const char* device;         /* "cpu" or NULL */
   int32_t threads;            /* CPU threads of one run, 1 to 1024; TMD_DEFAULT: the engine decides */
-  int32_t memory;             /* a tmd_memory: TMD_MEMORY_ALL */
-  const char* engine_library; /* path of the engine's shared library (libopenvino_c.so...); NULL: searched for, first
-                               * beside this library, then by the system's loader, then where it was at build time */
+  int32_t memory;             /* a tmd_memory; the default is TMD_MEMORY_AUTO */
+  const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...); NULL:
+                               * searched for, first beside this library, then by the system's loader, then where it
+                               * was at build time */
 } tmd_open_options;
 
 #define TMD_DEFAULT (-1)
@@ -160,7 +162,7 @@ typedef struct tmd_description {
   const char* kind;               /* "tmd": with inner steps; "wan": without */
   const char* rule;               /* update rule: "transition", "euler", "renoise", "unipc" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
-  const char* engine;             /* "openvino" */
+  const char* engine;             /* "openvino" or "onnxruntime" */
   const char* engine_version;     /* as the engine's library names itself */
   int32_t steps, inner_steps;     /* defaults; inner_steps is 1 for kind "wan" */
   const int32_t* allowed_steps;   /* allowed_steps_count of them, ascending; NULL: any from 1 to 1000 */

@@ -1,0 +1,16 @@
+// Changes that ONNX Runtime on a CPU wants in a graph; made in memory, never stored in a bundle.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace tmd::internal {
+
+// The ONNX file `model` with three changes, of which the first two are Python's (tmd_engines.lowering):
+//   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
+//   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
+//   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
+// For graphs that check_graph and is_all_known have accepted, without subgraphs.
+std::string lower_for_onnxruntime(std::string_view model);
+
+}  // namespace tmd::internal
