@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,15 +20,44 @@ from torch import Tensor, nn
 
 from tests.synthetic import tokenizer_bytes
 from tmd_export.checkpoints.names import converted
+from tmd_export.random_weights import random_tensor
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
-from tmd_ref.vae import WanVAE, WanVAEConfig
-from tmd_ref.wan import WanConfig, WanTransformer
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
+from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 
 WAN = WanConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=3, freq_dim=64, text_dim=24, text_len=12)
 TEXT = UMT5Config(vocab_size=80, dim=24, num_heads=3, head_dim=8, ffn_dim=40, num_layers=2)
 VAE = WanVAEConfig(dim=8)
 SIZES: dict[str, Any] = {"wan": WAN, "vae": VAE, "text": TEXT, "head_blocks": 1}
 """What `WanSource` is told in place of the full sizes."""
+
+_SQUARE = torch.zeros(2, 2)
+RELATIVES = [
+    (
+        "blocks.0.self_attn.attn_op.local_attn.proj_l.weight",
+        _SQUARE,
+        "TurboDiffusion's sparse-linear attention (SLA)",
+    ),
+    ("blocks.0.to_gate_compress.weight", _SQUARE, "FastWan's video sparse attention (VSA)"),
+    ("condition_embedder.delta_embedder.linear_1.weight", _SQUARE, "AnyFlow"),
+    ("img_emb.proj.0.weight", _SQUARE, "an image-to-video model"),
+    ("blocks.0.cross_attn.k_img.weight", _SQUARE, "an image-to-video model"),
+    ("condition_embedder.image_embedder.norm1.weight", _SQUARE, "an image-to-video model"),
+    ("blocks.1.attn2.add_k_proj.weight", _SQUARE, "an image-to-video model"),
+    ("patch_embedding.weight", torch.zeros(48, 36, 1, 2, 2), "an image-to-video model"),
+    ("patch_embedding.weight", torch.zeros(48, 144), "an image-to-video model"),
+    ("vace_blocks.0.before_proj.weight", _SQUARE, "VACE"),
+    ("face_adapter.fuser_blocks.0.k_norm.weight", _SQUARE, "Wan-Animate"),
+    ("blocks.0.self_attn.q.lora_down.weight", _SQUARE, "a LoRA"),
+    ("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn), "a ComfyUI model in scaled fp8"),
+    ("blocks.0.self_attn.q.scale_weight", _SQUARE, "a ComfyUI model in scaled fp8"),
+    ("blocks.0.self_attn.q.weight", torch.zeros(48, 48).to(torch.float8_e4m3fn), "a model in fp8"),
+    ("blocks.0.ffn.0.weight", torch.zeros(96, 48, dtype=torch.int8), "a model with int8 linear layers"),
+    ("blocks.0.ffn.0.int8_weight", torch.zeros(96, 48, dtype=torch.int8), "a model with int8 linear layers"),
+    ("blocks.0.ffn.0.weight", torch.zeros(96, 24, dtype=torch.uint8), "NVFP4"),
+    ("blocks.0.ffn.0.input_global_scale", _SQUARE, "NVFP4"),
+]
+"""What gives away a model that is no plain text-to-video model: a tensor beside or in place of `WAN`'s; its family."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +89,8 @@ def models() -> Models:
                 weight.add_(0.2 * torch.randn_like(weight))
             else:
                 weight.normal_(std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1)
+    for weight in ours["text_encoder"].parameters():  # which one layout stores in bfloat16
+        weight.copy_(weight.bfloat16())
     theirs = {
         "transformer": diffusers.WanTransformer3DModel(**transformer_config()),
         "text_encoder": transformers.UMT5EncoderModel(
@@ -143,6 +174,40 @@ def write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> Path
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return index
+
+
+def write_full_size(folder: Path, model: str = "wan1.3b", seed: int = 0) -> Path:
+    """As `Wan-AI/Wan2.1-T2V-1.3B` in float32 and at its real size: 6.2 GB of random weights, and no text encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = WAN_CONFIGS[model]
+    with torch.device("meta"):
+        wan, vae = WanTransformer(config).state_dict(), WanVAE(WAN_VAE_CONFIGS["wan2.1"]).state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in wan.items()}
+    file = write_hollow(folder / "diffusion_pytorch_model.safetensors", shapes)
+    fill(file, lambda name: random_tensor(name, wan[name].shape, seed))
+    torch.save(
+        {name: random_tensor(name, weight.shape, seed) for name, weight in vae.items()}, folder / "Wan2.1_VAE.pth"
+    )
+    sizes = {
+        "dim": config.dim,
+        "ffn_dim": config.ffn_dim,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+    }
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v", **sizes}))
+    _write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
+
+
+def fill(path: Path, value: Callable[[str], Tensor]) -> None:
+    """Write `value(name)` over each tensor of a safetensors file of float32, one at a time."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            file.seek(8 + size + entry["data_offsets"][0])
+            file.write(value(name).detach().contiguous().numpy().data)
 
 
 def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> Path:

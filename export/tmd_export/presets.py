@@ -2,9 +2,6 @@
 
 A preset holds the manifest's `sampler` for one family of checkpoints and the video it was made for. The figures come
 from the authors' own inference code, named beside each. No torch here: the command line reads the names.
-
-The lists of FastWan-QAD and CausVid are whole thousandths. Both projects look the noise level of a time up in a table
-of 1000 warped entries, which lands up to 8e-4 beside it; here the level is the time itself.
 """
 
 from __future__ import annotations
@@ -12,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
+
+if TYPE_CHECKING:
+    from tmd_ref.student import TimeGrids
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
 WAN_NEGATIVE_PROMPT = (
@@ -23,6 +23,7 @@ WAN_NEGATIVE_PROMPT = (
 )
 VIDEO_480P: Mapping[str, int] = {"frames": 81, "width": 832, "height": 480, "fps": 16}
 RCM_SIGMA_MAX = 80.0
+DMD_STEPS = [1000, 757, 522]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ def _velocity(rule: str, steps: int, *, times: list[float] | None = None, **othe
 
 def _warped(times: list[float], shift: float) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in times]
+
+
+def _looked_up(told: list[int], shift: float) -> list[float]:
+    """The times nearest to `told`/1000 in a table of 1000 warped ones: what steps by such a list go through."""
+    table = _warped([k / 1000 for k in range(1, 1001)], shift)
+    return [min(table, key=lambda t: abs(1000 * t - thousandths)) for thousandths in told]
 
 
 def _rcm_times() -> list[float]:
@@ -111,15 +118,17 @@ PRESETS: Mapping[str, Preset] = {
         "LightX2V step distillation, 4 steps",
         _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
     ),
+    # hao-ai-lab/FastVideo, DmdDenoisingStage: the network gets whole numbers, the steps what the table has for them.
     "fastwan-qad": Preset(
         "wan",
         "FastWan-QAD, 3 steps",
-        _velocity("renoise", 3, times=[1.0, 0.757, 0.522], shift=8.0),
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
     ),
+    # tianweiy/CausVid, bidirectional_inference.py and configs/wan_bidirectional_dmd.yaml: the same list and table.
     "causvid": Preset(
         "wan",
         "CausVid, the bidirectional checkpoints, 3 steps",
-        _velocity("renoise", 3, times=[1.0, 0.757, 0.522], shift=8.0),
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
     ),
     # aejion/AccVideo, README for WanXT2V: UniPC, 10 steps on Wan's grid with its default shift, without guidance.
     "accvideo": Preset(
@@ -127,8 +136,32 @@ PRESETS: Mapping[str, Preset] = {
         "AccVideo-WanX, 10 steps",
         _velocity("unipc", 10, shift=5.0, time_rounding="integer"),
     ),
+    # WZDTHU/TiM, scripts of GenEval and DPG-Bench: uniform times from 1 to 0; guidance strictly inside of (0, 1), so
+    # that the first step goes without.
+    "tim": Preset(
+        "tim",
+        "a Transition Model, any number of steps",
+        {"rule": "flow_map", "steps": 4, "guidance": 2.5, "guidance_interval": [0.0, 1.0], "negative_prompt": None},
+        {"frames": 1, "width": 1024, "height": 1024, "fps": 1},
+    ),
 }
-DEFAULT_OF = {"tmd": "tmd", "wan": "wan"}
+
+
+def student_sampler(grids: TimeGrids) -> dict[str, Any]:
+    """The manifest's `sampler` of a TMD student: that of the paper, with the steps and shifts it was distilled for."""
+    base = PRESETS["tmd"].sampler
+    return {
+        **base,
+        "steps": grids.outer_steps,
+        "inner_steps": grids.inner_steps,
+        "allowed_steps": sorted({*base["allowed_steps"], grids.outer_steps}),
+        "allowed_inner_steps": sorted({*base["allowed_inner_steps"], grids.inner_steps}),
+        "shift": float(grids.outer_shift),
+        "inner_shift": float(grids.inner_shift),
+    }
+
+
+DEFAULT_OF = {"tmd": "tmd", "wan": "wan", "tim": "tim"}
 """Kind of model -> its preset when none is named."""
 
 

@@ -28,6 +28,7 @@ from .checkpoints.names import uncut
 from .checkpoints.recognise import PARTS as CALLED
 from .errors import ExportError
 from .parts import MODEL_OF, PARTS
+from .presets import student_sampler
 from .sources import HEAD_BLOCKS, Source, check_architecture, on_meta, read_file, vae_name
 
 # What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
@@ -161,6 +162,7 @@ class WanSource(Source):
             student: TMDStudent = read_file(path, read_student)
             check_architecture(student.config, self.wan, self.model, path)
             self.kind, self.fusion, self.head_blocks = "tmd", student.fusion, student.head_blocks
+            self.sampler = student_sampler(student.grids)
         else:
             found, wanted = checkpoint.size(), (self.wan.dim, self.wan.num_layers)
             if (found.dim, found.blocks) != wanted and found.dim and found.blocks:

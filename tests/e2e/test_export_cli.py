@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from tmd_engines import Bundle, load
@@ -82,21 +80,3 @@ def reference_student() -> TMDStudent:
     names = [name for name, _ in student.named_parameters()]
     student.load_state_dict({name: source.tensor("student", name) for name in names}, strict=False, assign=True)
     return student
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 6.5e9), ("bf16", 3.4e9)])
-def test_a_full_size_model_exports_in_bounded_memory(tmp_path: Path, precision: str, size: float) -> None:
-    """6.5 GB on disk and minutes, in 1.3 GB of memory when it was measured; the promise is 4."""
-    done = tmd_export(
-        "--model", "wan1.3b", "--random-weights", 0, "--precision", precision, "--out", tmp_path / "bundle"
-    )
-    assert done.returncode == 0, done.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20  # KiB
-    manifest = Bundle.open(tmp_path / "bundle").manifest
-    assert set(manifest.graphs) == set(RandomSource("wan1.3b", 0).default_parts)
-    assert 0.95 * size < sum(file.size for file in manifest.files.values()) < 1.05 * size
-    for graph in manifest.graphs.values():
-        assert graph.accuracy is not None
-        assert (graph.accuracy.max_abs_error <= 1e-4) if precision == "fp32" else (graph.accuracy.cosine >= 0.9999)
-    assert "on blocks 0 and 24 of 25" in manifest.graphs["backbone"].accuracy.reference  # type: ignore[union-attr]

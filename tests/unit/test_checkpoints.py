@@ -20,11 +20,12 @@ from tests.synthetic import tokenizer_bytes
 from tmd_export import ExportError
 from tmd_export.checkpoints import open_tensors
 from tmd_export.parts import PARTS
+from tmd_export.presets import student_sampler
 from tmd_export.sources import open_source
 from tmd_export.wan_source import WanSource
 from tmd_ref.checkpoint import save_model
 from tmd_ref.split import SplitWan
-from tmd_ref.student import TMDStudent, save_student
+from tmd_ref.student import TimeGrids, TMDStudent, save_student
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
 from tmd_ref.wan import WAN_CONFIGS, WanTransformer
@@ -199,10 +200,11 @@ def test_a_text_encoder_without_its_tokenizer_is_refused(official: Path) -> None
 
 @pytest.mark.parametrize("head_blocks", [1, 2])
 def test_a_student_of_our_own_joins_an_official_folder(head_blocks: int, official: Path, tmp_path: Path) -> None:
-    student = TMDStudent(made.WAN, head_blocks, "concat")
+    student = TMDStudent(made.WAN, head_blocks, "concat", grids=TimeGrids(1, 4, 5.0, 6.0))
     save_student(tmp_path / "student.safetensors", student)
     source = small(tmp_path / "student.safetensors", official)
     assert (source.kind, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
+    assert source.sampler == student_sampler(student.grids)
     source.check(PARTS)
     for name, weight in student.state_dict().items():
         assert torch.equal(source.tensor("student", name), weight), name
@@ -277,37 +279,8 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
 
 # Relatives that are no plain text-to-video model
 
-SQUARE = torch.zeros(2, 2)
 
-
-@pytest.mark.parametrize(
-    ("key", "value", "family"),
-    [
-        (
-            "blocks.0.self_attn.attn_op.local_attn.proj_l.weight",
-            SQUARE,
-            "TurboDiffusion's sparse-linear attention (SLA)",
-        ),
-        ("blocks.0.to_gate_compress.weight", SQUARE, "FastWan's video sparse attention (VSA)"),
-        ("condition_embedder.delta_embedder.linear_1.weight", SQUARE, "AnyFlow"),
-        ("img_emb.proj.0.weight", SQUARE, "an image-to-video model"),
-        ("blocks.0.cross_attn.k_img.weight", SQUARE, "an image-to-video model"),
-        ("condition_embedder.image_embedder.norm1.weight", SQUARE, "an image-to-video model"),
-        ("blocks.1.attn2.add_k_proj.weight", SQUARE, "an image-to-video model"),
-        ("patch_embedding.weight", torch.zeros(48, 36, 1, 2, 2), "an image-to-video model"),
-        ("patch_embedding.weight", torch.zeros(48, 144), "an image-to-video model"),
-        ("vace_blocks.0.before_proj.weight", SQUARE, "VACE"),
-        ("face_adapter.fuser_blocks.0.k_norm.weight", SQUARE, "Wan-Animate"),
-        ("blocks.0.self_attn.q.lora_down.weight", SQUARE, "a LoRA"),
-        ("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn), "a ComfyUI model in scaled fp8"),
-        ("blocks.0.self_attn.q.scale_weight", SQUARE, "a ComfyUI model in scaled fp8"),
-        ("blocks.0.self_attn.q.weight", torch.zeros(48, 48).to(torch.float8_e4m3fn), "a model in fp8"),
-        ("blocks.0.ffn.0.weight", torch.zeros(96, 48, dtype=torch.int8), "a model with int8 linear layers"),
-        ("blocks.0.ffn.0.int8_weight", torch.zeros(96, 48, dtype=torch.int8), "a model with int8 linear layers"),
-        ("blocks.0.ffn.0.weight", torch.zeros(96, 24, dtype=torch.uint8), "NVFP4"),
-        ("blocks.0.ffn.0.input_global_scale", SQUARE, "NVFP4"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "family"), made.RELATIVES)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_relatives_are_refused_by_family_and_key(
     key: str, value: Tensor, family: str, prefix: str, transformer: State, tmp_path: Path
@@ -318,7 +291,7 @@ def test_relatives_are_refused_by_family_and_key(
 
 
 def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path: Path) -> None:
-    path = saved(tmp_path / "model.safetensors", {"unet.conv_in.weight": SQUARE})
+    path = saved(tmp_path / "model.safetensors", {"unet.conv_in.weight": torch.zeros(2, 2)})
     assert "holds no part of Wan2.1: its 1 tensors are called 'unet.conv_in.weight'" in refusal(lambda: small(path))
 
 
@@ -327,7 +300,7 @@ def test_all_that_is_wrong_is_listed_at_once_and_not_endlessly(transformer: Stat
         del transformer[name]
     transformer["blocks.0.ffn.0.weight"] = torch.zeros(5, 7)
     transformer["blocks.2.norm3.bias"] = torch.zeros(48, dtype=torch.int32)
-    transformer["head.head.gain"] = SQUARE
+    transformer["head.head.gain"] = torch.zeros(2, 2)
     said = refusal(lambda: small(saved(tmp_path / "model.safetensors", transformer)))
     assert "20 missing ('blocks.1." in said and "and 14 more" in said
     assert "1 unexpected ('head.head.gain')" in said

@@ -79,13 +79,10 @@ def test_a_decoder_of_another_geometry_or_none_is_refused(tmp_path: Path) -> Non
 def test_the_other_models_stay_those_of_the_source(tmp_path: Path) -> None:
     save_file(TAEHV, tmp_path / "taehv.safetensors")
     base = small_source()
+    base.notes, base.sampler = ("be careful",), {"rule": "transition"}
     source = WithDecoder(base, tmp_path / "taehv.safetensors")
-    assert (source.wan, source.kind, source.vae, source.default_parts) == (
-        base.wan,
-        base.kind,
-        base.vae,
-        base.default_parts,
-    )
+    for said in ("wan", "kind", "head_blocks", "fusion", "vae", "default_parts", "tokenizer", "notes", "sampler"):
+        assert getattr(source, said) == getattr(base, said), said
     name = next(name for name, _ in base.module("text_encoder").named_parameters())
     assert torch.equal(source.tensor("text_encoder", name), base.tensor("text_encoder", name))
     assert source.tensor("vae", "decoder.22.bias").dtype == torch.float16

@@ -4,6 +4,7 @@ import pytest
 
 from tmd_ref.distill.budget import memory, sizes, work
 from tmd_ref.distill.config import FOLDER, ConfigError, load_config
+from tmd_ref.distill.tim_config import load_any
 
 
 def test_the_papers_values_are_in_the_configs():
@@ -23,7 +24,7 @@ def test_the_papers_values_are_in_the_configs():
 
 @pytest.mark.parametrize("name", [file.stem for file in FOLDER.glob("*.yaml")])
 def test_every_packaged_config_loads(name):
-    assert load_config(name).model == name
+    assert name.removesuffix("-flow").removesuffix("-meanflow") == load_any(name).model
 
 
 BROKEN = {

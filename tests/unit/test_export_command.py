@@ -64,7 +64,9 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
         (["--model", "tiny", "--random-weights", "x"], "'x' is not a valid integer"),
         (["--model", "tiny", "--random-weights", "-1"], "-1 is not in the range"),
         (["--model", "tiny", "--random-weights", "1", "--checkpoint", "c"], "two sources of weights"),
-        (["--model", "tiny", "--precision", "fp8"], "there is no precision 'fp8': choose among fp32, fp16, bf16"),
+        (["--model", "tiny", "--precision", "fp4"], "there is no precision 'fp4': choose among fp32, fp16, bf16, int8"),
+        (["--model", "tiny", "--precision", "decoder=fp8"], "decoder_first cannot be fp8, only backbone and flow_head"),
+        (["--model", "tiny", "--calibration", "prompts.txt"], "--calibration is for --precision int8 or fp8"),
         (["--model", "tiny", "--precision", "head=fp16"], "there is no part 'head'"),
     ],
 )
@@ -116,6 +118,7 @@ def test_a_full_disk_is_one_sentence(quick: None, tmp_path: Path, monkeypatch: p
 
 
 def test_models_of_the_command_line_are_those_of_the_reference() -> None:
+    from tmd_ref.tim.model import TIM_CONFIGS
     from tmd_ref.wan import WAN_CONFIGS
 
-    assert tuple(WAN_CONFIGS) == MODELS == tuple(sources.HEAD_BLOCKS)
+    assert (*WAN_CONFIGS, *TIM_CONFIGS) == MODELS and tuple(WAN_CONFIGS) == tuple(sources.HEAD_BLOCKS)

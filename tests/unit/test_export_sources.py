@@ -16,7 +16,7 @@ from tmd_export.parts import PARTS, ordered
 from tmd_export.sources import open_source
 from tmd_export.weights import build
 from tmd_ref.checkpoint import save_model
-from tmd_ref.student import TMDStudent, save_student
+from tmd_ref.student import TimeGrids, TMDStudent, save_student
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
 from tmd_ref.vae import WanVAE, WanVAEConfig
 
@@ -27,7 +27,7 @@ TEXT = UMT5Config(vocab_size=64, dim=WAN.text_dim, num_heads=2, head_dim=8, ffn_
 def _original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    save_student(folder / "student.safetensors", TMDStudent(WAN, 1).half())
+    save_student(folder / "student.safetensors", TMDStudent(WAN, 1, grids=TimeGrids(5, 2, 3.0, 8.0)).half())
     save_model(folder / "vae.safetensors", WanVAE(VAE).half())
     save_model(folder / "umt5.safetensors", UMT5Encoder(TEXT).half())
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
@@ -53,6 +53,8 @@ def test_a_folder_gives_every_weight_as_it_is_stored(folder: Path) -> None:
     source = FolderSource(folder, "small")
     source.check(PARTS)
     assert (source.wan, source.head_blocks, source.fusion, source.vae) == (WAN, 1, "gated", VAE)
+    distilled_for = {"steps": 5, "inner_steps": 2, "shift": 3.0, "inner_shift": 8.0, "allowed_steps": [1, 2, 3, 4, 5]}
+    assert source.sampler is not None and distilled_for.items() <= source.sampler.items()
     for which, file in sources.FILE_OF.items():
         stored, module = load_file(folder / file), source.module(which)
         assert not module.training and all(weight.is_meta for weight in module.parameters())

@@ -19,6 +19,8 @@ from tmd_runtime.settings import resolve_settings
 class NullEngine:
     """An engine that only remembers: who ran, with which scalars, reading and writing which y."""
 
+    records = False
+
     def __init__(self, shapes: dict[str, tuple[int, ...]], log: list[tuple[Any, ...]], name: str) -> None:
         self._shapes, self._log, self._name = shapes, log, name
 

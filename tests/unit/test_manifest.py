@@ -46,6 +46,14 @@ def valid_wan_document() -> dict[str, Any]:
     return document
 
 
+def valid_tim_document() -> dict[str, Any]:
+    """Of kind "tim": all blocks in the flow head, any number of steps."""
+    document = valid_document()
+    document["model"] |= {"kind": "tim", "fusion": None, "rope": "index", "head_blocks": 3}
+    document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5, "guidance_interval": [0.0, 1.0]}
+    return document
+
+
 def parse(document: Any) -> Manifest:
     return parse_manifest(json.dumps(document).encode(), "manifest.json")
 
@@ -161,7 +169,11 @@ def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
         ("model/fusion", "gated", "fusion 'gated' does not go with kind 'wan'"),
         ("sampler", valid_document()["sampler"], "sampler.rule 'transition' is not for kind 'wan'"),
         ("sampler/inner_steps", 2, "sampler.inner_steps"),
-        ("sampler/rule", "heun", "sampler.rule: must be one of transition, euler, renoise, unipc (found 'heun')"),
+        (
+            "sampler/rule",
+            "heun",
+            "sampler.rule: must be one of transition, euler, renoise, unipc, flow_map (found 'heun')",
+        ),
         ("sampler/rule", None, "sampler.rule: must be one of"),
         ("sampler", {}, "sampler.rule: must be one of"),
         ("sampler", [], "sampler"),
@@ -202,6 +214,52 @@ def test_each_rule_of_the_other_kind_is_held(path: str, value: Any, said: str) -
         parse(document)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_transition_models_have_a_sampler_of_their_own() -> None:
+    manifest = parse(valid_tim_document())
+    assert manifest.sampler.rule == "flow_map" and manifest.sampler.guidance_interval == (0, 1)
+    assert manifest.model.classes is None and parse(manifest.model_dump(mode="json")) == manifest
+    for kind in (valid_document, valid_wan_document):  # null is as good as absent
+        document = kind()
+        document["model"] |= {"rope": None, "classes": None}
+        assert parse(document).model.rope is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("model/kind", "wan", "head_blocks 3 leaves no block"),
+        ("model/kind", "TIM", "model.kind"),
+        ("model/rope", None, "rope None does not go with kind 'tim'"),
+        ("model/rope", "xy", "model.rope"),
+        ("model/head_blocks", 2, "head_blocks 2 is not num_layers 3"),
+        ("model/fusion", "gated", "fusion 'gated' does not go with kind 'tim'"),
+        ("model/classes", 0, "model.classes"),
+        ("sampler", valid_wan_document()["sampler"], "sampler.rule 'renoise' is not for kind 'tim'"),
+        ("sampler/shift", 2.0, "sampler.shift"),
+        ("sampler/steps", 1001, "sampler.steps"),
+        ("sampler/guidance", -1, "sampler.guidance"),
+        ("sampler/guidance_interval", [0.5, 0.5], "guidance_interval [0.5, 0.5] is empty"),
+        ("sampler/guidance_interval", [0.0, 2.1], "guidance_interval"),
+        ("sampler/guidance_interval", [0.0], "guidance_interval"),
+    ],
+)
+def test_each_rule_of_transition_models_is_held(path: str, value: Any, said: str) -> None:
+    document = valid_tim_document()
+    put(document, path, value)
+    with pytest.raises(BundleError) as caught:
+        parse(document)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rope", "classes"])
+def test_what_goes_with_transition_models_alone(name: str) -> None:
+    for kind in (valid_document, valid_wan_document):
+        document = kind()
+        document["model"][name] = "grid" if name == "rope" else 3
+        with pytest.raises(BundleError, match=f"model: {name} .*not go with kind"):
+            parse(document)
 
 
 def test_token_embeddings_go_with_a_table_and_only_with_one() -> None:
@@ -381,7 +439,7 @@ def test_fuzz_bytes_never_escape(data: bytes) -> None:
 @FUZZ
 @given(st.data())
 def test_fuzz_replaced_value_never_escapes(data: st.DataObject) -> None:
-    document = data.draw(st.sampled_from((valid_document, valid_wan_document)))()
+    document = data.draw(st.sampled_from((valid_document, valid_wan_document, valid_tim_document)))()
     container, key = data.draw(st.sampled_from(places(document)))
     if data.draw(st.booleans()):
         container[key] = data.draw(JSON)

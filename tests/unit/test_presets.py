@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tests.unit.test_manifest import valid_document, valid_wan_document
+from tests.unit.test_manifest import valid_document, valid_tim_document, valid_wan_document
 from tmd_engines import Manifest
 from tmd_export.errors import ExportError
 from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find
@@ -17,7 +17,8 @@ from tmd_runtime.settings import resolve_settings
 
 def manifest_of(name: str) -> Manifest:
     preset = PRESETS[name]
-    document = valid_document() if preset.kind == "tmd" else valid_wan_document()
+    documents = {"tmd": valid_document, "wan": valid_wan_document, "tim": valid_tim_document}
+    document = documents[preset.kind]()
     document |= {"sampler": dict(preset.sampler), "video": dict(preset.video)}
     return Manifest.model_validate_json(json.dumps(document))
 
@@ -27,8 +28,9 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     manifest = manifest_of(name)
     settings = resolve_settings(manifest, seed=0)
     assert not settings.warnings and settings.rule == PRESETS[name].sampler["rule"]
-    assert (settings.width, settings.height, settings.fps) == (832, 480, 16)
-    assert settings.passes == (2 if name == "wan" else 1)
+    of_stills = (1024, 1024, 1) if name == "tim" else (832, 480, 16)
+    assert (settings.width, settings.height, settings.fps) == of_stills
+    assert settings.passes == (2 if name in ("wan", "tim") else 1)
     assert find(PRESETS[name].kind, name) is PRESETS[name]
 
 
@@ -60,6 +62,17 @@ def test_rcm_times_in_closed_form() -> None:
         assert resolve_settings(manifest_of("rcm"), seed=0, steps=steps).times == (*times[:steps], 0.0)
 
 
+@pytest.mark.parametrize("name", ["fastwan-qad", "causvid"])
+def test_steps_of_whole_numbers_go_through_the_times_that_their_table_has(name: str) -> None:
+    """Both projects look for the nearest entry; diffusers' scheduler makes the same table."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    nearest = [int((scheduler.timesteps - told).abs().argmin()) for told in (1000, 757, 522)]
+    expected = [*scheduler.sigmas[nearest].tolist(), 0.0]
+    assert expected == pytest.approx([1, 0.7568, 0.5217, 0], abs=5e-5)
+    assert resolve_settings(manifest_of(name), seed=0).times == pytest.approx(expected, abs=1e-7)
+
+
 def test_the_teacher_is_steered_as_wan_steers_it() -> None:
     phrases = WAN_NEGATIVE_PROMPT.split("，")
     assert (len(phrases), len(WAN_NEGATIVE_PROMPT), len(WAN_NEGATIVE_PROMPT.encode())) == (28, 137, 403)
@@ -71,7 +84,7 @@ def test_the_teacher_is_steered_as_wan_steers_it() -> None:
 
 
 def test_each_kind_has_a_preset_when_none_is_named() -> None:
-    assert {kind: find(kind).kind for kind in DEFAULT_OF} == {"tmd": "tmd", "wan": "wan"}
+    assert {kind: find(kind).kind for kind in DEFAULT_OF} == {"tmd": "tmd", "wan": "wan", "tim": "tim"}
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,7 @@ def test_bfloat16_rounding_equals_torch() -> None:
     assert [told_time(t, "bfloat16") for t in times] == expected.tolist()
     assert [round(1000 * told_time(t, "bfloat16")) for t in GRIDS["rcm"]] == [988, 932, 852, 608, 0]
     assert told_time(0.123456789, "none") == 0.123456789
+
+
+def test_nearest_rounds_to_whole_thousandths() -> None:
+    assert [told_time(t, "nearest") for t in (1.0, 28 / 37, 12 / 23, 0.0004)] == [1.0, 0.757, 0.522, 0.0]

@@ -17,6 +17,7 @@ from tmd_ref.samplers import (
     wan_sigmas,
     wan_time,
 )
+from tmd_ref.student import TimeGrids
 
 SHAPE = (2, 16, 3, 4, 6)
 
@@ -74,6 +75,8 @@ def test_impossible_nfe_is_refused(arguments):
 
 class RecordedStudent:
     """Stands in for a student: every pass returns fresh random outputs and keeps what it was given."""
+
+    grids = TimeGrids()
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(7)

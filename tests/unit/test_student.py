@@ -1,6 +1,7 @@
 """The TMD student: what it computes at the start, its flow map, its derivative, its file."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmd_ref.meanflow import finite_difference_jvp
 from tmd_ref.samplers import effective_nfe, inner_flow, shift_grid, tmd_sample
-from tmd_ref.student import TMDStudent, flow_head_step, load_student, save_student
+from tmd_ref.student import TimeGrids, TMDStudent, flow_head_step, load_student, save_student
 from tmd_ref.wan import WanConfig, WanTransformer
 
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=3, num_layers=5, text_dim=20, text_len=6)
@@ -255,17 +256,34 @@ def test_an_unknown_fusion_is_refused():
 @pytest.mark.parametrize("fusion", ["gated", "concat"])
 @torch.no_grad()
 def test_a_saved_student_comes_back_equal_and_still_shared(tmp_path, teacher, batch, fusion):
-    student = perturbed(TMDStudent.from_teacher(teacher, HEAD_BLOCKS, fusion), seed=1)
+    grids = TimeGrids(3, 2, 3.0, 8.0)
+    student = perturbed(TMDStudent.from_teacher(teacher, HEAD_BLOCKS, fusion, grids), seed=1)
     save_student(tmp_path / "student.safetensors", student)
     loaded = load_student(tmp_path / "student.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
-    assert (loaded.config, loaded.head_blocks, loaded.fusion) == (CONFIG, HEAD_BLOCKS, fusion)
+    assert (loaded.config, loaded.head_blocks, loaded.fusion, loaded.grids) == (CONFIG, HEAD_BLOCKS, fusion, grids)
     assert loaded.head.patch_embedding.weight is loaded.backbone.patch_embedding.weight
     noise = torch.randn(2, *batch["x"].shape)
     samples = [
         tmd_sample(model, batch["x"], batch["prompt_embeds"], 2, 2, inner_noise=noise) for model in (student, loaded)
     ]
     assert torch.equal(*samples)
+    by_hand = tmd_sample(student, batch["x"], batch["prompt_embeds"], 2, 2, 3.0, 8.0, inner_noise=noise)
+    assert torch.equal(samples[0], by_hand)
+
+
+@pytest.mark.parametrize("wrong", [{"outer_steps": 0}, {"inner_steps": 1.5}, {"outer_shift": 0.5}, {"steps": 2}])
+def test_time_grids_that_are_none_are_refused(tmp_path, student, wrong):
+    from safetensors import safe_open
+
+    save_student(tmp_path / "student.safetensors", student)
+    with safe_open(tmp_path / "student.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    config["grids"] |= wrong
+    weights = load_file(tmp_path / "student.safetensors")
+    save_file(weights, tmp_path / "wrong.safetensors", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=f"no student configuration.*{next(iter(wrong))}"):
+        load_student(tmp_path / "wrong.safetensors")
 
 
 def test_a_file_without_configuration_is_refused(tmp_path, student):

@@ -148,7 +148,7 @@ def test_a_result_too_far_off_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
             yield torch.full_like(piece, 0.01) if name.endswith(".scale") else piece
 
     monkeypatch.setattr(int8.Int8Weights, "chunks", without_scales)
-    with pytest.raises(ExportError, match=r"in int8 the cosine is .*, below 0\.99"):
+    with pytest.raises(ExportError, match=r"in int8-weights the cosine is .*, below 0\.99"):
         export_bundle(source, tmp_path / "bundle", ("text_encoder",), text_encoder_weights="int8")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="cannot be stored as 'int4'"):

@@ -1,0 +1,238 @@
+"""Every published layout with every preset, through both commands, against diffusers and transformers; every refusal.
+
+Small widths, from the prompt to the latents; the decoder has no part in what a preset says, and its layouts and graphs
+have tests of their own (`tests/parity`). The networks of the expected values are theirs, and so is UniPC; times and
+updates of the other rules are written out here. Tracing takes longer than all else, so each graph is traced once and
+gets the weights of each layout anew.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import synthetic_checkpoints as made
+from tmd_engines import Bundle
+from tmd_export import graph_export, sources
+from tmd_export.checkpoints.names import converted
+from tmd_export.cli import command as tmd_export
+from tmd_export.graphs import Graph
+from tmd_export.presets import PRESETS
+from tmd_export.trace import trace
+from tmd_export.wan_source import WanSource
+from tmd_export.weights import Weights
+from tmd_ref.samplers import tmd_sample
+from tmd_ref.student import TMDStudent, save_student
+from tmd_ref.text import Tokenizer
+from tmd_runtime import NoiseStream
+from tmd_runtime.cli import command as tmd_run
+from tmd_runtime.tensor_files import load_latents
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+State = dict[str, Tensor]
+PROMPT, SEED, SHAPE = "a red circle", 4, (1, 16, 2, 2, 4)  # 5 frames of 32x16
+GRAPHS = "text_encoder,backbone,flow_head"
+STEPS = {"wan": 3}  # in place of 50; otherwise the preset's own
+WAN_PRESETS = [name for name, preset in PRESETS.items() if preset.kind == "wan"]
+
+
+def diffusers_folder(folder: Path) -> list[Path]:
+    return [made.write_diffusers(folder)]
+
+
+def original_folder(folder: Path) -> list[Path]:
+    return [made.write_original(folder)]
+
+
+def six_shards(folder: Path) -> list[Path]:
+    return [made.write_original(folder, shards=6)]
+
+
+def as_rcm_writes_it(folder: Path) -> list[Path]:
+    """A `.pt` of its own, with prefix, flat patches and a counter, and the folder of the model it was made from."""
+    made.write_original(folder)
+    state = {f"net.{name}": weight for name, weight in made.models().state("transformer").items()}
+    state["net.patch_embedding.weight"] = state["net.patch_embedding.weight"].flatten(1)
+    state["net.accum_video_sample_counter"] = torch.tensor(7)
+    torch.save(state, folder.parent / "rCM.pt")
+    return [folder.parent / "rCM.pt", folder]
+
+
+def as_comfy_writes_it(folder: Path) -> list[Path]:
+    """Three single files and a tokenizer."""
+    made.write_original(folder)
+    state = {f"model.diffusion_model.{name}": w for name, w in made.models().state("transformer").items()}
+    save_file(state, folder.parent / "wan.safetensors")
+    files = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model")
+    return [folder.parent / "wan.safetensors", *(folder / name for name in files)]
+
+
+LAYOUTS: dict[str, Callable[[Path], list[Path]]] = {
+    "diffusers": diffusers_folder,
+    "original": original_folder,
+    "six shards": six_shards,
+    "rcm": as_rcm_writes_it,
+    "comfy": as_comfy_writes_it,
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return LAYOUTS[request.param](tmp_path_factory.mktemp("layout") / "Wan2.1-T2V-small")
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[tuple[str, str], onnx_ir.Model]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, traced: dict[tuple[str, str], onnx_ir.Model]) -> None:
+    """`--model wan1.3b` has small sizes, and what was traced once is kept.
+
+    Of weights, that holds at most small ones, which are the same in every layout.
+    """
+
+    def trace_once(graph: Graph, weights: Weights) -> onnx_ir.Model:
+        key = type(graph.module).__name__, graph.name
+        if key not in traced:
+            traced[key] = trace(graph, weights)
+        return traced[key].clone()
+
+    def open_source(model: str, paths: tuple[Path, ...], *_: Any) -> WanSource:
+        return WanSource(paths, model, **made.SIZES)
+
+    monkeypatch.setattr(sources, "open_source", open_source)
+    monkeypatch.setattr(graph_export, "trace", trace_once)
+    monkeypatch.setattr(graph_export.gc, "collect", lambda: 0)  # takes longer than what is left of an export
+
+
+def export(paths: list[Path], out: Path, *options: object) -> Result:
+    checkpoints = [word for path in paths for word in ("--checkpoint", path)]
+    arguments = ("--model", "wan1.3b", *checkpoints, "--parts", GRAPHS, "--out", out, "--quiet", *options)
+    return CliRunner().invoke(tmd_export, [str(word) for word in arguments], catch_exceptions=False)
+
+
+def latents_of(bundle: Path, *options: object) -> np.ndarray:
+    file = bundle.parent / "latents.safetensors"
+    wishes = ("--prompt", PROMPT, "--seed", SEED, "--frames", 5, "--size", "32x16", "--threads", 1, "--quiet")
+    arguments = ("--bundle", bundle, *wishes, "--engine", "onnxruntime", "--save-latents", file, *options)
+    result = CliRunner().invoke(tmd_run, [str(word) for word in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return load_latents(file, Bundle.open(bundle).manifest).latents
+
+
+@pytest.mark.parametrize("preset", WAN_PRESETS)
+def test_a_layout_with_a_preset_gives_the_latents_of_diffusers(layout: list[Path], preset: str, tmp_path: Path) -> None:
+    done = export(layout, tmp_path / "b", "--no-verify", "--preset", preset)
+    assert done.exit_code == 0, done.output
+    found = latents_of(tmp_path / "b", *(("--steps", STEPS[preset]) if preset in STEPS else ()))
+    expected = expected_latents(preset)
+    assert 0.1 < expected.std() < 10
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    student = TMDStudent.from_teacher(made.models().transformer, 1)
+    student.head.fusion.gate.data.zero_()  # so that the flow head's own weights tell
+    save_student(tmp_path / "student.safetensors", student)
+    paths = [tmp_path / "student.safetensors", made.write_original(tmp_path / "Wan2.1-T2V-small")]
+    assert export(paths, tmp_path / "b", "--no-verify").exit_code == 0
+    stream = NoiseStream(SEED)
+    noise = [torch.from_numpy(stream.normal(SHAPE)) for _ in range(3)]
+    prompt_embeds = expected_embeds(PROMPT)
+    expected = tmd_sample(student.eval(), noise[0], prompt_embeds, 2, 2, inner_noise=torch.stack(noise[1:]))
+    np.testing.assert_allclose(latents_of(tmp_path / "b"), expected.numpy(), rtol=0, atol=1e-4)
+    done = export(paths, tmp_path / "other", "--preset", "rcm")
+    assert done.exit_code == 1 and "the preset rcm is for rCM" in done.output
+
+
+@pytest.mark.parametrize(("key", "value", "family"), made.RELATIVES)
+def test_a_relative_in_any_layout_is_refused_and_leaves_nothing(
+    key: str, value: Tensor, family: str, tmp_path: Path
+) -> None:
+    state = {**made.models().state("transformer"), key: value}
+    theirs = {converted("transformer", name): weight for name, weight in made.models().state("transformer").items()}
+    in_theirs = {**theirs, converted("transformer", key): value}
+    folders = [tmp_path / name for name in ("official", "shards", "diffusers/transformer", "files")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    save_file(state, folders[0] / "diffusion_pytorch_model.safetensors")
+    made.write_shards(folders[1], state, 3)
+    save_file(in_theirs, folders[2] / "diffusion_pytorch_model.safetensors")
+    torch.save({"generator": state}, folders[3] / "model.pt")
+    for path in (folders[0], folders[1], folders[2].parent, folders[3] / "model.pt"):
+        done = export([path], tmp_path / "b")
+        assert done.exit_code == 1 and family in done.output, (path, done.output)
+        assert key in done.output or converted("transformer", key) in done.output
+        assert not (tmp_path / "b").exists()
+
+
+@cache
+@torch.no_grad()
+def expected_embeds(prompt: str) -> Tensor:
+    """What transformers' UMT5 makes of `prompt`, zero behind it."""
+    ids, mask = (torch.from_numpy(value) for value in tokenizer()([prompt]))
+    return made.models().theirs["text_encoder"](ids, mask).last_hidden_state * mask[..., None]
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(made.tokenizer_bytes())
+        file.flush()
+        return Tokenizer(file.name, made.WAN.text_len)
+
+
+@cache
+@torch.no_grad()
+def expected_latents(preset: str) -> Tensor:
+    sampler = PRESETS[preset].sampler
+    guidance = sampler["guidance"]
+    prompts = (PROMPT, sampler["negative_prompt"]) if guidance != 1 else (PROMPT,)
+    embeds = [expected_embeds(prompt) for prompt in prompts]
+    network = made.models().theirs["transformer"]
+
+    def velocity(x: Tensor, told: Tensor) -> Tensor:
+        v = [network(x, told, rows, return_dict=False)[0] for rows in embeds]
+        return v[0] if len(v) == 1 else v[1] + guidance * (v[0] - v[1])
+
+    stream = NoiseStream(SEED)
+    x = torch.from_numpy(stream.normal(SHAPE))
+    if sampler["rule"] == "unipc":
+        steps, shift = STEPS.get(preset, sampler["steps"]), sampler["shift"]
+        times = np.linspace(0.999, 0, steps + 1)  # as Wan's own code has them; diffusers' begin at 1
+        times = shift * times / (1 + (shift - 1) * times)
+        scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        scheduler.set_timesteps(steps)
+        scheduler.sigmas = torch.from_numpy(times)
+        for t, key in zip(times, scheduler.timesteps, strict=False):
+            x = scheduler.step(velocity(x, torch.tensor([float(int(1000 * t))])), key, x, return_dict=False)[0].float()
+        return x
+    x = x * sampler["init_scale"]
+    for t, after in pairwise([*sampler["times"], 0.0]):
+        told = torch.tensor([1000 * t])
+        if sampler["time_rounding"] != "none":
+            told = told.round() if sampler["time_rounding"] == "nearest" else told.bfloat16().float()
+        v = velocity(x, told)
+        if sampler["rule"] == "euler":
+            x = x + (after - t) * v
+        else:
+            data = x - t * v
+            x = (1 - after) * data + after * torch.from_numpy(stream.normal(SHAPE)) if after else data
+    return x
