@@ -53,6 +53,8 @@ def test_a_broken_config_says_where_and_what(text, tmp_path):
 def test_single_settings_can_be_changed_and_are_checked_too():
     config = load_config("tiny", ["stage2.steps=7", "student.outer_steps=1", "stage2.depths=[1, 2]"])
     assert (config.stage2.steps, config.student.outer_steps, config.stage2.depths) == (7, 1, (1, 2))
+    baseline = load_config("tiny", ["student.head_blocks=0", "student.outer_steps=4"])
+    assert not baseline.student.is_tmd and baseline.stage1.objective == "meanflow", "which stage1 refuses to run"
     with pytest.raises(ConfigError, match=r"stage2.steps"):
         load_config("tiny", ["stage2.steps=0"])
     with pytest.raises(ConfigError, match="KEY=VALUE"):

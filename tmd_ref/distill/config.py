@@ -198,8 +198,8 @@ class Config(_Part):
             raise ValueError(f"student.head_blocks {self.student.head_blocks}: {self.model} has {layers} blocks")
         if max(self.stage2.depths) >= layers or not self.stage2.depths:
             raise ValueError(f"stage2.depths {list(self.stage2.depths)}: blocks of {self.model} are 0 to {layers - 1}")
-        if (self.stage1.objective == "kd") == self.student.is_tmd:
-            raise ValueError("stage1.objective kd belongs to the baseline (student.head_blocks 0), and only to it")
+        if self.stage1.objective == "kd" and self.student.is_tmd:
+            raise ValueError("stage1.objective kd belongs to the baseline (student.head_blocks 0)")
         if self.stage1.objective == "kd" and (self.stage1.pairs is None or self.student.outer_steps != 1):
             raise ValueError("stage1.objective kd needs stage1.pairs and student.outer_steps 1")
         return self
