@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from .errors import BundleError, quote
+
 if TYPE_CHECKING:
     import onnx
 
@@ -19,7 +21,7 @@ _EXACT = frozenset((
 _MEASURES = frozenset(("Shape", "Size", "QuantizeLinear"))  # results of a type of their own
 
 
-def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False) -> int:
+def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, where: str = "The graph") -> int:
     """Makes every float16 and bfloat16 tensor between the inputs and outputs of the graph a float32 one.
 
     ONNX Runtime's CPU provider has no bfloat16 arithmetic, and computes float16 by converting there and back around
@@ -28,7 +30,8 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False) -> 
     then each is, to the type that it has in the graph, and the result is that of an engine that computes products in
     float32 and stores every value in low precision. Returns how many weights got a `Cast`.
 
-    For graphs as tmd-export makes them: no `Constant` nodes, no functions or subgraphs.
+    For graphs as tmd-export makes them: no `Constant` nodes, no functions or subgraphs. `where` names the file in
+    messages. Raises BundleError for a `Cast` that does not say to what.
     """
     from onnx import TensorProto, helper
 
@@ -48,7 +51,7 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False) -> 
     weights = len(nodes)
     for node in model.graph.node:
         if node.op_type == "Cast":
-            target = next(attribute for attribute in node.attribute if attribute.name == "to")
+            target = _cast_target(node, where)
             to, rounds = target.i, target.i in low
             if rounds:
                 target.i = TensorProto.FLOAT
@@ -74,6 +77,18 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False) -> 
     return weights
 
 
+def _cast_target(node: onnx.NodeProto, where: str) -> onnx.AttributeProto:
+    from onnx import AttributeProto
+
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.type == AttributeProto.INT and not attribute.ref_attr_name:
+            return attribute
+    raise BundleError(
+        f"{where}: node Cast {quote(node.name)} does not say which type it converts to. Make the bundle again with "
+        "tmd-export, and do not run graphs from elsewhere."
+    )
+
+
 def signed_to_unsigned_activations(model: onnx.ModelProto) -> int:
     """Makes int8 activations with zero point 0 uint8 ones with zero point 128, the same values. Returns how many.
 
@@ -83,12 +98,8 @@ def signed_to_unsigned_activations(model: onnx.ModelProto) -> int:
     from onnx import TensorProto, helper
 
     weights = {weight.name: weight for weight in model.graph.initializer}
-    zeros = {
-        node.input[2]
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in weights
-    }
-    zeros = {name for name in zeros if weights[name].data_type == TensorProto.INT8 and not list(weights[name].dims)}
+    asked = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    zeros = {name for name in asked if name in weights and _is_int8_zero(weights[name])}
     changed = 0
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 and node.input[2] in zeros:
@@ -98,6 +109,13 @@ def signed_to_unsigned_activations(model: onnx.ModelProto) -> int:
         helper.make_tensor(f"{name}.unsigned", TensorProto.UINT8, [], [128]) for name in sorted(zeros)
     )
     return changed
+
+
+def _is_int8_zero(tensor: onnx.TensorProto) -> bool:
+    from onnx import TensorProto
+
+    is_scalar = tensor.data_type == TensorProto.INT8 and not tensor.dims
+    return is_scalar and (tensor.raw_data == b"\0" or (not tensor.raw_data and list(tensor.int32_data) == [0]))
 
 
 def attention_to_multi_head_attention(model: onnx.ModelProto) -> int:

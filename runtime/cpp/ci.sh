@@ -8,7 +8,9 @@
 # doctest-dev (and clang for the fuzzers, which are left out without it); a Python environment with this repository's
 # package, openvino, onnxruntime, pytest and hypothesis. ONNX Runtime's header is fetched where it is not installed; if
 # that fails, a line says so and the engine onnxruntime is left out. FUZZ_SECONDS (default 5) is the time of each
-# fuzzer, 0 leaves them out. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan.
+# fuzzer, 0 leaves them out. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE and
+# CUDA_INCLUDE name the headers of TensorRT and CUDA (folders, with ; between several): its engine is then built as well,
+# and tested on a stand-in for NVIDIA's libraries.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(realpath -m "${1:-$root/build/cpp-ci}")
@@ -21,6 +23,7 @@ onnxruntime=$("$python" -c "import onnxruntime, os; print(os.path.dirname(onnxru
 onnxruntime=$(echo "$onnxruntime"/capi/libonnxruntime.so.*)
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 engines=(-DOpenVINO_DIR="$openvino/cmake" -DTMD_ONNXRUNTIME_LIBRARY="$onnxruntime")
+[ -z "${TENSORRT_INCLUDE:-}" ] || engines+=(-DTMD_TENSORRT_INCLUDE="$TENSORRT_INCLUDE" -DTMD_CUDA_INCLUDE="$CUDA_INCLUDE")
 configure() { cmake -G Ninja "${engines[@]}" "$@" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }; }
 rm -rf "$build"
 mkdir -p "$build"
@@ -68,7 +71,7 @@ say "the same as Python"
 if [ "${FUZZ_SECONDS:-5}" != 0 ] && command -v clang++ >/dev/null; then
   say fuzz
   configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
-    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
+    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
   cmake --build "$build/fuzz" -j "$jobs"
   for target in manifest:manifest.json graph:flow_head.onnx tokenizer:tokenizer.model prompt:manifest.json; do
     corpus=$build/corpus-${target%%:*}

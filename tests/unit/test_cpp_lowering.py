@@ -9,9 +9,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.cpp_tools import twin
-from tests.unit.test_lowering import NOT_PLAIN, attention_model, low_precision_model
-from tmd_engines.lowering import attention_to_multi_head_attention, low_precision_to_float32
+from tests.cpp_tools import BUNDLE, twin
+from tests.synthetic_quantized import quantized_models
+from tests.unit.test_lowering import BROKEN_CASTS, NOT_PLAIN, attention_model, low_precision_model, quantized_model
+from tmd_engines import BundleError
+from tmd_engines.lowering import (
+    attention_to_multi_head_attention,
+    low_precision_to_float32,
+    signed_to_unsigned_activations,
+)
+from tmd_engines.onnxruntime_engine import fast_unsigned_products
 from tmd_runtime.pipeline import BUILT_IN
 
 
@@ -59,16 +66,36 @@ MODELS = {
     "bf16": low_precision_model(TensorProto.BFLOAT16),
     "fp16": low_precision_model(TensorProto.FLOAT16),
     "attention in bf16": low_attention(),
+    "zero point": quantized_model(),
+    "zero point, raw": quantized_model(raw=True),
+    "another zero point": quantized_model(zero=3, raw=True),
+    "zero points of a channel": quantized_model(dims=(1,)),
+    **{f"{name} in {kind}": model for kind in ("int8", "fp8") for name, model in quantized_models(kind).items()},
     **{path.stem: onnx.load(path, load_external_data=False) for path in sorted(Path(BUILT_IN).glob("*.onnx"))},
 }
 
 
+@pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_the_same_graph_is_lowered_to_the_same_graph(model: onnx.ModelProto) -> None:
-    answer = twin().ask("lower", model=model.SerializeToString().hex())
+def test_the_same_graph_is_lowered_to_the_same_graph(model: onnx.ModelProto, unsigned: bool) -> None:
+    answer = twin().ask("lower", model=model.SerializeToString().hex(), unsigned=unsigned)
     expected = onnx.ModelProto()
     expected.CopyFrom(model)
     low_precision_to_float32(expected)
     attention_to_multi_head_attention(expected)
+    if unsigned:
+        signed_to_unsigned_activations(expected)
     put_leaves_last(expected)
     assert onnx.ModelProto.FromString(bytes.fromhex(answer["ok"])) == expected
+
+
+@pytest.mark.parametrize("model", BROKEN_CASTS.values(), ids=BROKEN_CASTS)
+def test_broken_casts_are_refused_with_the_same_words(model: onnx.ModelProto) -> None:
+    answer = twin().ask("lower", model=model.SerializeToString().hex())
+    with pytest.raises(BundleError) as refused:
+        low_precision_to_float32(model, where="it.onnx")
+    assert (answer["status"], answer["error"]) == (BUNDLE, str(refused.value))
+
+
+def test_both_ask_this_processor_the_same() -> None:
+    assert twin().ask("fast_unsigned")["ok"] == fast_unsigned_products()

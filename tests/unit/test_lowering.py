@@ -10,7 +10,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from tmd_engines.lowering import attention_to_multi_head_attention, low_precision_to_float32
+from tmd_engines import BundleError
+from tmd_engines.lowering import (
+    attention_to_multi_head_attention,
+    low_precision_to_float32,
+    signed_to_unsigned_activations,
+)
 
 # batch, heads, head_dim, queries, keys
 SIZES = [(1, 2, 16, 7, 7), (2, 4, 32, 80, 80), (1, 4, 32, 80, 32), (2, 3, 8, 5, 61), (1, 12, 128, 300, 512)]
@@ -193,3 +198,54 @@ def test_graph_in_float32_is_unchanged() -> None:
     before = model.SerializeToString()
     assert low_precision_to_float32(model) == 0
     assert model.SerializeToString() == before
+
+
+def cast_model(*attributes: onnx.AttributeProto) -> onnx.ModelProto:
+    """One Cast with these attributes."""
+    node = onnx.NodeProto(op_type="Cast", name="odd", input=["x"], output=["y"], attribute=attributes)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = helper.make_graph([node], "g", values[:1], values[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+BROKEN_CASTS = {
+    "without to": cast_model(),
+    "to a parameter of a function": cast_model(
+        onnx.AttributeProto(name="to", type=onnx.AttributeProto.INT, ref_attr_name="T")
+    ),
+    "to a word": cast_model(helper.make_attribute("to", "float")),
+    "to another name": cast_model(helper.make_attribute("too", 1)),
+}
+
+
+@pytest.mark.parametrize("model", BROKEN_CASTS.values(), ids=BROKEN_CASTS)
+def test_cast_that_does_not_say_to_what_is_an_error_of_the_bundle(model: onnx.ModelProto) -> None:
+    with pytest.raises(BundleError, match=r"^b\.onnx: node Cast 'odd' does not say which type it converts to\. Make"):
+        low_precision_to_float32(model, where="b.onnx")
+
+
+def quantized_model(zero: int = 0, dims: tuple[int, ...] = (), raw: bool = False) -> onnx.ModelProto:
+    """x in float32 -> int8 with this zero point -> float32, as the activation of a product."""
+    values = [np.array([zero], np.int8).tobytes() if raw else [zero]]
+    zero_point = helper.make_tensor("zero", TensorProto.INT8, dims, values[0], raw=raw)
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, dims, [0.02])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [scale, zero_point])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_only_a_zero_point_of_0_becomes_one_of_128(raw: bool) -> None:
+    model = quantized_model(raw=raw)
+    x = np.array([-1.0, -0.013, 0.5, 9.0], np.float32)
+    expected = run(model, {"x": x})
+    assert signed_to_unsigned_activations(model) == 1
+    np.testing.assert_array_equal(run(model, {"x": x}), expected)
+    for other in (quantized_model(zero=3, raw=raw), quantized_model(dims=(1,), raw=raw)):
+        before = other.SerializeToString()
+        assert signed_to_unsigned_activations(other) == 0
+        assert other.SerializeToString() == before

@@ -70,7 +70,9 @@ void Decoder::check_last_cache(const Buffers& caches) const {
   // NaN has no face in uint8. The last cache is the input of the last convolution: what went wrong before shows there.
   if (caches.empty()) return;
   const Buffer& cache = caches.rbegin()->second;
-  if (cache.dtype() == DType::f32) check_finite(TMD_STAGE_DECODE, cache.as<float>(), cache.count());
+  if (cache.dtype() != DType::f32) return;
+  cache.download();
+  check_finite(TMD_STAGE_DECODE, cache.as<float>(), cache.count());
 }
 
 void Decoder::run(const float* latents, std::int64_t frames, const LoadStep& load_step, const Pieces& pieces,
@@ -84,12 +86,15 @@ void Decoder::run(const float* latents, std::int64_t frames, const LoadStep& loa
       std::memcpy(latents_.as<float>() + c * picture,
                   latents + (c * static_cast<std::size_t>(frames) + static_cast<std::size_t>(k)) * picture,
                   picture * sizeof(float));
+    latents_.upload();
     (k ? turns_[(k - 1) % 2] : first_)->run();
     check_last_cache(caches_[k % 2]);
+    const Buffer& pictures = k ? step_frames_ : first_frames_;
+    pictures.download();
     const std::int64_t count = k ? geometry_.temporal_stride : 1;
     const double seconds = step.seconds();
     progress.add(TMD_STAGE_DECODE, seconds);
-    pieces((k ? step_frames_ : first_frames_).as<std::uint8_t>(), first, count);
+    pieces(pictures.as<std::uint8_t>(), first, count);
     progress.report(TMD_STAGE_DECODE, k + 1, frames, seconds);
     first += count;
   }

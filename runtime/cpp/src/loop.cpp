@@ -20,11 +20,8 @@ class TransitionLoop : public Loop, private LoopBuffers {
     noise_ = flow_head_graph_->empty("noise", dims_);
     s_ = flow_head_graph_->empty("s", dims_);
     r_ = flow_head_graph_->empty("r", dims_);
-    // The flow head reads one y and writes the other; its first step reads the noise itself, which saves a copy.
     for (Buffer& y : y_) y = flow_head_graph_->empty("y_next", dims_);
-    start_ = bind_turn(noise_, y_[0]);
-    turns_[0] = bind_turn(y_[0], y_[1]);
-    turns_[1] = bind_turn(y_[1], y_[0]);
+    for (std::size_t way = 0; way < 3; ++way) turns_[way] = bind_turn(way, s_, r_);
   }
 
   void run(const float* embeds, const float*, const Settings& settings, Progress& progress, float* latents) override {
@@ -34,66 +31,133 @@ class TransitionLoop : public Loop, private LoopBuffers {
     NoiseStream stream(static_cast<std::uint64_t>(settings.seed));
     const Stopwatch first_noise;
     put_prompt(prompt_, embeds);
-    stream.normal(x_.as<float>(), x_.count());
-    progress.add(TMD_STAGE_NOISE, first_noise.seconds());
+    draw(x_, stream, progress, first_noise);
     for (std::int64_t i = outer; i > 0; --i) {
       const auto at = static_cast<std::size_t>(i);
-      const Stopwatch outer_step;
       t_.fill(static_cast<float>(t[at]));
-      backbone_->run();
-      check_finite(TMD_STAGE_BACKBONE, features_.as<float>(), features_.count());
-      const double seconds = outer_step.seconds();
-      progress.add(TMD_STAGE_BACKBONE, seconds);
-      progress.report(TMD_STAGE_BACKBONE, outer - i + 1, outer, seconds);
-
-      const Stopwatch noise;
-      stream.normal(noise_.as<float>(), noise_.count());
-      progress.add(TMD_STAGE_NOISE, noise.seconds());
-      const Buffer& y = transition(s, (outer - i) * inner, outer * inner, progress);
-      const Stopwatch update;
-      // Two roundings, as in Python: the product is a float before it is subtracted.
-      const float width = static_cast<float>(t[at] - t[at - 1]);
-      for (std::size_t k = 0; k < x_.count(); ++k) {
-        const float product = y.as<float>()[k] * width;
-        x_.as<float>()[k] = x_.as<float>()[k] - product;
+      if (recording_ && recording_->turns.size() == static_cast<std::size_t>(inner)) {
+        draw(noise_, stream, progress, Stopwatch());
+        launch(outer - i, outer, progress);
+      } else {
+        const double backbone = run_backbone(outer - i, outer, progress);
+        draw(noise_, stream, progress, Stopwatch());
+        const double flow_head = transition(s, (outer - i) * inner, outer * inner, progress);
+        if (features_.on_device()) record(s, backbone / (backbone + flow_head));
       }
-      check_finite(TMD_STAGE_FLOW_HEAD, x_.as<float>(), x_.count());
-      progress.add(TMD_STAGE_FLOW_HEAD, update.seconds());
+      update(y_[static_cast<std::size_t>(inner - 1) % 2], static_cast<float>(t[at] - t[at - 1]), progress);
     }
     std::memcpy(latents, x_.data(), x_.bytes());
   }
 
  private:
-  std::unique_ptr<Step> bind_turn(const Buffer& y, const Buffer& y_next) {
-    return flow_head_graph_->bind({{"y", y},
+  // An outer step that the engine keeps as one launch; the backbone takes `share` of its time.
+  struct Recording {
+    std::vector<std::unique_ptr<Step>> turns;  // each with times of its own
+    std::unique_ptr<Step> launch;
+    double share = 0;
+  };
+
+  // The flow head reads one y and writes the other (ways 1 and 2); its first step (way 0) reads the noise itself, which
+  // saves a copy.
+  static std::size_t way_of(std::size_t inner_step) { return inner_step ? (inner_step - 1) % 2 + 1 : 0; }
+
+  std::unique_ptr<Step> bind_turn(std::size_t way, const Buffer& s, const Buffer& r) {
+    return flow_head_graph_->bind({{"y", way ? y_[way - 1] : noise_},
                                    {"noise", noise_},
-                                   {"s", s_},
-                                   {"r", r_},
+                                   {"s", s},
+                                   {"r", r},
                                    {"features", features_},
                                    {"context", context_},
                                    {"rope_cos", rope_cos_},
                                    {"rope_sin", rope_sin_}},
-                                  {{"y_next", y_next}});
+                                  {{"y_next", y_[way % 2]}});
   }
 
-  // The inner flow of one outer step; returns the buffer that holds the velocity y.
-  const Buffer& transition(const std::vector<double>& s, std::int64_t done, std::int64_t total, Progress& progress) {
+  static void draw(const Buffer& to, NoiseStream& stream, Progress& progress, const Stopwatch& since) {
+    stream.normal(to.as<float>(), to.count());
+    to.upload();
+    progress.add(TMD_STAGE_NOISE, since.seconds());
+  }
+
+  double run_backbone(std::int64_t done, std::int64_t total, Progress& progress) {
+    const Stopwatch step;
+    backbone_->run();
+    check_features();
+    const double seconds = step.seconds();
+    progress.add(TMD_STAGE_BACKBONE, seconds);
+    progress.report(TMD_STAGE_BACKBONE, done + 1, total, seconds);
+    return seconds;
+  }
+
+  // The inner flow of one outer step; the last y that it writes holds the velocity.
+  double transition(const std::vector<double>& s, std::int64_t done, std::int64_t total, Progress& progress) {
     const std::size_t inner = s.size() - 1;
+    double all = 0;
     for (std::size_t k = 0; k < inner; ++k) {
       const Stopwatch step;
       s_.fill(static_cast<float>(s[inner - k]));
       r_.fill(static_cast<float>(s[inner - k - 1]));
-      (k ? turns_[(k - 1) % 2] : start_)->run();
+      turns_[way_of(k)]->run();
       const double seconds = step.seconds();
+      all += seconds;
       progress.add(TMD_STAGE_FLOW_HEAD, seconds);
       progress.report(TMD_STAGE_FLOW_HEAD, done + static_cast<std::int64_t>(k) + 1, total, seconds);
     }
-    return y_[(inner - 1) % 2];
+    return all;
+  }
+
+  void record(const std::vector<double>& s, double share) {
+    auto made = std::make_unique<Recording>();
+    made->share = share;
+    const std::size_t inner = s.size() - 1;
+    for (std::size_t k = 0; k < inner; ++k) {
+      const Buffer from = flow_head_graph_->empty("s", dims_), to = flow_head_graph_->empty("r", dims_);
+      from.fill(static_cast<float>(s[inner - k]));
+      to.fill(static_cast<float>(s[inner - k - 1]));
+      made->turns.push_back(bind_turn(way_of(k), from, to));
+    }
+    recording_.reset();
+    made->launch = backbone_graph_->record([&] {
+      backbone_->run();
+      for (const auto& turn : made->turns) turn->run();
+    });
+    if (made->launch) recording_ = std::move(made);
+  }
+
+  void launch(std::int64_t done, std::int64_t outer, Progress& progress) {
+    const Stopwatch step;
+    recording_->launch->run();
+    check_features();
+    const double seconds = step.seconds(), backbone = seconds * recording_->share;
+    const auto inner = static_cast<std::int64_t>(recording_->turns.size());
+    progress.add(TMD_STAGE_BACKBONE, backbone);
+    progress.add(TMD_STAGE_FLOW_HEAD, seconds - backbone);
+    // Every step is told, so that the fraction is right; a stop takes effect here, after all of them.
+    progress.report(TMD_STAGE_BACKBONE, done + 1, outer, backbone);
+    for (std::int64_t k = 1; k <= inner; ++k)
+      progress.report(TMD_STAGE_FLOW_HEAD, done * inner + k, outer * inner,
+                      (seconds - backbone) / static_cast<double>(inner));
+  }
+
+  void update(const Buffer& y, float width, Progress& progress) {
+    const Stopwatch update;
+    y.download();
+    float* x = x_.as<float>();
+    const float* velocity = y.as<float>();
+    // Two roundings, as in Python: the product is a float before it is subtracted.
+    for (std::size_t k = 0; k < x_.count(); ++k) {
+      const float product = velocity[k] * width;
+      x[k] = x[k] - product;
+    }
+    x_.upload();
+    check_finite(TMD_STAGE_FLOW_HEAD, x, x_.count());
+    progress.add(TMD_STAGE_FLOW_HEAD, update.seconds());
   }
 
   SamplerInfo sampler_;
   Buffer prompt_, noise_, s_, r_, y_[2];
-  std::unique_ptr<Step> backbone_, start_, turns_[2];
+  std::unique_ptr<Step> backbone_, turns_[3];
+  std::unique_ptr<Recording> recording_;
 };
 
 }  // namespace
@@ -123,10 +187,17 @@ LoopBuffers::LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> 
   if (rope_cos_.count() != table || rope_sin_.count() != table)
     fail_run("the rotary tables of this bundle's graphs have another size than its manifest says. Export it again.");
   rope_tables(grid, manifest.model.head_dim, rope_cos_.as<float>(), rope_sin_.as<float>());
+  rope_cos_.upload();
+  rope_sin_.upload();
 }
 
 void LoopBuffers::put_prompt(const Buffer& prompt, const float* embeds) const {
   std::memcpy(prompt.data(), embeds, prompt.bytes());
+  prompt.upload();
+}
+
+void LoopBuffers::check_features() const {
+  if (!features_.on_device()) check_finite(TMD_STAGE_BACKBONE, features_.as<float>(), features_.count());
 }
 
 std::unique_ptr<Loop> make_loop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,

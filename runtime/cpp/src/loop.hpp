@@ -30,6 +30,9 @@ class LoopBuffers {
               const Settings& settings, std::int64_t tokens);
 
   void put_prompt(const Buffer& prompt, const float* embeds) const;
+  // Throws Error(RUN) if the backbone gave NaN or Inf. Not asked of a device, where it would cost a copy of all
+  // features: NaN in them is NaN in x, which is looked at after every step.
+  void check_features() const;
 
   std::shared_ptr<LoadedGraph> backbone_graph_, flow_head_graph_;
   Dims dims_;

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "cpu.hpp"
 #include "onnxruntime_library.hpp"
 #include "onnxruntime_lowering.hpp"
 
@@ -55,8 +56,10 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
 
   // The settings are Python's, except for the order of nodes, which the lowering sees to.
   Owner<OrtSession> open(const Bundle& bundle, std::int32_t threads) const {
-    const std::string model = lower_for_onnxruntime(bundle.read_graph(info_));
-    const std::string what = library_->version + " cannot load " + bundle.graph_path(info_);
+    const std::string path = bundle.graph_path(info_), what = library_->version + " cannot load " + path;
+    const bool literal = info_.precision == "fp8";
+    const bool unsigned_activations = !literal && fast_unsigned_products();
+    const std::string model = lower_for_onnxruntime(bundle.read_graph(info_), path, unsigned_activations);
     OrtSessionOptions* made = nullptr;
     check(api().CreateSessionOptions(&made), what);
     const Owner<OrtSessionOptions> options(made, api().ReleaseSessionOptions);
@@ -67,6 +70,8 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
     // The weights stay in the bundle's data file, which ONNX Runtime maps.
     set("session.model_external_initializers_file_folder_path", bundle.folder.c_str());
     set("session.force_spinning_stop", "1");
+    // The fusion of Q/DQ with products takes every type for int8, and skips roundings.
+    if (literal) set("session.disable_quant_qdq", "1");
     check(api().DisableMemPattern(options.get()), what);
     OrtSession* session = nullptr;
     check(api().CreateSessionFromArray(library_->environment, model.data(), model.size(), options.get(), &session),
@@ -134,7 +139,7 @@ class OnnxRuntimeEngine : public Engine {
   std::string version() const override { return library_->version; }
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
-    check_cpu_graph(name(), info);
+    check_graph_types(info);
     return std::make_shared<OnnxRuntimeGraph>(library_, bundle, info, threads_);
   }
 

@@ -8,7 +8,9 @@
 #include <set>
 #include <vector>
 
+#include "error.hpp"
 #include "protobuf_wire.hpp"
+#include "quote.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -18,12 +20,12 @@ constexpr std::uint32_t kModelGraph = 7, kModelOpset = 8;
 constexpr std::uint32_t kGraphNode = 1, kGraphInitializer = 5, kGraphValueInfo = 13;
 constexpr std::uint32_t kNodeInput = 1, kNodeOutput = 2, kNodeName = 3, kNodeOpType = 4, kNodeAttribute = 5,
                         kNodeDomain = 7;
-constexpr std::uint32_t kTensorDataType = 2, kTensorName = 8;
-constexpr std::uint32_t kAttributeName = 1, kAttributeF = 2, kAttributeI = 3, kAttributeType = 20;
+constexpr std::uint32_t kTensorDims = 1, kTensorDataType = 2, kTensorInt32Data = 5, kTensorName = 8, kTensorRawData = 9;
+constexpr std::uint32_t kAttributeName = 1, kAttributeF = 2, kAttributeI = 3, kAttributeType = 20, kAttributeRef = 21;
 constexpr std::uint32_t kOpsetDomain = 1, kOpsetVersion = 2;
 // AttributeProto.AttributeType and TensorProto.DataType.
 constexpr std::uint64_t kTypeFloat = 1, kTypeInt = 2;
-constexpr std::int64_t kFloat32 = 1, kFloat16 = 10, kBfloat16 = 16;
+constexpr std::int64_t kFloat32 = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kBfloat16 = 16;
 constexpr const char* kMicrosoft = "com.microsoft";
 
 bool is_low(std::int64_t dtype) { return dtype == kFloat16 || dtype == kBfloat16; }
@@ -101,20 +103,24 @@ std::string cast_node(const std::string& source, const std::string& target, std:
 }
 
 // The type that a Cast converts to, changed to float32 if it is a low one.
-std::int64_t widen_cast(Node& node) {
+std::int64_t widen_cast(Node& node, const std::string& where) {
   for (std::string& attribute : node.attributes) {
-    if (last_text(attribute, kAttributeName) != "to") continue;
+    if (last_text(attribute, kAttributeName) != "to" || !last_text(attribute, kAttributeRef).empty() ||
+        last_number(attribute, kAttributeType) != static_cast<std::int64_t>(kTypeInt))
+      continue;
     const std::int64_t to = last_number(attribute, kAttributeI);
     if (is_low(to)) attribute = int_attribute("to", kFloat32);
     return to;
   }
-  return 0;
+  refuse_bundle(where + ": node Cast " + quote(last_text(node.rest.data(), kNodeName)) +
+                " does not say which type it converts to. Make the bundle again with tmd-export, and do not run graphs "
+                "from elsewhere.");
 }
 
 // Walks the nodes in their order, knowing of every name whether it stands for a tensor of low precision.
 class Widening {
  public:
-  explicit Widening(std::string_view graph) {
+  Widening(std::string_view graph, const std::string& where) : where_(where) {
     for (const std::string_view weight : all_fields(graph, kGraphInitializer)) {
       const auto dtype = static_cast<std::int32_t>(last_number(weight, kTensorDataType));
       if (!is_low(dtype)) continue;
@@ -128,8 +134,9 @@ class Widening {
   void widen(Node& node) {
     bool low = false;
     if (node.op_type == "Cast") {
-      low = is_low(widen_cast(node));
-    } else if (node.op_type != "Shape" && node.op_type != "Size") {  // those measure, whatever they measure
+      low = is_low(widen_cast(node, where_));
+    } else if (node.op_type != "Shape" && node.op_type != "Size" && node.op_type != "QuantizeLinear") {
+      // Those give types of their own.
       for (const std::string& name : node.inputs) low = low || low_.count(name);
     }
     for (std::string& name : node.inputs)
@@ -144,8 +151,55 @@ class Widening {
   std::vector<Node> casts;  // of the weights
 
  private:
+  const std::string& where_;
   std::set<std::string> low_;
   std::map<std::string, std::string> renamed_;
+};
+
+// int8 activations with zero point 0 become uint8 ones with zero point 128, the same values: ONNX Runtime fuses Q/DQ
+// with every product of uint8 and int8, and with half of those of two int8.
+class Unsigned {
+ public:
+  Unsigned(std::string_view graph, const std::vector<Node>& nodes) {
+    std::set<std::string_view> asked;
+    for (const Node& node : nodes)
+      if (node.op_type == "QuantizeLinear" && node.inputs.size() > 2) asked.insert(node.inputs[2]);
+    for (const std::string_view weight : all_fields(graph, kGraphInitializer))
+      if (const std::string_view name = last_text(weight, kTensorName); asked.count(name) && is_int8_zero(weight))
+        zeros_.emplace(name);
+  }
+
+  void change(Node& node) const {
+    const bool converts = node.op_type == "QuantizeLinear" || node.op_type == "DequantizeLinear";
+    if (converts && node.inputs.size() > 2 && zeros_.count(node.inputs[2])) node.inputs[2] += kEnding;
+  }
+
+  void add_zeros(WireWriter& graph) const {
+    for (const std::string& name : zeros_) {
+      WireWriter tensor;
+      tensor.number(kTensorDataType, static_cast<std::uint64_t>(kUint8));
+      tensor.number(kTensorInt32Data, 128);
+      tensor.bytes(kTensorName, name + kEnding);
+      graph.bytes(kGraphInitializer, tensor.data());
+    }
+  }
+
+ private:
+  static constexpr const char* kEnding = ".unsigned";
+
+  static bool is_int8_zero(std::string_view tensor) {
+    if (last_number(tensor, kTensorDataType) != kInt8) return false;
+    std::string_view raw, packed;
+    WireReader reader(tensor);
+    for (WireField field; reader.next(&field);) {
+      if (field.number == kTensorDims) return false;  // not a scalar
+      if (field.number == kTensorRawData) raw = field.bytes;
+      if (field.number == kTensorInt32Data) packed = field.wire_type == 2 ? field.bytes : field.whole.substr(1);
+    }
+    return (raw.empty() ? packed : raw) == std::string_view("\0", 1);
+  }
+
+  std::set<std::string> zeros_;
 };
 
 // The attributes of MultiHeadAttention if it computes what this Attention does.
@@ -224,9 +278,9 @@ std::vector<const Node*> in_lean_order(const std::vector<Node>& nodes) {
 
 }  // namespace
 
-std::string lower_for_onnxruntime(std::string_view model) {
+std::string lower_for_onnxruntime(std::string_view model, const std::string& where, bool unsigned_activations) {
   const std::string_view graph = last_text(model, kModelGraph);
-  Widening widening(graph);
+  Widening widening(graph, where);
   bool replaced = false;
   std::vector<Node> nodes = widening.casts;
   for (const std::string_view data : all_fields(graph, kGraphNode)) {
@@ -236,11 +290,16 @@ std::string lower_for_onnxruntime(std::string_view model) {
     nodes.push_back(std::move(node));
   }
 
+  const Unsigned activations(graph, nodes);
+  if (unsigned_activations)
+    for (Node& node : nodes) activations.change(node);
+
   WireWriter lowered;
   for (const Node* node : in_lean_order(nodes)) lowered.bytes(kGraphNode, node->data());
   WireReader parts(graph);
   for (WireField field; parts.next(&field);)
     if (field.number != kGraphNode && !(field.number == kGraphValueInfo && widening.found_any())) lowered.copy(field);
+  if (unsigned_activations) activations.add_zeros(lowered);
 
   WireWriter out;
   bool known = false;

@@ -6,11 +6,13 @@
 
 namespace tmd::internal {
 
-// The ONNX file `model` with three changes, of which the first two are Python's (tmd_engines.lowering):
+// The ONNX file `model` with these changes, of which all but the last are Python's (tmd_engines.lowering):
 //   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
+//   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;
 //   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
-// For graphs that check_graph and is_all_known have accepted, without subgraphs.
-std::string lower_for_onnxruntime(std::string_view model);
+// For graphs that check_graph and is_all_known have accepted, without subgraphs; `where` names the file in messages.
+// Throws Error(BUNDLE) for a Cast that does not say to what.
+std::string lower_for_onnxruntime(std::string_view model, const std::string& where, bool unsigned_activations);
 
 }  // namespace tmd::internal

@@ -183,7 +183,7 @@ class OpenVinoEngine : public Engine {
   std::string version() const override { return library_->version; }
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
-    check_cpu_graph(name(), info);
+    check_graph_types(info);
     return std::make_shared<OpenVinoGraph>(library_, bundle, info, threads_);
   }
 

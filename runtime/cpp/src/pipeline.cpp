@@ -48,7 +48,8 @@ std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char
 }
 
 void Pipeline::prepare(const LatentSize& size, std::string& warnings) {
-  if (shared_->memory != TMD_MEMORY_AUTO) {
+  // Of a device's memory nothing is estimated.
+  if (shared_->memory != TMD_MEMORY_AUTO || (shared_->engine && shared_->engine->on_device())) {
     one_after_the_other_ = shared_->memory == TMD_MEMORY_LOW;
     return;
   }
@@ -117,6 +118,7 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
       fail_run(std::string("the text encoder of this bundle takes another ") + name +
                " than its manifest says. Export it again.");
     std::memcpy(buffer.data(), values.data(), buffer.bytes());
+    buffer.upload();
     inputs[name] = buffer;
   };
   put("attention_mask", tokens.mask);
@@ -128,6 +130,7 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
   const Buffer embeds = encoder->empty("prompt_embeds", dims);
   if (embeds.dtype() != DType::f32) fail_run("the text encoder of this bundle gives no float32. Export it again.");
   encoder->bind(inputs, {{"prompt_embeds", embeds}})->run();
+  embeds.download();
   check_finite(TMD_STAGE_TEXT, embeds.as<float>(), embeds.count());
   std::vector<float> values(embeds.as<float>(), embeds.as<float>() + embeds.count());
   const double seconds = encoding.seconds();

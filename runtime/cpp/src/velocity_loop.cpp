@@ -37,6 +37,7 @@ class VelocityLoop : public Loop, private LoopBuffers {
       const float factor = static_cast<float>(sampler_.init_scale);
       for (std::size_t k = 0; k < count; ++k) x[k] = x[k] * factor;
     }
+    x_.upload();
     rule_->start(settings.times, count, &stream);
     progress.add(TMD_STAGE_NOISE, noise.seconds());
     const auto each = static_cast<std::int64_t>(passes);
@@ -46,9 +47,11 @@ class VelocityLoop : public Loop, private LoopBuffers {
       for (std::int64_t number = 1; number <= each; ++number)
         run_pass(passes_[static_cast<std::size_t>(number - 1)], i * each + number, settings.steps * each, progress);
       const Stopwatch update;
+      for (std::size_t pass = 0; pass < passes; ++pass) passes_[pass].velocity.download();
       float* v = passes_[0].velocity.as<float>();
       if (negative) guide(v, passes_[1].velocity.as<float>(), static_cast<float>(settings.guidance), count);
       rule_->step(at, x, v);
+      x_.upload();
       progress.add(rule_->draws() ? TMD_STAGE_NOISE : TMD_STAGE_FLOW_HEAD, update.seconds());
       check_finite(TMD_STAGE_FLOW_HEAD, x, count);
     }
@@ -69,7 +72,7 @@ class VelocityLoop : public Loop, private LoopBuffers {
     for (const tmd_stage stage : {TMD_STAGE_BACKBONE, TMD_STAGE_FLOW_HEAD}) {
       const Stopwatch step;
       (stage == TMD_STAGE_BACKBONE ? pass.backbone : pass.flow_head)->run();
-      if (stage == TMD_STAGE_BACKBONE) check_finite(stage, features_.as<float>(), features_.count());
+      if (stage == TMD_STAGE_BACKBONE) check_features();
       const double seconds = step.seconds();
       progress.add(stage, seconds);
       progress.report(stage, done, total, seconds);

@@ -11,10 +11,12 @@
 #include "bundle.hpp"
 #include "clean_prompt.hpp"
 #include "context.hpp"
+#include "cpu.hpp"
 #include "memory.hpp"
 #include "mojibake.hpp"
 #include "noise.hpp"
 #include "onnxruntime_lowering.hpp"
+#include "plan_cache.hpp"
 #include "rules.hpp"
 #include "schedule.hpp"
 #include "tokenizer.hpp"
@@ -63,9 +65,23 @@ json answer(const json& question) {
   }
   if (what == "build_info") return {{"ok", tmd_build_info()}};
   if (what == "lower") {
-    const std::string lowered = lower_for_onnxruntime(from_hex(question.at("model")));
+    const std::string lowered =
+        lower_for_onnxruntime(from_hex(question.at("model")), "it.onnx", question.value("unsigned", false));
     return {{"ok", to_hex(lowered.data(), lowered.size())}};
   }
+  if (what == "plan_key") {
+    const Bundle bundle = Bundle::open(question.at("bundle"));
+    const PlanTarget target{question.at("version"), question.at("device"), question.at("capability"),
+                            question.at("streaming")};
+    return {{"ok", plan_key(bundle, bundle.graph(question.at("graph"), "be asked"), question.at("shapes"), target)}};
+  }
+  if (what == "plan_file") return {{"ok", plan_file_name(question.at("key"))}};
+  if (what == "plan_folder") return {{"ok", plan_folder(question.at("cache"))}};
+  if (what == "find_plan") {
+    const std::string content = find_plan(question.at("folder"), question.at("key").get<PlanKey>());
+    return {{"ok", to_hex(content.data(), content.size())}};
+  }
+  if (what == "fast_unsigned") return {{"ok", fast_unsigned_products()}};
   if (what == "available") {
     const std::optional<std::uint64_t> free = available_bytes(question.at("root"));
     return {{"ok", free ? json(*free) : json()}};

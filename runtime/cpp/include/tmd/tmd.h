@@ -132,13 +132,16 @@ typedef enum tmd_memory {
 
 typedef struct tmd_open_options {
   size_t struct_size;
-  const char* engine;         /* "openvino"; "onnxruntime"; "auto" or NULL: the first of them whose library is there */
-  const char* device;         /* "cpu" or NULL */
+  const char* engine;         /* "openvino"; "onnxruntime"; "tensorrt" (NVIDIA GPUs; runs the plans that tmd-engine build
+                               * made); "auto" or NULL: the first of them whose library is there */
+  const char* device;         /* "cpu"; "cuda"; NULL: the engine's own */
   int32_t threads;            /* CPU threads of one run, 1 to 1024; TMD_DEFAULT: the engine decides */
   int32_t memory;             /* a tmd_memory; the default is TMD_MEMORY_AUTO */
-  const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...); NULL:
-                               * searched for, first beside this library, then by the system's loader, then where it
-                               * was at build time */
+  const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...,
+                               * libnvinfer.so...); NULL: searched for, first beside this library, then by the system's
+                               * loader, then where it was at build time */
+  const char* plan_cache;     /* "tensorrt": the folder of compiled graphs that tmd-engine build was told in TMD_CACHE;
+                               * NULL: ~/.cache/tmd */
 } tmd_open_options;
 
 #define TMD_DEFAULT (-1)
@@ -162,7 +165,7 @@ typedef struct tmd_description {
   const char* kind;               /* "tmd": with inner steps; "wan": without */
   const char* rule;               /* update rule: "transition", "euler", "renoise", "unipc" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
-  const char* engine;             /* "openvino" or "onnxruntime" */
+  const char* engine;             /* "openvino", "onnxruntime" or "tensorrt" */
   const char* engine_version;     /* as the engine's library names itself */
   int32_t steps, inner_steps;     /* defaults; inner_steps is 1 for kind "wan" */
   const int32_t* allowed_steps;   /* allowed_steps_count of them, ascending; NULL: any from 1 to 1000 */
