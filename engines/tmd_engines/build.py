@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import onnx
 
     from .device_engine import Progress
+    from .manifest import GraphInfo
 
+_COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
 _PER_FRAME = ("decoder_first", "decoder_step")  # these take one latent frame at a time
 
 
@@ -68,11 +70,16 @@ def build(
 
 def write_for_trtexec(
     bundle: Bundle, folder: Path, version: tuple[int, int], size: tuple[int, int, int]
-) -> Iterator[tuple[str, str]]:
-    """Puts the graphs as TensorRT `version` gets them into `folder`; yields (graph, command line of trtexec).
+) -> Iterator[tuple[str, str, str]]:
+    """Puts the graphs as TensorRT `version` gets them into `folder`; yields (graph, command line of trtexec, of
+    Polygraphy).
 
-    Weights are copied. Needs no TensorRT. Raises EngineError for a graph that this
-    version would refuse, or a folder that cannot be written, and ValueError for a size that the model cannot make.
+    The first builds the plan. The second builds one too and runs it on random inputs beside ONNX Runtime on the CPU;
+    where they part, its other options and `polygraphy debug` find the node. Graphs of types that ONNX Runtime lacks on
+    a CPU run alone. Weights are copied. Needs no TensorRT.
+
+    Raises EngineError for a graph that this version would refuse, or a folder that cannot be written, and ValueError
+    for a size that the model cannot make.
     """
     if folder.exists() and folder.samefile(bundle.folder):
         raise EngineError(f"{folder} is the bundle itself, whose graphs must stay as they are: name another folder.")
@@ -94,7 +101,17 @@ def write_for_trtexec(
         if workspace is not None:
             command.append(f"--memPoolSize=workspace:{workspace >> 20}M")
         command += [f"--timingCacheFile={folder / 'timing.cache'}", f"--saveEngine={target.with_suffix('.plan')}"]
-        yield graph, shlex.join([*command, "--skipInference"])
+        yield graph, shlex.join([*command, "--skipInference"]), shlex.join(_polygraphy(target, info, shapes, workspace))
+
+
+def _polygraphy(target: Path, info: GraphInfo, shapes: dict[str, tuple[int, ...]], workspace: int | None) -> list[str]:
+    command = ["polygraphy", "run", str(target), "--trt", "--strongly-typed", "--validate"]
+    command += ["--input-shapes", *(f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items())]
+    if workspace is not None:
+        command += ["--pool-limit", f"workspace:{workspace >> 20}M"]
+    if info.precision in _COMPARED:
+        command += ["--onnxrt", "--providers", "cpu", "--atol", _COMPARED[info.precision]]
+    return command
 
 
 def _lowered(

@@ -133,7 +133,7 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
 @main.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."
 )
@@ -143,7 +143,8 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
     "--trtexec",
     type=click.Path(),
     metavar="DIR",
-    help="Build nothing: write the graphs as TensorRT gets them into DIR, and print NVIDIA's command line for each.",
+    help="Build nothing: write the graphs as TensorRT gets them into DIR, and print NVIDIA's command lines for each: "
+    "trtexec, and polygraphy to compare with ONNX Runtime.",
 )
 @click.option("--tensorrt-version", metavar="M.N", help="With --trtexec: for this version. Default: the one installed.")
 @_errors_as_messages
@@ -175,10 +176,10 @@ def build(
             return
         from pathlib import Path
 
-        for _, command in builder.write_for_trtexec(
+        for _, *commands in builder.write_for_trtexec(
             opened, Path(trtexec), tensorrt_version_of(tensorrt_version), wanted
         ):
-            click.echo(command)
+            click.echo("\n".join(commands))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

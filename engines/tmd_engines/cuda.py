@@ -1,10 +1,11 @@
 """Memory, stream and graphs of a CUDA device, through NVIDIA's bindings for Python (package cuda-bindings).
 
-One stream for the whole process: everything runs in the order in which it was asked for.
+One GPU and one stream for the whole process: everything runs in the order in which it was asked for.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -35,10 +36,30 @@ class Device(NamedTuple):
     memory: int
 
 
+_used: int | None = None  # the number of the GPU of this process, once there is one
+_current = threading.local()  # CUDA keeps a current GPU for each thread
+
+
+def use(number: int) -> None:
+    """Makes a GPU, as CUDA_VISIBLE_DEVICES orders them, that of this process. Raises EngineError."""
+    global _used
+    if _used not in (None, number):
+        raise EngineError(
+            f"This process uses cuda:{_used}, and one process uses one GPU: start another one for cuda:{number}."
+        )
+    count = check(cudart.cudaGetDeviceCount())
+    if number >= count:
+        raise EngineError(
+            f"There is no cuda:{number} here, only {', '.join(f'cuda:{known}' for known in range(count))}: "
+            "tmd-engine doctor shows them, and CUDA_VISIBLE_DEVICES hides some."
+        )
+    _used = number
+
+
 @cache
 def device() -> Device:
-    """Device 0, as CUDA_VISIBLE_DEVICES orders them. Raises EngineError without a GPU or driver."""
-    properties = check(cudart.cudaGetDeviceProperties(0))
+    """The GPU of this process. Raises EngineError without a GPU or driver."""
+    properties = check(cudart.cudaGetDeviceProperties(_used or 0))
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
     return Device(name.rstrip("\0"), (int(properties.major), int(properties.minor)), int(properties.totalGlobalMem))
 
@@ -89,10 +110,16 @@ class _Recording:
         self._stream.wait()
 
 
-@cache
 def stream() -> Stream:
-    """The stream of this process. Raises EngineError without a GPU."""
-    check(cudart.cudaSetDevice(0))
+    """The stream of this process; makes its GPU the current one of this thread. Raises EngineError without a GPU."""
+    if not getattr(_current, "set", False):
+        check(cudart.cudaSetDevice(_used or 0))
+        _current.set = True
+    return _stream()
+
+
+@cache
+def _stream() -> Stream:
     return Stream()
 
 

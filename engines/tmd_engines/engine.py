@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .bundle import Bundle
 from .cpu import describe_cpu
 from .errors import EngineError, quote
-from .gpu import has_onnxruntime_cuda, has_tensorrt
+from .gpu import has_onnxruntime_cuda, has_tensorrt, split_device
 from .manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     "tensorrt": {"cuda": ("tensorrt_engine", "TensorRtEngine")},
 }
 ENGINE_NAMES = ("auto", *_IMPLEMENTATIONS)
-DEVICE_NAMES = ("auto", "cpu", "cuda")
+DEVICE_NAMES = ("auto", "cpu", "cuda")  # and "cuda:N"
 
 
 def load(
@@ -133,16 +133,17 @@ def load(
 ) -> Engine:
     """Makes a graph of a bundle executable.
 
-    `engine` is one of `ENGINE_NAMES`, `device` one of `DEVICE_NAMES`; "auto" is decided by `choose`. `threads` is the
-    number of CPU threads of one run, None for as many as there are physical cores. `progress` is called while an engine
-    compiles, which TensorRT does for minutes, when buffers are bound.
+    `engine` is one of `ENGINE_NAMES`, `device` one of `DEVICE_NAMES` or "cuda:N", which is GPU N of those that
+    CUDA_VISIBLE_DEVICES leaves, from 0 on; "auto" is decided by `choose`. `threads` is the number of CPU threads of one
+    run, None for as many as there are physical cores. `progress` is called while an engine compiles, which TensorRT
+    does for minutes, when buffers are bound.
     Raises EngineError if the graph, the engine or the device is not to be had (and says what to do), BundleError if the
     file changed since the bundle was opened.
     """
     engine, device = choose(bundle, graph, engine, device)
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise EngineError(f"threads is {quote(threads)}: give a whole number from 1 to 1024, or None for all cores.")
-    module, name = _IMPLEMENTATIONS[engine][device]
+    module, name = _IMPLEMENTATIONS[engine][split_device(device)[0]]
     more = {} if device == "cpu" else {"progress": progress}
     loaded: Engine = getattr(import_module(f".{module}", __package__), name)(bundle, graph, device, threads, **more)
     return loaded
@@ -150,10 +151,14 @@ def load(
 
 def check_engine(engine: str, device: str = "auto") -> None:
     """Raises EngineError unless `engine` and `device` are names that go together."""
-    for kind, name, names in (("engine", engine, ENGINE_NAMES), ("device", device, DEVICE_NAMES)):
-        if name not in names:
-            raise EngineError(f"There is no {kind} {quote(name)}. Choose one of: {', '.join(names)}.")
-    if engine != "auto" and device != "auto" and device not in _IMPLEMENTATIONS[engine]:
+    kind, _ = split_device(device)
+    if engine not in ENGINE_NAMES:
+        raise EngineError(f"There is no engine {quote(engine)}. Choose one of: {', '.join(ENGINE_NAMES)}.")
+    if kind not in DEVICE_NAMES:
+        raise EngineError(
+            f"There is no device {quote(device)}. Choose one of: {', '.join(DEVICE_NAMES)}, cuda:N (N from 0)."
+        )
+    if engine != "auto" and kind != "auto" and kind not in _IMPLEMENTATIONS[engine]:
         raise EngineError(
             f"The engine {engine} runs on device {' or '.join(_IMPLEMENTATIONS[engine])}, not on {device}: choose "
             "another engine or device, or leave one of them to auto."
@@ -161,7 +166,7 @@ def check_engine(engine: str, device: str = "auto") -> None:
 
 
 def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto") -> tuple[str, str]:
-    """Engine and device for a graph, where "auto" leaves them open.
+    """Engine and device for a graph, where "auto" leaves them open. A number of the device is kept.
 
     With an NVIDIA GPU and the libraries for it: TensorRT, then ONNX Runtime on the GPU. ONNX Runtime asked for by name
     stays on the CPU unless the device is asked for as well. Otherwise `choose_engine`. Raises EngineError.
@@ -170,14 +175,15 @@ def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto
     if engine == "auto" and device != "cpu":
         info = bundle.graph_info(graph)
         precision = info.precision
+        on_gpu = "cuda" if device == "auto" else device
         if has_tensorrt() and info.storage != "int8":  # blocks of int8 are nothing that TensorRT reads
-            return "tensorrt", "cuda"
+            return "tensorrt", on_gpu
         if has_onnxruntime_cuda() and precision in ("fp32", "fp16", "bf16"):
-            return "onnxruntime", "cuda"
-        if device == "cuda":
+            return "onnxruntime", on_gpu
+        if device != "auto":
             raise EngineError(
-                "There is no engine for device cuda here: tmd-engine doctor says what is missing. Without a GPU, leave "
-                "the device to auto."
+                f"There is no engine for device {device} here: tmd-engine doctor says what is missing. Without a GPU, "
+                "leave the device to auto."
             )
     if engine == "auto":
         engine = choose_engine(bundle, graph)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+
+
+def split_device(device: str) -> tuple[str, int]:
+    """Kind and number of a device: ("cuda", 1) of "cuda:1", ("cuda", 0) of "cuda". Any other name stays what it is."""
+    match = re.fullmatch(r"cuda:([0-9]{1,3})", device) if isinstance(device, str) else None
+    return ("cuda", int(match[1])) if match else (device, 0)
 
 
 def has_gpu() -> bool:

@@ -7,70 +7,48 @@ The same schema for people is `docs/bundle.md`; change both together.
 
 from __future__ import annotations
 
-import re
-from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from .errors import BundleError, quote
+from .manifest_fields import (
+    MANIFEST_NAME,
+    Count,
+    Dimension,
+    FileName,
+    Identifier,
+    Part,
+    Sha256,
+    Text,
+)
+from .manifest_sampler import (
+    KIND_OF_RULE,
+    RULES,
+    FlowMapSampler,
+    SamplerInfo,
+    TransitionSampler,
+    VelocitySampler,
+)
 from .strict_json import read_json
 
+__all__ = [
+    "MANIFEST_NAME", "MAX_MANIFEST_BYTES", "RULES", "SCHEMA_VERSION", "Accuracy", "EmbeddingTable", "FileInfo",
+    "FlowMapSampler", "GraphInfo", "LatentInfo", "Manifest", "ModelInfo", "Provenance", "SamplerInfo", "TensorSpec",
+    "TextInfo", "TransitionSampler", "VelocitySampler", "VideoInfo", "parse_manifest",
+]  # fmt: skip
+
 SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = (
     1 << 20
 )  # the built-in model's manifest is about 25 kB; one with 32 caches per graph stays below 100 kB
 MAX_GRAPHS = 32
 MAX_FILES = 128
 MAX_TENSORS = 256  # inputs or outputs of one graph
-MAX_DIMENSION = 1 << 31
 MAX_FILE_BYTES = 1 << 40  # 1 TiB
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIMENSION = re.compile(r"(?:([1-9][0-9]{0,5})\*)?([A-Za-z_][A-Za-z0-9_]{0,31})")
 
-
-def _check_file_name(name: str) -> str:
-    """A plain name only: it is joined to the bundle's folder, and nothing else may come of that."""
-    if "/" in name or "\\" in name:
-        raise ValueError("a file name must be a plain name, without folders (no separator, no '..', not absolute)")
-    if name == MANIFEST_NAME:
-        raise ValueError("the manifest cannot list itself")
-    if not _FILE_NAME.fullmatch(name):
-        raise ValueError(
-            "a file name may hold letters, digits, '.', '_' and '-', at most 128, and not start with '.' or '-'"
-        )
-    return name
-
-
-def _check_dimension(value: int | str) -> int | str:
-    if isinstance(value, int):
-        if not 1 <= value <= MAX_DIMENSION:
-            raise ValueError(f"a fixed dimension must be from 1 to {MAX_DIMENSION}")
-    elif not _DIMENSION.fullmatch(value):
-        raise ValueError("a symbolic dimension is a name such as 'height', or a multiple of one such as '8*height'")
-    return value
-
-
-# Free text is printed by `tmd-engine inspect`: control characters could rewrite the terminal.
-_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=_PRINTABLE)]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}$")]
-FileName = Annotated[str, AfterValidator(_check_file_name)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Dimension = Annotated[int | str, AfterValidator(_check_dimension)]
-Count = Annotated[int, Field(ge=1, le=1 << 20)]
-StepCount = Annotated[int, Field(ge=1, le=1000)]
-Shift = Annotated[float, Field(ge=1.0, le=1000.0)]
-TimeLevel = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelInfo(_Part):
+class ModelInfo(Part):
     """What the graphs compute. Counts; `dim` is the token width D, `patch_size` (frames, height, width) in latents.
 
     Kind "tmd" is a student with an inner flow, whose `fusion` says how the flow head takes in the features; kind "wan"
@@ -116,94 +94,7 @@ class ModelInfo(_Part):
         return self
 
 
-class TransitionSampler(_Part):
-    """How to sample a TMD student: defaults, and the step counts that it was trained for. Times are dimensionless, 0 is
-    data."""
-
-    rule: Literal["transition"]
-    steps: StepCount
-    inner_steps: StepCount
-    allowed_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=64)]
-    allowed_inner_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=64)]
-    shift: Shift
-    inner_shift: Shift
-    t_max: Annotated[float, Field(gt=0.0, le=1.0)]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_allowed("steps", self.steps, self.allowed_steps)
-        _check_allowed("inner_steps", self.inner_steps, self.allowed_inner_steps)
-        return self
-
-
-class VelocitySampler(_Part):
-    """How to sample a model of kind "wan", whose output is the velocity at the time it was asked for.
-
-    `times` (noise to data, 0 left out): n steps go through the first n of them, then to 0; null: Wan's own grid of n
-    times, warped by `shift`. `allowed_steps` null: any number. `time_rounding` is what the network is told of 1000·t;
-    the update itself uses t as it is. `init_scale` multiplies the first noise. `guidance` 1 means one pass per step,
-    anything else a second one with `negative_prompt` (null: the empty prompt).
-    """
-
-    rule: Literal["euler", "renoise", "unipc"]
-    steps: StepCount
-    allowed_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=1000)] | None = None
-    shift: Shift
-    times: Annotated[tuple[TimeLevel, ...], Field(min_length=1, max_length=1000)] | None = None
-    time_rounding: Literal["none", "integer", "nearest", "bfloat16"]
-    init_scale: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
-    negative_prompt: Text | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.allowed_steps is not None:
-            _check_allowed("steps", self.steps, self.allowed_steps)
-        if self.times is not None:
-            if any(later >= earlier for earlier, later in pairwise(self.times)):
-                raise ValueError("times must be descending without repeats")
-            if self.allowed_steps is None or max(self.allowed_steps) > len(self.times):
-                raise ValueError(f"allowed_steps must be given, up to {len(self.times)}: there are as many times")
-        return self
-
-
-class FlowMapSampler(_Part):
-    """How to sample a model of kind "tim": any number of steps, each a jump from t to the next time of a falling list.
-
-    `guidance` g mixes F of the prompt and of none, F- + g·(F+ - F-), while low < t < high of `guidance_interval`; 1
-    means one row per picture. `negative_prompt` null: the empty prompt.
-    """
-
-    rule: Literal["flow_map"]
-    steps: StepCount
-    guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
-    guidance_interval: tuple[
-        Annotated[float, Field(ge=0.0, le=1.0)],
-        Annotated[float, Field(gt=0.0, le=2.0)],
-    ] = (0.0, 1.0)
-    negative_prompt: Text | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        low, high = self.guidance_interval
-        if low >= high:
-            raise ValueError(f"guidance_interval {[low, high]} is empty")
-        return self
-
-
-def _check_allowed(name: str, default: int, allowed: tuple[int, ...]) -> None:
-    if list(allowed) != sorted(set(allowed)):
-        raise ValueError(f"allowed_{name} must be ascending without repeats")
-    if default not in allowed:
-        raise ValueError(f"{name} {default} is not among allowed_{name} {list(allowed)}")
-
-
-SamplerInfo = TransitionSampler | VelocitySampler | FlowMapSampler
-RULES = ("transition", "euler", "renoise", "unipc", "flow_map")
-_KIND_OF_RULE = {"transition": "tmd", "flow_map": "tim"}  # all others: "wan"
-
-
-class LatentInfo(_Part):
+class LatentInfo(Part):
     """Latent geometry: `channels`, pixels per latent in time and space; `mean`, `std` per channel, in decoder units."""
 
     channels: Annotated[int, Field(ge=1, le=1024)]
@@ -219,7 +110,7 @@ class LatentInfo(_Part):
         return self
 
 
-class VideoInfo(_Part):
+class VideoInfo(Part):
     """Default output: `frames`, `width` and `height` in pixels, `fps` in frames per second."""
 
     frames: Annotated[int, Field(ge=1, le=100_000)]
@@ -228,7 +119,7 @@ class VideoInfo(_Part):
     fps: Annotated[int, Field(ge=1, le=1000)]
 
 
-class EmbeddingTable(_Part):
+class EmbeddingTable(Part):
     """A token embedding kept outside the graphs: `rows` x `dim` values in `file`, little-endian, row after row."""
 
     file: FileName
@@ -242,7 +133,7 @@ class EmbeddingTable(_Part):
         return self.rows * self.dim * (4 if self.dtype == "float32" else 2)
 
 
-class TextInfo(_Part):
+class TextInfo(Part):
     """Prompt side: sentencepiece `tokenizer` file (null: none here), `max_length` in tokens, embedding `dim`.
 
     With an `embedding`, the graph `text_encoder` takes `token_embeds` (rows of that table) in place of `input_ids`.
@@ -262,7 +153,7 @@ class TextInfo(_Part):
         return self
 
 
-class TensorSpec(_Part):
+class TensorSpec(Part):
     """One input or output of a graph.
 
     A dimension is a positive int, a symbol ("height"), or a multiple of one ("8*height").
@@ -288,7 +179,7 @@ def _split_dimension(dimension: int | str) -> tuple[int, str | None]:
     return (int(factor) if star else 1), symbol
 
 
-class Accuracy(_Part):
+class Accuracy(Part):
     """Measured when the graph was exported: its outputs against `reference`, same inputs.
 
     `max_abs_error` is in output units; `cosine` is dimensionless (float rounding up to 1e-6 above 1 is accepted).
@@ -299,7 +190,7 @@ class Accuracy(_Part):
     reference: Text
 
 
-class GraphInfo(_Part):
+class GraphInfo(Part):
     """One ONNX file, `X.onnx`, with its weights in `X.onnx.data` (`data` null: all weights are inside `file`).
 
     `precision` is that of the arithmetic, `storage` that of the large weights in the file, each with a `Cast` (fp16) or
@@ -329,7 +220,7 @@ class GraphInfo(_Part):
         return self
 
 
-class FileInfo(_Part):
+class FileInfo(Part):
     """`size` in bytes and `sha256` in lower-case hex of one file of the bundle."""
 
     size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
@@ -340,7 +231,7 @@ _DATE, _TIME = "[0-9]{4}-[0-9]{2}-[0-9]{2}", r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9
 _CREATED = rf"^{_DATE}T{_TIME}(Z|[+-][0-9]{{2}}:[0-9]{{2}})$"  # not \d, which takes the digits of every script
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Where the bundle comes from: source and the sha256 of its files, tool, library versions, ISO 8601 time."""
 
     source: Text
@@ -350,7 +241,7 @@ class Provenance(_Part):
     created: Annotated[str, StringConstraints(pattern=_CREATED)]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """`manifest.json` of a bundle. Every file of the bundle but the manifest itself stands in `files`."""
 
     schema_version: Literal[1]
@@ -377,7 +268,7 @@ class Manifest(_Part):
         if self.text.tokenizer is not None and self.text.tokenizer not in self.files:
             raise ValueError(f"text.tokenizer is {quote(self.text.tokenizer)}, which is not in files")
         self._check_embedding(owners)
-        if _KIND_OF_RULE.get(self.sampler.rule, "wan") != self.model.kind:
+        if KIND_OF_RULE.get(self.sampler.rule, "wan") != self.model.kind:
             raise ValueError(f"sampler.rule {quote(self.sampler.rule)} is not for kind {quote(self.model.kind)}")
         if (self.video.frames - 1) % self.latents.temporal_stride:
             raise ValueError(

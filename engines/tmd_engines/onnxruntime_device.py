@@ -19,6 +19,7 @@ from .bundle import Bundle
 from .device_array import DeviceArray, combine_graph, rows_and_columns, sum_graph
 from .device_engine import DeviceEngine, Progress, Shapes
 from .errors import EngineError, one_line
+from .gpu import split_device
 from .graph_file import parse_graph
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32
 
@@ -33,9 +34,10 @@ def import_onnxruntime(device: str) -> Any:
         import onnxruntime
     except ImportError as error:
         raise EngineError(f"The engine onnxruntime cannot be imported ({error}). {_INSTALL}") from None
-    if _PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} is here in a build without {device}. {_INSTALL}")
-    if device == "cuda":
+    kind, _ = split_device(device)
+    if _PROVIDERS[kind] not in onnxruntime.get_available_providers():
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} is here in a build without {kind}. {_INSTALL}")
+    if kind == "cuda":
         onnxruntime.preload_dlls()  # from the nvidia-* wheels, where these are installed
     return onnxruntime
 
@@ -48,7 +50,7 @@ class OrtArray(DeviceArray):
         self._device = device
         value = import_onnxruntime(device).OrtValue
         try:
-            self.value = value.ortvalue_from_shape_and_type(shape, self.dtype.type, device, 0)
+            self.value = value.ortvalue_from_shape_and_type(shape, self.dtype.type, *split_device(device))
         except Exception as error:
             raise EngineError(f"ONNX Runtime has no {self.nbytes} bytes on {device}: {one_line(error)}") from error
 
@@ -81,7 +83,7 @@ class _Arithmetic:
     """
 
     def __init__(self, device: str) -> None:
-        self._onnxruntime, self._device = import_onnxruntime(device), device
+        self._onnxruntime, self._place = import_onnxruntime(device), split_device(device)
         self._combine, self._sum = (
             _open(self._onnxruntime, device, graph, {}) for graph in (combine_graph(), sum_graph())
         )
@@ -99,9 +101,9 @@ class _Arithmetic:
         binding = session.io_binding()
         for name, array in inputs.items():
             plane = rows_and_columns(array.size, array.shape)
-            binding.bind_input(name, self._device, 0, np.float32, plane, array.address)
+            binding.bind_input(name, *self._place, np.float32, plane, array.address)
         plane = rows_and_columns(out.size, out.shape)
-        binding.bind_output("out", self._device, 0, np.float32, plane, out.address)
+        binding.bind_output("out", *self._place, np.float32, plane, out.address)
         session.run_with_iobinding(binding)
 
 
@@ -117,7 +119,8 @@ class OnnxRuntimeDeviceEngine(DeviceEngine):
         self, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
     ) -> None:
         super().__init__("onnxruntime", graph, bundle.graph_info(graph), _PRECISIONS)
-        self._device, self._onnxruntime = device, import_onnxruntime(device)
+        self._device, self._place = device, split_device(device)
+        self._onnxruntime = import_onnxruntime(device)
         path = bundle.graph_path(graph)
         model = parse_graph(bundle.read_graph(graph), str(path))
         model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
@@ -138,7 +141,7 @@ class OnnxRuntimeDeviceEngine(DeviceEngine):
                 if symbol is not None and factor == 1:
                     sizes[symbol] = size
         problem: Exception | None = None
-        for records in (True, False) if self._device == "cuda" else (False,):
+        for records in (True, False) if self._place[0] == "cuda" else (False,):
             try:
                 settings = {**self._settings, "sizes": sizes}
                 return _Session(_open(self._onnxruntime, self._device, self._model, settings, records), records)
@@ -154,9 +157,9 @@ class OnnxRuntimeDeviceEngine(DeviceEngine):
     ) -> Callable[[], None]:
         binding = compiled.session.io_binding()
         for name, array in inputs.items():
-            binding.bind_input(name, self._device, 0, array.dtype.type, array.shape, array.address)
+            binding.bind_input(name, *self._place, array.dtype.type, array.shape, array.address)
         for name, array in outputs.items():
-            binding.bind_output(name, self._device, 0, array.dtype.type, array.shape, array.address)
+            binding.bind_output(name, *self._place, array.dtype.type, array.shape, array.address)
         options = self._onnxruntime.RunOptions()
         if compiled.records:  # each binding is a CUDA graph of its own
             options.add_run_config_entry("gpu_graph_id", str(next(compiled.numbers)))
@@ -178,10 +181,11 @@ def _open(onnxruntime: Any, device: str, model: bytes, settings: dict[str, Any],
         options.add_free_dimension_override_by_name(symbol, size)
     if "folder" in settings:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", settings["folder"])
+    kind, number = split_device(device)
     given = {"enable_cuda_graph": "1"} if records else {}
-    if device == "cuda":
-        given |= {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    providers = [(_PROVIDERS[device], given)]
-    if device != "cpu":
+    if kind == "cuda":
+        given |= {"device_id": str(number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    providers = [(_PROVIDERS[kind], given)]
+    if kind != "cpu":
         providers.append((_PROVIDERS["cpu"], {}))
     return onnxruntime.InferenceSession(model, options, providers=providers)

@@ -17,6 +17,7 @@ from .device_array import DeviceArray, combine_graph, rows_and_columns, sum_grap
 from .device_engine import DeviceEngine, Progress, Shapes
 from .engine import Step
 from .errors import EngineError, quote
+from .gpu import split_device
 from .graph_file import parse_graph
 from .graph_lint import check_graph
 from .plan_cache import PlanCache, cache_folder
@@ -64,6 +65,7 @@ class TensorRtEngine(DeviceEngine):
         info = bundle.graph_info(graph)
         super().__init__("tensorrt", graph, info, _PRECISIONS)
         self._build, self._cuda = import_tensorrt()
+        self._cuda.use(split_device(device)[1])
         self._device = self._cuda.device()
         self._info, self._progress = info, progress
         self._path = bundle.graph_path(graph)
@@ -129,9 +131,9 @@ class TensorRtEngine(DeviceEngine):
         self, compiled: Plan, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> Callable[[], None]:
         addresses = {name: array.address for name, array in (*inputs.items(), *outputs.items())}
-        stream = self._cuda.stream()
 
         def run() -> None:
+            stream = self._cuda.stream()
             compiled.enqueue(addresses, stream.handle)
             stream.wait()
 

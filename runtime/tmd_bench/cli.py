@@ -43,6 +43,7 @@ Examples:
   tmd-bench                                     the built-in model, stage by stage
   tmd-bench --bundle my-bundle --compare openvino
   tmd-bench --model wan1.3b --random-weights 0 --size 256x256 --frames 17 --compare torch,diffusers
+  tmd-bench --model wan1.3b --random-weights 0 --blocks 6 --precision int8 --compare torch-compile
   tmd-bench --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --kind wan --steps 4 --json bench.json
 
 \b
@@ -50,12 +51,17 @@ Every contender has its own process; they are loaded one after the other, run
 once (cold), and then in turn (--rounds). Only what the bundle holds is run;
 rivals in torch run the denoising loop alone. diffusers has no flow head: its
 figure is the time of full passes, scaled to the same number of evaluations.
+Beside a bundle in int8 or fp8, rivals in torch compute in bf16.
+cpu is what the loop took of the processor, on all threads together: on a shared
+machine a fairer figure than the time by the clock.
 The limit is one large float32 matrix product of numpy with as many threads.
 
 \b
 --json FILE: machine, versions, work, limit_flops and per contender load_seconds,
-cold_seconds, seconds (median and p90 by stage), flops (by stage), peak_bytes
-and every round; ratio.NAME is NAME's median time for the loop over ours.
+cold_seconds, seconds (median and p90 by stage), flops (by stage), peak_bytes,
+peak_anonymous_bytes (without mapped files) and every round; ratio.NAME is
+NAME's median time for the loop over ours, ratio_cpu.NAME the same of processor
+time.
 
 \b
 Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C.""",
@@ -64,6 +70,8 @@ Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
 @click.option("--model", type=click.Choice(MODELS), help="Export a bundle of this model first (and give rivals it).")
 @click.option("--checkpoint", multiple=True, metavar="PATH", help="Weights of --model, as in tmd-export.")
 @click.option("--random-weights", type=Whole(0), metavar="SEED", help="Random weights for --model.")
+@click.option("--blocks", type=Whole(2), metavar="B",
+              help="With --random-weights: a model of so many blocks, the share of its flow head kept.")  # fmt: skip
 @click.option("--kind", type=click.Choice(KINDS), default="tmd", show_default=True,
               help="With --random-weights: a TMD student, or Wan itself.")  # fmt: skip
 @click.option("--parts", default=PARTS, show_default=True, metavar="LIST", help="Graphs that --model exports.")
@@ -83,6 +91,7 @@ def command(
     model: str | None,
     checkpoint: tuple[str, ...],
     random_weights: int | None,
+    blocks: int | None,
     kind: str,
     parts: str,
     keep: Path | None,
@@ -93,59 +102,47 @@ def command(
     """Measure a bundle stage by stage, beside what a user would run instead."""
     if bundle is not None and model is not None:
         raise click.UsageError("--bundle is measured as it is: leave --model out, or let --model make the bundle.")
+    origin = {"model": model, "checkpoint": checkpoint, "random_seed": random_weights, "kind": kind, "blocks": blocks}
+    if blocks is not None and (model is None or random_weights is None):
+        raise click.UsageError("--blocks shortens a model with random weights: give --model and --random-weights too.")
     if model is None:
         needless = {"--checkpoint": checkpoint, "--random-weights": random_weights is not None, "--keep": keep}
         if given := [name for name, value in needless.items() if value]:
             raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
-        if torch := [name for name in options["compare"] if name not in ENGINES]:
-            if bundle is not None:
-                raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
-            model, kind = "tiny", "tmd"
-            return _of_model(model, (), None, kind, parts, keep, precision, json_file, options)
-        from tmd_runtime.pipeline import BUILT_IN
+        torch = [name for name in options["compare"] if name not in ENGINES]
+        if not torch:
+            from tmd_runtime.pipeline import BUILT_IN
 
-        return _measure(bundle or BUILT_IN, None, (), None, kind, json_file, options)
-    return _of_model(model, checkpoint, random_weights, kind, parts, keep, precision, json_file, options)
-
-
-def _of_model(
-    model: str,
-    checkpoint: tuple[str, ...],
-    random_weights: int | None,
-    kind: str,
-    parts: str,
-    keep: Path | None,
-    precision: str,
-    json_file: Path | None,
-    options: Mapping[str, Any],
-) -> None:
-    """Export the bundle in a process of its own, then measure it."""
-    import subprocess
-
+            return _measure(bundle or BUILT_IN, origin, json_file, options)
+        if bundle is not None:
+            raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
+        origin |= {"model": "tiny", "kind": "tmd"}
     with TemporaryDirectory(prefix="tmd-bench-") as folder:
         out = keep or Path(folder) / "bundle"
-        arguments = ["--model", model, "--parts", parts, "--precision", precision, "--out", str(out), "--no-verify"]
-        arguments += [word for path in checkpoint for word in ("--checkpoint", path)]
-        if random_weights is not None:
-            arguments += ["--random-weights", str(random_weights)]
-            if kind == "wan":
-                arguments += ["--preset", "wan"]
-        click.echo("exporting", err=True)
-        code = "from tmd_export.cli import main; main()"
-        if subprocess.run([sys.executable, "-c", code, *arguments], stdout=2).returncode:
-            raise click.ClickException("the bundle could not be exported; the lines above say why.")
-        _measure(out, model, checkpoint, random_weights, kind, json_file, options)
+        _export(origin, parts, precision, out)
+        _measure(out, origin, json_file, options)
 
 
-def _measure(
-    bundle: Path,
-    model: str | None,
-    checkpoint: tuple[str, ...],
-    random_weights: int | None,
-    kind: str,
-    json_file: Path | None,
-    options: Mapping[str, Any],
-) -> None:
+def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) -> None:
+    """The bundle to measure, by a process of its own, whose memory goes with it. Raises click.ClickException."""
+    import subprocess
+
+    arguments = ["--model", origin["model"], "--parts", parts, "--precision", precision, "--out", str(out)]
+    arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
+    if origin["random_seed"] is not None:
+        arguments += ["--random-weights", str(origin["random_seed"])]
+        if origin["kind"] == "wan":
+            arguments += ["--preset", "wan"]
+    command = [sys.executable, "-c", "from tmd_export.cli import main; main()", *arguments, "--no-verify"]
+    if origin["blocks"] is not None:
+        plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
+        command = [sys.executable, "-m", "tmd_bench.shortened", json.dumps(plan)]
+    click.echo("exporting", err=True)
+    if subprocess.run(command, stdout=2).returncode:
+        raise click.ClickException("the bundle could not be exported; the lines above say why.")
+
+
+def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, options: Mapping[str, Any]) -> None:
     from tmd_engines import Bundle
     from tmd_engines.cpu import describe_cpu
     from tmd_engines.sizing import estimate
@@ -161,21 +158,22 @@ def _measure(
     )  # fmt: skip
     work = Work(
         str(bundle), opened.manifest.graphs["backbone"].precision, settings.width, settings.height, settings.frames,
-        settings.steps, settings.inner_steps, options["threads"], model=model, checkpoint=checkpoint,
-        random_seed=random_weights, kind=kind,
+        settings.steps, settings.inner_steps, options["threads"], **origin,
     )  # fmt: skip
     needed = estimate(opened, width=work.width, height=work.height, frames=work.frames, steps=work.steps,
                       inner_steps=work.inner_steps)  # fmt: skip
     flops = {name: stage.flops * stage.calls for name, stage in needed.stages.items()}
     flops = {"text" if name == "text_encoder" else "decode" if name == "decoder" else name: count
              for name, count in flops.items()}  # fmt: skip
-    flops["denoise"] = flops["backbone"] + flops["flow_head"]
+    flops["denoise"] = flops["cpu"] = flops["backbone"] + flops["flow_head"]
     engine = options["engine"]
     rivals = [name for name in options["compare"] if name != engine]
     entries = contest([engine, *rivals, "limit"], work, options["rounds"], _progress())
     limit = FLOPS / entries.pop("limit").median("matmul")
-    ours = entries[engine].median("denoise")
-    ratio = {name: entries[name].median("denoise") / ours for name in rivals}
+    ratio, ratio_cpu = (
+        {name: entries[name].median(stage) / entries[engine].median(stage) for name in rivals}
+        for stage in ("denoise", "cpu")
+    )
     document = {
         "machine": {**describe_cpu(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
@@ -184,10 +182,11 @@ def _measure(
         "limit_flops": limit,
         "contenders": {name: {**entry.summary(), "flops": flops} for name, entry in entries.items()},
         "ratio": ratio,
+        "ratio_cpu": ratio_cpu,
     }
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1) + "\n")
-    _show(work, entries, flops, limit, ratio)
+    _show(work, entries, flops, limit, ratio, ratio_cpu)
 
 
 _LIBRARIES = ("tmd", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers")
@@ -207,7 +206,12 @@ def _progress() -> Callable[[str], None]:
 
 
 def _show(
-    work: Work, entries: Mapping[str, Entry], flops: Mapping[str, int], limit: float, ratio: Mapping[str, float]
+    work: Work,
+    entries: Mapping[str, Entry],
+    flops: Mapping[str, int],
+    limit: float,
+    ratio: Mapping[str, float],
+    ratio_cpu: Mapping[str, float],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -235,8 +239,11 @@ def _show(
     console.print(table)
     for name, entry in entries.items():
         loading = sum(entry.load.values())
-        beside = f", loop {ratio[name]:.2f} x our time" if name in ratio else ""
-        click.echo(f"{name}: {loading:.2f} s to load, peak {entry.peak_bytes / 1e6:.0f} MB{beside}")
+        beside = f", loop {ratio[name]:.2f} x our time, {ratio_cpu[name]:.2f} x of cpu" if name in ratio else ""
+        click.echo(
+            f"{name}: {loading:.2f} s to load, peak {entry.peak_bytes / 1e6:.0f} MB "
+            f"({entry.peak_anonymous_bytes / 1e6:.0f} MB without mapped files){beside}"
+        )
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ class Entry:
     cold: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int = 0
+    peak_anonymous_bytes: int = 0
 
     def median(self, stage: str) -> float:
         return float(np.median([one[stage] for one in self.rounds]))
@@ -42,7 +43,7 @@ class Entry:
             for stage in stages
         }
         return {"load_seconds": self.load, "cold_seconds": self.cold, "seconds": warm, "peak_bytes": self.peak_bytes,
-                "rounds": self.rounds}  # fmt: skip
+                "peak_anonymous_bytes": self.peak_anonymous_bytes, "rounds": self.rounds}  # fmt: skip
 
 
 class _Process:
@@ -75,7 +76,7 @@ class _Process:
         answer = json.loads(line)
         if "error" in answer:
             raise BenchError(f"{name} cannot {what}: {answer['error']}")
-        self.entry.peak_bytes = answer["peak_bytes"]
+        self.entry.peak_bytes, self.entry.peak_anonymous_bytes = answer["peak_bytes"], answer["peak_anonymous_bytes"]
         seconds: dict[str, float] = answer["seconds"]
         return seconds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,19 @@ class BundleRun:
         return {"open": perf_counter() - start}
 
     def run(self) -> dict[str, float]:
-        """Seconds by stage. `denoise` is the loop from embeddings to latents, of which `host` is not the engines'."""
+        """Seconds by stage. `denoise` is the loop from embeddings to latents, of which `host` is not the engines'.
+
+        `cpu`: what the loop took of the processor, on all threads together (of the first run: loading too).
+        """
         work = self._work
         marks: dict[str, float] = {}
+        cpu: dict[str, float] = {}
 
         def mark(name: str) -> Any:
-            return lambda *_: marks.__setitem__(name, perf_counter())
+            def reached(*_: Any) -> None:
+                marks[name], cpu[name] = perf_counter(), process_time()
+
+            return reached
 
         def listen(step: tmd_runtime.StepInfo) -> None:
             if step.stage == "load" and "embeds" in marks and "latents" not in marks:
@@ -52,4 +59,4 @@ class BundleRun:
         denoise = marks["latents"] - marks["embeds"] - marks.get("loading", 0.0)
         shown = {name: seconds[name] for name in ("load", "text", "backbone", "flow_head", "decode") if seconds[name]}
         host = max(0.0, denoise - seconds["backbone"] - seconds["flow_head"])
-        return {**shown, "denoise": denoise, "host": host}
+        return {**shown, "denoise": denoise, "host": host, "cpu": cpu["latents"] - cpu["embeds"]}

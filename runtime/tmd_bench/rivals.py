@@ -6,7 +6,7 @@ They do the denoising loop alone: no text encoder, no decoder.
 from __future__ import annotations
 
 import math
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tmd_export.precision import DTYPES, lower
 from tmd_export.sources import Source
 from tmd_ref.samplers import effective_nfe, euler_sample, tmd_sample
 
+from .shortened import shortened
 from .spec import Work
 
 
@@ -25,6 +26,8 @@ def source_of(work: Work) -> Source:
     """Where the weights come from. Raises tmd_export.ExportError."""
     if work.model is None:
         raise ValueError("a rival in torch needs the model's weights: give --model.")
+    if work.blocks is not None:
+        return shortened(work.model, work.random_seed or 0, work.kind, work.blocks)
     return open_source(work.model, list(work.checkpoint) or None, work.random_seed, random_kind=work.kind)
 
 
@@ -55,12 +58,12 @@ class TorchRun:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        start, work, module = perf_counter(), self._work, self._module
+        start, cpu, work, module = perf_counter(), process_time(), self._work, self._module
         if self._source.kind == "tmd":
             tmd_sample(module, self._noise, self._embeds, work.steps, work.inner_steps)
         else:
             euler_sample(module, self._noise, self._embeds, None, work.steps, guidance=1.0)
-        return {"denoise": perf_counter() - start}
+        return {"denoise": perf_counter() - start, "cpu": process_time() - cpu}
 
 
 class DiffusersRun:
@@ -101,11 +104,12 @@ class DiffusersRun:
     @torch.no_grad()
     def run(self) -> dict[str, float]:
         passes = math.ceil(self._nfe)
-        start, x = perf_counter(), self._noise
+        start, cpu, x = perf_counter(), process_time(), self._noise
         for i in range(passes, 0, -1):
             t = torch.full((1,), 1000.0 * i / passes)
             x = x - self._model(x, t, self._embeds, return_dict=False)[0] / passes
-        return {"denoise": (perf_counter() - start) * self._nfe / passes}
+        share = self._nfe / passes
+        return {"denoise": (perf_counter() - start) * share, "cpu": (process_time() - cpu) * share}
 
 
 def _inputs(source: Source, work: Work) -> tuple[torch.Tensor, torch.Tensor]:

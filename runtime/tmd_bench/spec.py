@@ -13,7 +13,7 @@ class Work:
     """One denoising job and where its weights come from.
 
     `model`, `checkpoint`, `random_seed` and `kind` as in `tmd_export.open_source`, None where only a bundle is given;
-    width and height in pixels.
+    width and height in pixels. `blocks`: transformer blocks of a shortened model with random weights.
     """
 
     bundle: str
@@ -30,6 +30,7 @@ class Work:
     checkpoint: tuple[str, ...] = ()
     random_seed: int | None = None
     kind: str = "tmd"
+    blocks: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,7 +217,8 @@ def test_the_matrix_goes_by_version(version: tuple[int, int], first: int) -> Non
 def test_build_writes_graphs_and_command_lines_for_nvidias_tools(built_in: Bundle, tmp_path: Path) -> None:
     from tmd_engines.build import write_for_trtexec
 
-    commands = dict(write_for_trtexec(built_in, tmp_path / "out", (10, 16), (64, 64, 17)))
+    written = list(write_for_trtexec(built_in, tmp_path / "out", (10, 16), (64, 64, 17)))
+    commands = {graph: command for graph, command, _ in written}
     assert list(commands) == list(built_in.manifest.graphs)
     assert "--optShapes=x:1x16x5x8x8,t:1,prompt_embeds:1x32x64,rope_cos:80x16,rope_sin:80x16" in commands["backbone"]
     for graph in commands:
@@ -224,3 +228,24 @@ def test_build_writes_graphs_and_command_lines_for_nvidias_tools(built_in: Bundl
         next(write_for_trtexec(built_in, built_in.folder, (10, 16), (64, 64, 17)))
     with pytest.raises(ValueError, match="multiple of"):
         next(write_for_trtexec(built_in, tmp_path, (10, 16), (65, 64, 17)))
+
+
+def test_polygraphy_takes_its_command_lines(built_in: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's own package reads the options, and runs what needs no TensorRT: the lowered graph on ONNX Runtime."""
+    from tmd_engines.build import write_for_trtexec
+
+    monkeypatch.setenv("TMD_TENSORRT_WORKSPACE", "512")
+    for graph, _, line in write_for_trtexec(built_in, tmp_path, (10, 3), (64, 64, 17)):
+        if graph not in ("backbone", "decoder_first"):  # a second each
+            continue
+        _, *arguments = shlex.split(line)
+        script = tmp_path / f"{graph}.py"
+        command = [sys.executable, "-c", "from polygraphy.tools import main; main()", *arguments]
+        done = subprocess.run([*command, "--gen-script", str(script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = script.read_text()
+        assert "strongly_typed=True" in said and "WORKSPACE: 536870912" in said and "OnnxrtRunner" in said
+        assert "tf32" not in said  # which Polygraphy has off, as we have
+        alone = [word for word in command if word not in ("--trt", "--strongly-typed")]
+        done = subprocess.run(alone, capture_output=True, text=True)
+        assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr

@@ -169,3 +169,18 @@ def test_workspace_is_a_number_of_mebibytes(monkeypatch: pytest.MonkeyPatch, wro
     monkeypatch.setenv("TMD_TENSORRT_WORKSPACE", wrong)
     with pytest.raises(EngineError, match=r"TMD_TENSORRT_WORKSPACE is .*whole number of MiB"):
         workspace_limit()
+
+
+def test_a_process_has_one_gpu_and_only_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules alone: two GPUs that are asked for nothing."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings here")
+    from tmd_engines import cuda
+
+    monkeypatch.setattr(cuda, "_used", None)
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (runtime.cudaError_t.cudaSuccess, 2))
+    with pytest.raises(EngineError, match=r"no cuda:2 here, only cuda:0, cuda:1"):
+        cuda.use(2)
+    cuda.use(1)
+    cuda.use(1)
+    with pytest.raises(EngineError, match=r"uses cuda:1, and one process uses one GPU"):
+        cuda.use(0)

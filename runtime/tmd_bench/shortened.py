@@ -1,0 +1,46 @@
+"""A large model with fewer of its transformer blocks, for machines on which the whole takes too long or does not fit.
+
+The blocks are alike, so ratios between contenders are close to the whole's; embeddings and output layer weigh more.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+from tmd_export import ExportError, export_bundle
+from tmd_export.parts import ordered
+from tmd_export.sources import HEAD_BLOCKS, RandomSource
+from tmd_ref.wan import WAN_CONFIGS
+
+
+def shortened(model: str, seed: int, kind: str, blocks: int) -> RandomSource:
+    """`model` with random weights and so many blocks, of which the flow head gets the share that it has of the whole.
+
+    Raises ValueError if there are too few for a backbone and a flow head, or more than the model has.
+    """
+    whole = WAN_CONFIGS[model]
+    if not 2 <= blocks <= whole.num_layers:
+        raise ValueError(f"{model} cannot have {blocks} blocks: choose 2 to {whole.num_layers}.")
+    head = max(1, round(blocks * HEAD_BLOCKS[model] / whole.num_layers))
+    source = RandomSource(model, seed, kind=kind, wan=replace(whole, num_layers=blocks), head_blocks=head)
+    source.model = f"{model}-{blocks}-blocks"
+    return source
+
+
+def main() -> None:
+    """`python -m tmd_bench.shortened PLAN`: writes a bundle; PLAN is JSON, a `Work`'s origin, parts, precision, out."""
+    plan = json.loads(sys.argv[1])
+    try:
+        source = shortened(plan["model"], plan["random_seed"], plan["kind"], plan["blocks"])
+        export_bundle(
+            source, plan["out"], ordered(plan["parts"].split(",")), precision=plan["precision"], preset=plan["kind"],
+            verify=False,
+        )  # fmt: skip
+    except (ExportError, ValueError) as error:
+        sys.exit(f"tmd-bench: {error}")
+
+
+if __name__ == "__main__":
+    main()
