@@ -116,7 +116,8 @@ The bundle appears under its name only when it is complete.""",
     "--decoder",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1) or lightvae (lightvaew2_1).",
+    help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1) or lightvae (lightvaew2_1). For "
+    "tim-t2i and tim-c2i-512 the folder of DC-AE (dc-ae-f32c32-sana-1.1-diffusers).",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The bundle to write.")
 @click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")

@@ -20,6 +20,7 @@ from tmd_ref.tim.split import SplitTiM
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 
+from .dcae import DCAEDecoder
 from .parts import PARTS
 
 Shape = tuple[int | str, ...]
@@ -134,6 +135,19 @@ class DecoderStep(nn.Module):
         return (to_frames(video), *caches_next)
 
 
+class StillDecoder(nn.Module):
+    """Latents of a still to one picture; a decoder that knows no time has no caches."""
+
+    float32_only = True  # its layers, diffusers' own, do not cast between their types
+
+    def __init__(self, vae: DCAEDecoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return to_frames(self.vae.decode(latents))
+
+
 def to_frames(video: Tensor) -> Tensor:
     """Video `[B,3,F,H,W]`, already clamped to -1..1 by the decoder -> uint8 `[B,F,H,W,3]`, rounded to nearest."""
     return torch.round(video * 127.5 + 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
@@ -246,7 +260,12 @@ def _tim_context(split: SplitTiM) -> TensorSpec:
     return _tensor("context", (split.config.num_layers, "batch", "text", 2 * split.config.dim))
 
 
-def decoder_first(vae: VideoDecoder) -> Graph:
+def decoder_first(vae: VideoDecoder | DCAEDecoder) -> Graph:
+    if isinstance(vae, DCAEDecoder):
+        latents = _tensor("latents", ("batch", vae.latent_channels, 1, "height", "width"))
+        sides = (_times(vae.spatial_stride, "height"), _times(vae.spatial_stride, "width"))
+        picture = _tensor("frames", ("batch", 1, *sides, 3), "uint8")
+        return Graph("decoder_first", StillDecoder(vae), (latents,), (picture,))
     frames, caches = _decoded(vae, later=False)
     outputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
     return Graph("decoder_first", DecoderFirst(vae), (_latent_frame(vae),), (frames, *outputs))

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .errors import ExportError
+
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -35,7 +37,12 @@ _EXACT = re.compile(
 
 
 def lower(module: nn.Module, precision: str) -> None:
-    """Gives the layers of `module` that make its large products the type of `precision`, in place."""
+    """Gives the layers of `module` that make its large products the type of `precision`, in place.
+
+    Raises ExportError for a module that can be in float32 alone.
+    """
+    if precision != "fp32" and getattr(module, "float32_only", False):
+        raise ExportError(f"this decoder can be exported in fp32 only: say --precision {precision},decoder=fp32.")
     for path, layer in module.named_modules():
         large = isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv3d))
         if large and not _EXACT.search(path):

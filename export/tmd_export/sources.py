@@ -282,14 +282,12 @@ def open_source(
     `checkpoint`: a folder as tmd-distill leaves it (see `FolderSource`), or one or more published checkpoints (see
     `WanSource`); the transformer must have the sizes of `model`. `random_seed`: weights from this seed, for a
     model of `random_kind` (see `Source.kind`). Neither: the built-in weights, which only `tiny` has. `decoder`: a file
-    with another decoder (see `decoders.WithDecoder`).
+    with another decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `dcae.DCAEFolder`).
     """
     if model in TIM_CONFIGS:
         from .tim_source import open_tim
 
-        if decoder is not None:
-            raise ExportError(f"--decoder is for models of video: leave it out for {model}.")
-        return open_tim(model, checkpoint, random_seed)
+        return open_tim(model, checkpoint, random_seed, decoder)
     if random_kind == "tim":
         raise ExportError(f"the preset tim is for Transition Models, and {model} is none: choose another --preset.")
     if model not in WAN_CONFIGS:

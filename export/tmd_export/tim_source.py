@@ -1,7 +1,7 @@
 """Transition Models as a source of weights: the released files, a folder of tmd-distill, or a seed.
 
 A released file holds the transformer alone. Its text encoder (Gemma) and decoder (DC-AE or SD-VAE) are other people's
-models and are not exported here yet: what is missing, docs/tim.md says.
+models: DC-AE comes from a folder of its own (`dcae.py`), and what is missing, docs/tim.md says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from .checkpoints import Tensors, open_tensors
+from .dcae import DCAEFolder
 from .errors import ExportError
 from .parts import MODEL_OF, PARTS
 from .presets import PRESETS
@@ -39,6 +40,7 @@ _OWN = ("text_encoder", "backbone", "flow_head", "decoder_first")  # a still has
 _OWN_SAMPLING = {"steps": 8, "guidance": 1.0}
 _RELEASED = ("backbone", "flow_head")
 _GEMMA_EOS, _GEMMA_PAD = 1, 0
+_DCAE_STRIDE = 32
 
 
 class TiMSource(Source):
@@ -54,6 +56,18 @@ class TiMSource(Source):
         self.default_parts = _RELEASED if model in RELEASED else _OWN
         if model not in RELEASED:
             self.sampler = {**PRESETS["tim"].sampler, **_OWN_SAMPLING}
+        self._decoder: DCAEFolder | None = None
+
+    def take_decoder(self, folder: str | Path) -> None:
+        """Gives a model on DC-AE's latents the decoder in `folder`. Raises ExportError if it does not fit."""
+        stride, factor = _LATENTS.get(self.model, (0, 1.0))
+        if stride != _DCAE_STRIDE:
+            raise ExportError(f"--decoder takes DC-AE, whose latents {self.model} does not make: leave it out.")
+        decoder = DCAEFolder(folder, factor)
+        decoder.check(self.config.in_channels, stride)
+        self._decoder = decoder
+        self.default_parts = tuple(part for part in PARTS if part in (*self.default_parts, "decoder_first"))
+        self.origin = f"{self.origin}; decoder {decoder.folder.resolve().name}"
 
     @property
     def vae(self) -> WanVAEConfig:
@@ -79,6 +93,7 @@ class TiMSource(Source):
         if self.model not in _LATENTS:
             return super().latents_entry()
         stride, factor = _LATENTS[self.model]
+        factor = factor if self._decoder is None else self._decoder.factor
         channels = self.config.in_channels
         spread = {"mean": [0.0] * channels, "std": [1 / factor] * channels}
         return {"channels": channels, "temporal_stride": 1, "spatial_stride": stride, **spread}
@@ -110,6 +125,8 @@ class TiMSource(Source):
             "vae": lambda: WanVAE(self.vae),
             "text_encoder": lambda: UMT5Encoder(self.text),
         }
+        if which == "vae" and self._decoder is not None:
+            return self._decoder.module()
         return on_meta(makers[which])
 
     @property
@@ -130,6 +147,8 @@ class RandomTiM(TiMSource):
         self._shapes: dict[str, dict[str, torch.Size]] = {}
 
     def tensor(self, which: str, name: str) -> Tensor:
+        if which == "vae" and self._decoder is not None:
+            return self._decoder.tensor(name)
         if which not in self._shapes:
             self._shapes[which] = {key: weight.shape for key, weight in self.module(which).state_dict().items()}
         return random_tensor(f"{which}.{name}", self._shapes[which][name], self.seed)
@@ -176,6 +195,8 @@ class TiMFolder(TiMSource):
         return config
 
     def tensor(self, which: str, name: str) -> Tensor:
+        if which == "vae" and self._decoder is not None:
+            return self._decoder.tensor(name)
         if which not in self._files:
             self._files[which] = open_tensors((self._folder / FILE_OF[which],))
         return self._files[which].read(uncut(name) if which == "student" else name)
@@ -185,13 +206,15 @@ class TiMFolder(TiMSource):
         for path in dict.fromkeys(path for part in parts for path in self._paths(part)):
             with open(path, "rb", buffering=0) as file:
                 found[path.name] = sha256_hex(file)
-        return found
+        return found | (self._decoder.sha256() if self._decoder is not None and "decoder_first" in parts else {})
 
     def _paths(self, part: str) -> list[Path]:
         """Files that a graph is made from."""
         which = MODEL_OF[part]
         if which == "student":
             return [self._file]
+        if which == "vae" and self._decoder is not None:
+            return []
         beside = [FILE_OF[which], TOKENIZER] if which == "text_encoder" else [FILE_OF[which]]
         return [self._folder / name for name in beside]
 
@@ -210,8 +233,22 @@ class TiMFolder(TiMSource):
             )
 
 
-def open_tim(model: str, checkpoint: str | Path | Sequence[str | Path] | None, random_seed: int | None) -> Source:
-    """The source that the command line means: one folder or file, or a seed. Raises ExportError."""
+def open_tim(
+    model: str,
+    checkpoint: str | Path | Sequence[str | Path] | None,
+    random_seed: int | None,
+    decoder: str | Path | None = None,
+) -> Source:
+    """The source that the command line means: one folder or file, or a seed, and DC-AE's folder. Raises ExportError."""
+    source = _open_transformer(model, checkpoint, random_seed)
+    if decoder is not None:
+        source.take_decoder(decoder)
+    return source
+
+
+def _open_transformer(
+    model: str, checkpoint: str | Path | Sequence[str | Path] | None, random_seed: int | None
+) -> TiMSource:
     paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint or ())
     if random_seed is not None:
         if paths:

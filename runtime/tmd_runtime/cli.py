@@ -6,7 +6,6 @@ Only click is imported at the top, so that `--help` answers at once; the rest co
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from .cli_types import Number, Schedule
+from .cli_types import Size as Size
+from .cli_types import Whole as Whole
 from .errors import RuntimeFailure, UsageFailure
 from .job import Job
 
@@ -27,71 +29,6 @@ FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 # As in tmd_engines, which is not imported for --help; a test compares the two.
 ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt")
 MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
-
-
-class Size(click.ParamType):
-    """WIDTHxHEIGHT in pixels."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})\s*", value)
-        if not match:
-            self.fail(f"{value!r} is no size: write width x height in pixels, such as 64x64.", param, ctx)
-        return int(match[1]), int(match[2])
-
-
-class Whole(click.ParamType):
-    """A whole number in a range; says so in words where click would print an inequality."""
-
-    name = "number"
-
-    def __init__(self, low: int, high: int | None = None) -> None:
-        self.low, self.high = low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        # Length first: Python refuses to read numbers of thousands of digits, with an error of its own.
-        if not isinstance(value, int) and not re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", value):
-            self.fail(f"{value[:40]!r} is no whole number.", param, ctx)
-        number = int(value)
-        if number < self.low or (self.high is not None and number > self.high):
-            allowed = f"{self.low} or more" if self.high is None else f"from {self.low} to {self.high}"
-            self.fail(f"{number} is out of range: give a whole number, {allowed}.", param, ctx)
-        return number
-
-
-class Number(click.ParamType):
-    """A finite number in a range; says so in words."""
-
-    name = "number"
-
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value[:40]!r} is no number.", param, ctx)
-        if not self.low <= number <= self.high:
-            self.fail(f"{value} is out of range: give a number from {self.low:g} to {self.high:g}.", param, ctx)
-        return number
-
-
-class Schedule(click.ParamType):
-    """Times separated by commas."""
-
-    name = "times"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value[:80]!r} is no list of times: write them like 1,0.6,0.2,0.", param, ctx)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -122,7 +59,8 @@ Examples:
 \b
 --json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
 frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
-guidance, memory (all or low), embeds and latents (files written, or null). A
+guidance, memory (all or low), embeds, latents and preview (files written, or
+null), times (of the steps, from noise to data; empty for a TMD student). A
 bundle that has no part to go on after a saved file ends there: out is null.
 With --prompt-file or several --prompt it is {"runs": [...]}. After a failure it
 has "error" (and the runs that were finished). In stage_seconds, load is what
@@ -166,10 +104,31 @@ A file appears under its name only when it is complete.""",
     metavar="T,T,...",
     help="Times of a Transition Model in the place of --steps, falling from 1 to 0.",
 )
+@click.option(
+    "--deadline",
+    type=Number(0, 86400),
+    metavar="SECONDS",
+    help="Time for the steps of a Transition Model: takes as many as fit, at most --steps, and jumps to the end.",
+)
+@click.option("--class", "label", type=Whole(0), metavar="N", help="What to draw, for a model of numbered classes.")
+@click.option(
+    "--init-latents",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Start from a picture, a file of --save-latents (Transition Models).",
+)
+@click.option("--strength", type=Number(0, 1), metavar="S", help="How much of that picture changes; 1: everything.")
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the graphs."
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="D",
+    help="Where: cpu, cuda, or cuda:N for one of several GPUs; auto: a GPU where there is one.",
 )
 @click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
 @click.option(
@@ -191,6 +150,12 @@ A file appears under its name only when it is complete.""",
 @click.option(
     "--latents", type=click.Path(path_type=Path), metavar="FILE", help="Only decode a file of --save-latents."
 )
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Before each step but the last, write what the run would give if it were the last. Changes nothing else.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
 @click.option(
@@ -202,12 +167,15 @@ def command(
     bundle: Path | None,
     out: Path | None,
     engine: str,
+    device: str,
     threads: int | None,
     memory: str,
     embeds: Path | None,
     latents: Path | None,
     save_embeds: Path | None,
     save_latents: Path | None,
+    init_latents: Path | None,
+    preview: Path | None,
     as_json: bool,
     quiet: bool,
     **wishes: Any,
@@ -218,8 +186,10 @@ def command(
     it asks for prompts one after the other and keeps the model loaded. Nothing is downloaded or sent anywhere.
     """
     texts = _read_prompts(prompts, prompt_file)
-    _check_sources(texts, embeds, latents, save_embeds, save_latents, wishes)
-    asking = not texts and embeds is None and latents is None
+    written = {"save-embeds": save_embeds, "save-latents": save_latents, "preview": preview}
+    _check_sources(texts, embeds, latents, written, {**wishes, "init_latents": init_latents})
+    drawing = wishes["label"] is not None
+    asking = not texts and embeds is None and latents is None and not drawing
     if asking and as_json:
         raise click.UsageError("--json needs a prompt: give --prompt TEXT or --prompt-file FILE.")
     if asking and not sys.stdin.isatty():
@@ -232,6 +202,8 @@ def command(
         as_json=as_json,
         save_embeds=save_embeds,
         save_latents=save_latents,
+        init_latents=init_latents,
+        preview=preview,
     )
     several = prompt_file is not None or len(texts) > 1
     records: list[dict[str, Any]] = []
@@ -247,8 +219,9 @@ def command(
         start = perf_counter()
         import tmd_runtime
 
-        with tmd_runtime.load(bundle, engine=engine, threads=threads, memory=memory) as pipeline:
-            pipeline.settings(**wishes)
+        with tmd_runtime.load(bundle, engine, threads, device, memory) as pipeline:
+            if latents is None:
+                pipeline.settings(**wishes)
             job.opening_seconds = perf_counter() - start
             if asking:
                 _ask(job, pipeline)
@@ -256,7 +229,7 @@ def command(
                 records.append(job.decode(pipeline, latents))
             elif embeds is not None:
                 records.append(job.run_embeds(pipeline, embeds))
-            for text in texts:
+            for text in texts or [""] * drawing:
                 records.append(job.run(pipeline, text))
             if as_json:
                 _print_json({"runs": records} if several else records[0])
@@ -266,23 +239,24 @@ def _check_sources(
     texts: list[str],
     embeds: Path | None,
     latents: Path | None,
-    save_embeds: Path | None,
-    save_latents: Path | None,
+    written: dict[str, Path | None],
     wishes: dict[str, Any],
 ) -> None:
-    """A run starts from prompts, from embeddings or from latents. Raises click.UsageError for a mixture."""
-    given = [
-        name
-        for name, value in (("--prompt or --prompt-file", texts), ("--embeds", embeds), ("--latents", latents))
-        if value
-    ]
+    """A run starts from prompts, a class, embeddings or latents. Raises click.UsageError for a mixture."""
+    label = wishes["label"]
+    sources = {"--prompt or --prompt-file": texts, "--embeds": embeds, "--latents": latents}
+    given = [name for name, value in sources.items() if value] + ["--class"] * (label is not None)
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} are two beginnings of a run: give one of them.")
-    if embeds is not None and save_embeds is not None:
+    if embeds is not None and written["save-embeds"] is not None:
         raise click.UsageError("--embeds has its embeddings in a file already: leave --save-embeds out.")
+    if label is not None and written["save-embeds"] is not None:
+        raise click.UsageError("a class has no embeddings to save: leave --save-embeds out.")
+    if (wishes["init_latents"] is None) != (wishes["strength"] is None):
+        raise click.UsageError("--init-latents and --strength go together: a picture, and how much of it changes.")
     if latents is not None:
         decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
-        decided += [name for name, value in (("--save-embeds", save_embeds), ("--save-latents", save_latents)) if value]
+        decided += [f"--{name}" for name, value in written.items() if value]
         if decided:
             raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")
 

@@ -36,6 +36,8 @@ class Job:
     as_json: bool
     save_embeds: Path | None = None
     save_latents: Path | None = None
+    init_latents: Path | None = None
+    preview: Path | None = None
     opening_seconds: float = 0.0
     done: int = 0
     stills: bool = False
@@ -47,6 +49,8 @@ class Job:
 
         for number in range(1, max(count, 1) + 1 if self.out else 2):
             check_target(self.target("video", 0, number))
+        for number in range(1, max(count, 1) + 1 if self.preview else 1):
+            check_target(self._numbered(self.preview, number))  # type: ignore[arg-type]  # there are none without it
         for number in range(1, max(count, 1) + 1):
             for path in filter(None, (self.save_embeds, self.save_latents)):
                 Target(self._numbered(path, number), is_folder=False).discard()
@@ -65,7 +69,7 @@ class Job:
         return path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
 
     def run(self, pipeline: Pipeline, prompt: str) -> dict[str, Any]:
-        """Make one video, print about it, and return its record for JSON."""
+        """Make one video, print about it, and return its record for JSON. A model of classes has an empty prompt."""
         return self._make(pipeline, prompt, {})
 
     def run_embeds(self, pipeline: Pipeline, path: Path) -> dict[str, Any]:
@@ -90,6 +94,7 @@ class Job:
         import numpy as np
 
         from .memory import STAGES
+        from .png import describe
         from .progress import Bars, in_terminal
         from .result import Result
         from .tensor_files import load_latents
@@ -98,14 +103,17 @@ class Job:
         start = perf_counter()
         saved = load_latents(path, pipeline.manifest)
         frames = (saved.latents.shape[2] - 1) * pipeline.manifest.latents.temporal_stride + 1
-        settings = pipeline.settings(frames=frames, size=saved.size)
+        # No class is drawn any more, but a model of classes has no settings without one.
+        label = None if pipeline.manifest.model.classes is None else 0
+        settings = pipeline.settings(frames=frames, size=saved.size, label=label)
         memory = pipeline.choose_memory(settings, unused=(*STAGES[0], *STAGES[1]))
         self.stills = settings.rule == "flow_map"
         target = self.target(saved.prompt, saved.seed, self.done + 1)
+        texts = describe(saved, saved.model, saved.prompt)
         seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
         visible = in_terminal() and not self.quiet
         pieces = []
-        with Bars(settings, visible, ("decode",)) as bars, open_video(target, settings.fps) as video:
+        with Bars(settings, visible, ("decode",)) as bars, open_video(target, settings.fps, texts) as video:
             for piece in pipeline.decode_chunks(saved.latents, bars, seconds):
                 pieces.append(piece)
                 video.write(piece)
@@ -125,26 +133,43 @@ class Job:
         return self._finish(result, target, video.seconds, perf_counter() - start, {})
 
     def _make(self, pipeline: Pipeline, prompt: str, given: dict[str, Any]) -> dict[str, Any]:
+        from .png import describe
         from .progress import Bars, in_terminal
         from .video import open_video
 
-        settings = pipeline.settings(**self.wishes)
+        wishes = dict(self.wishes)
+        if self.init_latents is not None:
+            from .tensor_files import load_latents
+
+            start_from = load_latents(self.init_latents, pipeline.manifest)
+            given = {**given, "init_latents": start_from.latents}
+            wishes["size"] = wishes.get("size") or start_from.size
+        settings = pipeline.settings(**wishes)
         self.stills = settings.rule == "flow_map"
-        wishes = {**self.wishes, "seed": settings.seed}
+        wishes["seed"] = settings.seed
         files, hooks = self._extra_files(pipeline, prompt, settings)
         graphs = pipeline.manifest.graphs
         # As the pipeline has it: a bundle that cannot go on after a file that was asked for ends there.
         ends_early = ("embeds" in files and "backbone" not in graphs) or (
             "latents" in files and "decoder_first" not in graphs
         )
-        target = None if ends_early else self.target(prompt, settings.seed, self.done + 1)
+        name = prompt if settings.label is None else f"class {settings.label}"
+        target = None if ends_early else self.target(name, settings.seed, self.done + 1)
+        texts: dict[str, str] = {}
         start = perf_counter()
         with ExitStack() as stack:
             stages = ("backbone", "flow_head", "decode") if "prompt_embeds" in given else None
             bars = stack.enter_context(Bars(settings, in_terminal() and not self.quiet, stages))
-            video = stack.enter_context(open_video(target, settings.fps)) if target is not None else None
+            video = stack.enter_context(open_video(target, settings.fps, texts)) if target is not None else None
+
+            def write(frames: NDArray[np.uint8]) -> None:
+                # Only now is it known how many steps there were.
+                texts.update(describe(pipeline.latest or settings, pipeline.manifest.model.name, prompt))
+                if video is not None:
+                    video.write(frames)
+
             result = pipeline(
-                prompt, **wishes, **given, **hooks, callback=bars, on_frames=video.write if video else None
+                prompt, **wishes, **given, **hooks, callback=bars, on_frames=write if video is not None else None
             )
         return self._finish(result, target, video.seconds if video else 0.0, perf_counter() - start, files)
 
@@ -168,14 +193,15 @@ class Job:
             latents_file = files["latents"] = self._numbered(self.save_latents, self.done + 1)
 
             def write_latents(values: NDArray[np.float32]) -> None:
+                taken = pipeline.latest or settings
                 latents = Latents(
                     latents=values,
                     model=pipeline.manifest.model.name,
                     prompt=prompt,
                     seed=settings.seed,
-                    steps=settings.steps,
+                    steps=taken.steps,
                     inner_steps=settings.inner_steps,
-                    nfe=settings.nfe,
+                    nfe=taken.nfe,
                     rule=settings.rule,
                     guidance=settings.guidance,
                     size=(settings.width, settings.height),
@@ -183,6 +209,16 @@ class Job:
                 save_latents(latents_file, latents)
 
             hooks["on_latents"] = write_latents
+        if self.preview is not None:
+            from .video import write_video
+
+            preview_file = self._numbered(self.preview, self.done + 1)
+
+            def write_preview(frames: NDArray[np.uint8]) -> None:
+                write_video(preview_file, frames, settings.fps)
+                files["preview"] = preview_file  # a run of one step has none
+
+            hooks["on_preview"] = write_preview
         return files, hooks
 
     def _finish(
@@ -245,6 +281,8 @@ def _record(result: Result, target: Path | None, total: float, files: dict[str, 
         "memory": result.memory,
         "embeds": str(files["embeds"]) if "embeds" in files else None,
         "latents": str(files["latents"]) if "latents" in files else None,
+        "preview": str(files["preview"]) if "preview" in files else None,
+        "times": list(result.times),
     }
 
 

@@ -49,8 +49,8 @@ Callback = Callable[[StepInfo], "bool | None"]
 class Timings:
     """Seconds per stage of one run, and the callback's voice in it."""
 
-    def __init__(self, callback: Callback | None = None) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, callback: Callback | None = None, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
         self._callback = callback
 
     def add(self, stage: str, seconds: float) -> None:
@@ -81,6 +81,12 @@ def check_finite(stage: str, values: NDArray[Any]) -> None:
             f"the stage {stage} gave NaN or Inf: there is no video to show. Try another engine or a bundle of higher "
             "precision (fp32); if it stays, the weights are damaged: export the bundle again."
         )
+
+
+def data_estimate(x: NDArray[Any], velocity: NDArray[Any], t: float) -> NDArray[np.float32]:
+    """x - t·v as a new array on the host: the data that x at time t and the velocity noise - data say together."""
+    estimate: NDArray[np.float32] = x.astype(np.float32) - np.float32(t) * velocity.astype(np.float32)
+    return estimate
 
 
 class BoundBackbone:
@@ -154,10 +160,12 @@ class DenoiseLoop:
         settings: Settings,
         timings: Timings,
         negative_embeds: NDArray[Any] | None = None,
+        on_preview: Callable[[NDArray[np.float32]], object] | None = None,
     ) -> NDArray[np.float32]:
         """Latents `[1, C, T, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
 
-        A student has no guidance, so `negative_embeds` play no part. Raises Cancelled if the callback says so,
+        A student has no guidance, so `negative_embeds` play no part. `on_preview` gets, in every step but the last,
+        x - t·y: where this transition's velocity leads at time 0. Raises Cancelled if the callback says so,
         RuntimeFailure if a stage gives NaN or Inf.
         """
         outer, inner = settings.steps, settings.inner_steps
@@ -190,6 +198,8 @@ class DenoiseLoop:
                 y = self._transition(s, done * inner, outer * inner, timings)
                 if self._engines[0].records:
                     self._recorded = self._record(s, before, timings.seconds)
+            if on_preview is not None and i > 1:
+                on_preview(data_estimate(self._x, y, t[i]))
             with timings.stage("flow_head"):
                 # y is not needed any more: it holds the product, so that the update allocates nothing.
                 np.multiply(y, np.float32(t[i] - t[i - 1]), out=y)

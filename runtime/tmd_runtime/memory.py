@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import RuntimeFailure
+from .tiles import TILE_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -69,6 +70,11 @@ class MemoryChooser:
         if self._latest[0] != key:
             try:
                 found = estimate(self._bundle, frames=settings.frames, width=settings.width, height=settings.height)
+                side = max(settings.width, settings.height)
+                if settings.rule == "flow_map" and side > TILE_PIXELS and "decoder" in found.stages:
+                    width, height = min(settings.width, TILE_PIXELS), min(settings.height, TILE_PIXELS)
+                    tile = estimate(self._bundle, frames=1, width=width, height=height).stages["decoder"]
+                    found = replace(found, stages={**found.stages, "decoder": tile})
             except BundleError:
                 found = None
             self._latest = key, found  # steps and passes take time, not memory

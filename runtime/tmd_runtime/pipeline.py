@@ -10,7 +10,7 @@ keeps it, so only the first run is cold, unless memory is short (`memory.py`). O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -19,38 +19,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import check_embeds, check_preview, check_start, memory_failure, missing_graph
 from .decoder import ChunkDecoder
 from .errors import RuntimeFailure, UsageFailure
 from .loop import Callback, DenoiseLoop, Timings
 from .memory import MODES, STAGES, Memory, MemoryChooser
 from .result import Result
-from .settings import Settings, resolve_settings
-from .text import EMBEDS_INSTEAD, PromptEncoder
+from .settings import Settings, Wishes, resolve_settings
+from .text import PromptEncoder
+from .tiles import decode_tiles, tile_size
 from .transition_loop import TransitionLoop
 from .velocity_loop import VelocityLoop
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Self, Unpack
 
     from tmd_engines import Bundle, Engine, Manifest
 
 BUILT_IN = Path(__file__).parent / "bundles" / "tiny"
 
 _GRAPHS = ("text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
-_NEEDED_FOR = {
-    "text_encoder": "read a prompt",
-    "backbone": "denoise",
-    "flow_head": "denoise",
-    "decoder_first": "turn latents into frames",
-    "decoder_step": "turn latents into more than one frame",
-}
-_INSTEAD = {
-    "text_encoder": EMBEDS_INSTEAD,
-    "backbone": "It can still read a prompt (--save-embeds FILE). ",
-    "flow_head": "It can still read a prompt (--save-embeds FILE). ",
-    "decoder_first": "It can still save latents for a bundle that can (--save-latents FILE). ",
-    "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
-}
 
 
 def load(
@@ -62,10 +50,11 @@ def load(
 ) -> Pipeline:
     """Pipeline of a bundle (a folder, or a `Bundle` already open; None: the built-in model).
 
-    The whole bundle is checked here; its graphs are loaded by the stages. `threads` limits the CPU threads of an
-    engine. `memory` is "all" (graphs stay loaded), "low" (one stage after the other) or "auto" ("low" when "all" would
-    not fit). Raises tmd_engines.BundleError if the bundle is not whole, RuntimeFailure if this installation has no
-    built-in model, UsageFailure for another `memory`.
+    The whole bundle is checked here; its graphs are loaded by the stages. `engine` and `device` as in tmd_engines.load
+    ("cpu", "cuda", "cuda:1"); `threads` limits the CPU threads of an engine. `memory` is "all" (graphs stay loaded),
+    "low" (one stage after the other) or "auto" ("low" when "all" would not fit). Raises tmd_engines.BundleError if the
+    bundle is not whole, RuntimeFailure if this installation has no built-in model, UsageFailure for another `memory`,
+    and for an engine and a device that are none or do not go together.
     """
     from tmd_engines import Bundle
 
@@ -91,6 +80,13 @@ class Pipeline:
     ) -> None:
         if memory not in MODES:
             raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
+        from tmd_engines import EngineError
+        from tmd_engines.engine import check_engine
+
+        try:
+            check_engine(engine, device)
+        except EngineError as error:
+            raise UsageFailure(str(error)) from None
         self.bundle = bundle
         self._engine, self._threads, self._device = engine, threads, device
         self._wanted_memory, self._chooser = memory, MemoryChooser(bundle)
@@ -102,6 +98,7 @@ class Pipeline:
         self._decoder: tuple[Any, ChunkDecoder] | None = None
         # The latest one: a file of prompts has them all against the same negative prompt.
         self._negative: tuple[str, NDArray[np.float32]] | None = None
+        self.latest: Settings | None = None  # the latest run that was denoised, with the steps that it took
 
     @property
     def manifest(self) -> Manifest:
@@ -114,19 +111,14 @@ class Pipeline:
         inner_steps: int | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        guidance: float | None = None,
-        negative_prompt: str | None = None,
-        shift: float | None = None,
-        schedule: Sequence[float] | None = None,
+        **more: Unpack[Wishes],
     ) -> Settings:
         """The settings of a run with these wishes; loads nothing. Raises UsageFailure saying what the bundle allows."""
-        return resolve_settings(
-            self.manifest, seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift, schedule
-        )
+        return resolve_settings(self.manifest, seed, steps, inner_steps, frames, size, **more)
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str = "",
         seed: int | None = None,
         steps: int | None = None,
         inner_steps: int | None = None,
@@ -135,39 +127,51 @@ class Pipeline:
         callback: Callback | None = None,
         on_frames: Callable[[NDArray[np.uint8]], object] | None = None,
         *,
-        guidance: float | None = None,
-        negative_prompt: str | None = None,
-        shift: float | None = None,
-        schedule: Sequence[float] | None = None,
         prompt_embeds: NDArray[Any] | None = None,
         negative_embeds: NDArray[Any] | None = None,
+        init_latents: NDArray[Any] | None = None,
         on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
         on_latents: Callable[[NDArray[np.float32]], object] | None = None,
+        on_preview: Callable[[NDArray[np.uint8]], object] | None = None,
+        **more: Unpack[Wishes],
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts.
+        `more` are guidance, negative_prompt, shift, schedule, deadline, strength and label (`resolve_settings`).
+        `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
+        model of classes takes a label and no prompt. `init_latents` `[1, C, 1, h, w]` are a picture that a run with
+        a strength starts from.
         `callback(StepInfo)` is called after every step; returning False stops the run. `on_embeds` gets the embeddings
         before denoising, `on_latents` the latents before decoding, `on_frames(uint8 [f, H, W, 3])` each piece of the
-        video while the next one decodes. With `on_embeds` a bundle without backbone ends there, with `on_latents` one
-        without decoder; the result then has no frames.
+        video while the next one decodes, `on_preview(uint8 [F, H, W, 3])` before each step but the last what the run
+        would give if it were the last; that changes nothing in the result. With `on_embeds` a bundle without backbone
+        ends there, with `on_latents` one without decoder; the result then has no frames.
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
-        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, negative_prompt, shift, schedule)
+        if init_latents is not None and size is None:
+            size = self._pixels(init_latents)
+        settings = self.settings(seed, steps, inner_steps, frames, size, **more)
+        check_start(settings, init_latents)
+        if settings.label is not None and (prompt or prompt_embeds is not None):
+            raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
         self.choose_memory(settings, unused=() if prompt_embeds is None else STAGES[0])
-        timings = Timings(callback)
-        timings.seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
+        if on_preview is not None:
+            check_preview(settings, self._memory)
+        stages = ("load", "text", "noise", "backbone", "flow_head", "decode")
+        timings = Timings(callback, dict.fromkeys(stages, 0.0))
         warnings = list(settings.warnings)
         graphs = self.manifest.graphs
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
-        with _memory_failure(settings):
+        with memory_failure(settings):
             embeds = self._embed(prompt, prompt_embeds, negative_embeds, settings, timings, warnings)
-            if on_embeds is not None:
+            if on_embeds is not None and settings.label is None:
                 on_embeds(*embeds)
             if "backbone" in graphs or on_embeds is None:
-                latents = self._denoise(*embeds, settings, timings)
+                preview = None if on_preview is None else self._previewer(on_preview, settings, timings)
+                latents = self._denoise(*embeds, settings, timings, preview, init_latents)
+                settings = self.latest or settings
                 if on_latents is not None:
                     on_latents(latents)
             if latents is not None and ("decoder_first" in graphs or on_latents is None):
@@ -189,6 +193,7 @@ class Pipeline:
             rule=settings.rule,
             guidance=settings.guidance,
             memory=self._memory,
+            times=settings.times,
             latents=latents,
         )
 
@@ -212,7 +217,7 @@ class Pipeline:
 
     def denoise(
         self,
-        prompt_embeds: NDArray[Any],
+        prompt_embeds: NDArray[Any] | None,
         seed: int | None = None,
         steps: int | None = None,
         inner_steps: int | None = None,
@@ -221,22 +226,29 @@ class Pipeline:
         callback: Callback | None = None,
         *,
         negative_embeds: NDArray[Any] | None = None,
-        guidance: float | None = None,
-        shift: float | None = None,
-        schedule: Sequence[float] | None = None,
+        init_latents: NDArray[Any] | None = None,
+        **more: Unpack[Wishes],
     ) -> NDArray[np.float32]:
-        """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`.
+        """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`, or from
+        None for a model of classes.
 
         With guidance other than 1, `negative_embeds` of the same shape are needed. Raises as a run does.
         """
-        settings = self.settings(seed, steps, inner_steps, frames, size, guidance, None, shift, schedule)
+        if init_latents is not None and size is None:
+            size = self._pixels(init_latents)
+        settings = self.settings(seed, steps, inner_steps, frames, size, **more)
+        check_start(settings, init_latents)
+        if settings.label is not None:
+            prompt_embeds, negative_embeds = self._embed("", None, None, settings, Timings(), [])
+        elif prompt_embeds is None:
+            raise UsageFailure("this model needs the embeddings of a prompt: make them with encode.")
         if settings.passes == 1:
             negative_embeds = None
         elif negative_embeds is None:
             raise UsageFailure("guidance needs negative_embeds as well: encode the negative prompt, or set guidance=1.")
         self.choose_memory(settings, unused=(*STAGES[0], *STAGES[2]))
-        with _memory_failure(settings):
-            return self._denoise(prompt_embeds, negative_embeds, settings, Timings(callback))
+        with memory_failure(settings):
+            return self._denoise(prompt_embeds, negative_embeds, settings, Timings(callback), None, init_latents)
 
     def decode(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """Frames uint8 `[F, H, W, 3]` of latents `[1, C, T, h, w]` from `denoise`."""
@@ -249,8 +261,7 @@ class Pipeline:
 
         `seconds`, if given, is filled with what `load` and `decode` took.
         """
-        timings = Timings(callback)
-        timings.seconds = {} if seconds is None else seconds
+        timings = Timings(callback, seconds)
         yield from self._decode(latents, timings)
 
     def close(self) -> None:
@@ -290,10 +301,7 @@ class Pipeline:
         if name in self._engines:
             return self._engines[name]
         if name not in self.manifest.graphs:
-            raise RuntimeFailure(
-                f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
-                f"Export it again with {name} among --parts, or use another bundle."
-            )
+            raise missing_graph(name)
         from tmd_engines import load as load_engine
 
         start = perf_counter()
@@ -313,7 +321,11 @@ class Pipeline:
         timings: Timings,
         warnings: list[str],
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Embeddings of the prompt and, with guidance, of the negative prompt, encoded where they are not given."""
+        """Embeddings of the prompt and, with guidance, of the negative prompt, encoded where they are not given; of a
+        model of classes their numbers, and that of none."""
+        if settings.label is not None:
+            numbers = np.array([settings.label]), np.array([self.manifest.model.classes])
+            return numbers[0], None if settings.passes == 1 else numbers[1]
         if settings.passes == 1:
             negative_embeds = None
         elif negative_embeds is None and self._negative is not None and self._negative[0] == settings.negative_prompt:
@@ -339,26 +351,41 @@ class Pipeline:
         negative_embeds: NDArray[Any] | None,
         settings: Settings,
         timings: Timings,
+        on_preview: Callable[[NDArray[np.float32]], object] | None,
+        init: NDArray[Any] | None,
     ) -> NDArray[np.float32]:
-        width = self.manifest.text.dim
-        if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != 1 or prompt_embeds.shape[2] != width:
-            raise RuntimeFailure(
-                f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(prompt_embeds.shape)}."
-            )
-        if negative_embeds is not None and negative_embeds.shape != prompt_embeds.shape:
-            raise RuntimeFailure(
-                f"negative_embeds must have the shape of prompt_embeds, {list(prompt_embeds.shape)}, not "
-                f"{list(negative_embeds.shape)}."
-            )
+        self.latest = None
+        labelled = settings.label is not None
+        if not labelled:
+            check_embeds(prompt_embeds, negative_embeds, self.manifest.text.dim)
         with self._stage("backbone"):
-            key = (settings.latent_shape, prompt_embeds.shape[1])
+            key = (settings.latent_shape, 1 if labelled else prompt_embeds.shape[1])
             if self._loop is None or self._loop[0] != key:
                 engines = self._graph("backbone", timings), self._graph("flow_head", timings)
                 self._loop = None
                 loops: dict[str, type[Any]] = {"transition": DenoiseLoop, "flow_map": TransitionLoop}
                 kind = loops.get(settings.rule, VelocityLoop)
                 self._loop = key, kind(*engines, self.manifest, *key)
-            return self._loop[1].run(prompt_embeds, settings, timings, negative_embeds)
+            loop = self._loop[1]
+            if isinstance(loop, TransitionLoop):
+                latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
+                settings = settings.through(loop.times)
+            else:
+                latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview)
+            self.latest = settings
+            return latents
+
+    def _previewer(
+        self, on_preview: Callable[[NDArray[np.uint8]], object], settings: Settings, timings: Timings
+    ) -> Callable[[NDArray[np.float32]], object]:
+        """Decodes the latents of a preview for `on_preview`; its seconds count as `decode`, its steps as none."""
+        silent = Timings(seconds=timings.seconds)
+        return lambda latents: on_preview(np.concatenate(list(self._decode(latents, silent))))
+
+    def _pixels(self, latents: NDArray[Any]) -> tuple[int, int]:
+        """(width, height) of what latents `[..., h, w]` decode to."""
+        stride = self.manifest.latents.spatial_stride
+        return latents.shape[-1] * stride, latents.shape[-2] * stride
 
     def _decode(self, latents: NDArray[Any], timings: Timings) -> Iterator[NDArray[np.uint8]]:
         channels = self.manifest.latents.channels
@@ -367,20 +394,15 @@ class Pipeline:
                 f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
             )
         with self._stage("decoder_first"):
-            key = latents.shape[3:]
+            geometry, is_still = self.manifest.latents, self.manifest.model.kind == "tim" and latents.shape[2] == 1
+            whole = latents.shape[3], latents.shape[4]
+            key = tile_size(*whole, geometry.spatial_stride) if is_still else whole
             if self._decoder is None or self._decoder[0] != key:
                 first = self._graph("decoder_first", timings)
                 self._decoder = None
-                self._decoder = key, ChunkDecoder(first, self.manifest.latents, *key)
-            yield from self._decoder[1].chunks(latents, lambda: self._graph("decoder_step", timings), timings)
-
-
-@contextmanager
-def _memory_failure(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise RuntimeFailure(
-            f"there is not enough memory for {settings.frames} frames of {settings.width}x{settings.height}. "
-            "Choose fewer frames or a smaller size."
-        ) from error
+                self._decoder = key, ChunkDecoder(first, geometry, *key)
+            decoder = self._decoder[1]
+            if key != whole:
+                yield decode_tiles(decoder, latents, key, geometry.spatial_stride, timings)
+            else:
+                yield from decoder.chunks(latents, lambda: self._graph("decoder_step", timings), timings)

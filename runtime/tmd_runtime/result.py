@@ -15,7 +15,8 @@ class Result:
     """What a run gave: `frames` uint8 `[F, H, W, 3]` (RGB), how they came about, and the seconds per stage.
 
     `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`.
-    `latents` are what was decoded; `memory` is the mode of the run, "all" or "low". `warnings` are for people.
+    `times` are those of a model that steps between times, noise to data. `latents` are what was decoded; `memory` is
+    the mode of the run, "all" or "low". `warnings` are for people.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -30,6 +31,7 @@ class Result:
     rule: str = "transition"
     guidance: float = 1.0
     memory: Memory = "all"
+    times: tuple[float, ...] = ()
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
 
     @property

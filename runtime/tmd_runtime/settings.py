@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from .errors import RuntimeFailure, UsageFailure
 from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid, uniform_times, wan_grid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tmd_engines import Manifest
     from tmd_engines.manifest import FlowMapSampler, TransitionSampler, VelocitySampler
 
 MAX_STEPS = 1000
+MAX_DEADLINE = 86400  # a day, in seconds
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Settings:
 
     For models without inner flow `inner_steps` is 1, and `times` (descending, ending in 0), `time_rounding` and
     `init_scale` say how to sample; a `guidance` other than 1 takes a second pass with `negative_prompt`, of a
-    Transition Model only in the steps from a time inside `guidance_interval`, without its ends.
+    Transition Model only in the steps from a time inside `guidance_interval`, without its ends. With a `deadline`, in
+    seconds, `times` are the finest that a run may take, or with `scheduled` those it shall take as long as it can.
+    `strength` is the first of them where a run starts from a picture; `label` is the class to draw.
     """
 
     seed: int
@@ -45,6 +47,20 @@ class Settings:
     time_rounding: str = "none"
     init_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    deadline: float | None = None
+    scheduled: bool = False
+    strength: float | None = None
+    label: int | None = None
+
+    def guided(self, t: float) -> bool:
+        """Whether the step of a Transition Model from time t takes guidance."""
+        low, high = self.guidance_interval
+        return self.guidance != 1 and low < t < high
+
+    def through(self, times: Sequence[float]) -> Settings:
+        """The same run of a Transition Model through other times: what it came to, when a deadline decided."""
+        nfe = float(sum(1 + self.guided(t) for t in times[:-1]))
+        return replace(self, times=tuple(times), steps=len(times) - 1, nfe=nfe)
 
     @property
     def passes(self) -> int:
@@ -67,6 +83,18 @@ class _Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
+class Wishes(TypedDict, total=False):
+    """What only some models can do, by name; `resolve_settings` says what each is."""
+
+    guidance: float | None
+    negative_prompt: str | None
+    shift: float | None
+    schedule: Sequence[float] | None
+    deadline: float | None
+    strength: float | None
+    label: int | None
+
+
 def resolve_settings(
     manifest: Manifest,
     seed: int | None = None,
@@ -78,21 +106,31 @@ def resolve_settings(
     negative_prompt: str | None = None,
     shift: float | None = None,
     schedule: Sequence[float] | None = None,
+    deadline: float | None = None,
+    strength: float | None = None,
+    label: int | None = None,
 ) -> Settings:
     """Fill what is None from the manifest (the seed at random) and check the rest. `size` is (width, height) in pixels.
 
-    `schedule` are the times of a Transition Model, falling from 1 to 0, in the place of `steps`.
+    For Transition Models: `schedule` are times falling from 1 to 0, in the place of `steps`; `deadline`, the seconds
+    that the steps may take, makes `steps` the most of them; `strength` is the time in (0, 1] at which a run from
+    a picture begins, in the place of 1; `label` is the class, for a model of classes.
     Raises UsageFailure that says what the bundle allows.
     """
     sampler, video = manifest.sampler, manifest.video
-    if schedule is not None and sampler.rule != "flow_map":
-        raise UsageFailure("a schedule of one's own is for Transition Models, and this is none: leave it out.")
+    if sampler.rule != "flow_map":
+        _refuse_jumps(schedule, deadline, strength)
+    _check_label(manifest, label)
     if sampler.rule == "flow_map":
-        if manifest.model.classes is not None:
-            raise RuntimeFailure("this model draws numbered classes and takes no prompt, which is not supported yet.")
         if frames not in (None, 1):
             raise UsageFailure(f"this model makes stills, so it cannot do {frames} frames: leave them out.")
-        sampling = _flow_map(sampler, steps, inner_steps, guidance, negative_prompt, shift, schedule)
+        if label is not None and negative_prompt is not None:
+            raise UsageFailure("this model draws numbered classes, which have no negative prompt: leave it out.")
+        if deadline is not None and not 0 < deadline <= MAX_DEADLINE:
+            raise UsageFailure(f"a deadline of {deadline:g} s is out of range: choose above 0, up to {MAX_DEADLINE}.")
+        if deadline is not None and steps is None:
+            steps = MAX_STEPS if schedule is None else None
+        sampling = _flow_map(sampler, steps, inner_steps, guidance, negative_prompt, shift, schedule, strength)
     elif sampler.rule == "transition":
         sampling = _student(sampler, steps, inner_steps, guidance, negative_prompt, shift)
     else:
@@ -108,9 +146,7 @@ def resolve_settings(
     model = manifest.model
     nfe = effective_nfe(sampling.steps, sampling.inner_steps, model.head_blocks, model.num_layers)
     nfe *= 1 if sampling.guidance == 1 else 2
-    if sampler.rule == "flow_map":
-        nfe = float(sum(1 + (sampling.guidance != 1 and _inside(t, sampling)) for t in sampling.times[:-1]))
-    return Settings(
+    settings = Settings(
         seed=_check_seed(seed),
         steps=sampling.steps,
         inner_steps=sampling.inner_steps,
@@ -128,12 +164,35 @@ def resolve_settings(
         time_rounding=sampling.time_rounding,
         init_scale=sampling.init_scale,
         guidance_interval=sampling.guidance_interval,
+        deadline=deadline,
+        scheduled=schedule is not None,
+        strength=strength,
+        label=label,
     )
+    return settings.through(settings.times) if sampler.rule == "flow_map" else settings
 
 
-def _inside(t: float, sampling: _Sampling) -> bool:
-    low, high = sampling.guidance_interval
-    return low < t < high
+def _refuse_jumps(schedule: Sequence[float] | None, deadline: float | None, strength: float | None) -> None:
+    """What takes a jump from any time to any other."""
+    for what, value, instead in (
+        ("a schedule of one's own", schedule, "leave it out"),
+        ("a deadline", deadline, "choose the number of steps"),
+        ("to start from a picture", strength, "leave it out"),
+    ):
+        if value is not None:
+            raise UsageFailure(f"{what} is for Transition Models, and this is none: {instead}.")
+
+
+def _check_label(manifest: Manifest, label: int | None) -> None:
+    classes = manifest.model.classes
+    if classes is None and label is not None:
+        raise UsageFailure("this model takes a prompt and has no numbered classes: leave the class out.")
+    if classes is not None and label is None:
+        raise UsageFailure(
+            f"this model draws numbered classes and takes no prompt: choose a class, 0 to {classes - 1}."
+        )
+    if classes is not None and label is not None and not 0 <= label < classes:
+        raise UsageFailure(f"there is no class {label}: choose one from 0 to {classes - 1}.")
 
 
 def _flow_map(
@@ -144,6 +203,7 @@ def _flow_map(
     negative_prompt: str | None,
     shift: float | None,
     schedule: Sequence[float] | None,
+    strength: float | None,
 ) -> _Sampling:
     for what, value in (("inner steps", None if inner_steps == 1 else inner_steps), ("shift", shift)):
         if value is not None:
@@ -153,9 +213,14 @@ def _flow_map(
     count = (sampler.steps if steps is None else steps) if schedule is None else len(schedule) - 1
     if not 1 <= count <= MAX_STEPS:
         raise UsageFailure(f"{count} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
-    times = tuple(map(float, uniform_times(count) if schedule is None else schedule))
-    if times[0] != 1 or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
-        raise UsageFailure("the times of a schedule must fall from 1 (noise) to 0 (the picture), such as 1,0.6,0.2,0.")
+    start = 1.0 if strength is None else float(strength)
+    if not 0 < start <= 1:
+        raise UsageFailure(f"a strength of {start:g} is out of range: choose above 0 (keeps the picture) and up to 1.")
+    times = tuple(map(float, start * uniform_times(count) if schedule is None else schedule))
+    if times[0] != start or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
+        where = "1 (noise)" if strength is None else f"{start:g} (the strength)"
+        example = ",".join(f"{start * share:g}" for share in (1, 0.6, 0.2, 0))
+        raise UsageFailure(f"the times of a schedule must fall from {where} to 0 (the picture), such as {example}.")
     _check_guidance(guidance, negative_prompt, sampler.guidance)
     chosen = _Sampling(
         count,
@@ -165,9 +230,9 @@ def _flow_map(
         (sampler.negative_prompt if negative_prompt is None else negative_prompt) or "",
         guidance_interval=sampler.guidance_interval,
     )
-    if any(_inside(t, chosen) for t in times[:-1]):
-        return chosen
     low, high = sampler.guidance_interval
+    if any(low < t < high for t in times[:-1]):
+        return chosen
     asked = guidance not in (None, 1) or negative_prompt is not None
     said = f"no step begins at a time between {low:g} and {high:g}, where guidance takes part: there is none."
     return replace(chosen, guidance=1.0, negative_prompt="", warnings=(said,) if asked else ())

@@ -3,7 +3,8 @@ times.
 
 The graph `backbone` makes what depends on the prompt alone, once; `flow_head` is a whole step, guidance and update
 included. A step with guidance has two rows, with and without the prompt, whose x stay equal; a step without has one.
-Not in it yet: deadlines, previews, starting from a picture.
+A model of classes has the number of the class in the prompt's place. Which steps fit into a deadline, `deadline.py`
+says.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .deadline import StepTimes, steps_in_time
 from .loop import check_finite
 from .noise import NoiseStream
 from .schedule import tim_rope_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -33,11 +35,10 @@ class _Rows:
     """Both graphs bound to buffers of `rows` rows: 1 without guidance, 2 with."""
 
     def __init__(self, prompt: Engine, transition: Engine, rope: dict[str, NDArray[Any]], dims: dict[str, int]) -> None:
-        self.prompt_embeds = prompt.empty("prompt_embeds", **dims)
+        (asked,) = prompt.inputs  # prompt_embeds or labels
+        self.asked = prompt.empty(asked, **dims)
         context = prompt.empty("context", **dims)
-        self.make_context: Callable[[], object] = prompt.bind(
-            {"prompt_embeds": self.prompt_embeds}, {"context": context}
-        )
+        self.make_context: Callable[[], object] = prompt.bind({asked: self.asked}, {"context": context})
         self.x, self.t, self.r, self.guidance = (transition.empty(name, **dims) for name in ("x", "t", "r", "guidance"))
         self.x_next = transition.empty("x_next", **dims)
         given = {"x": self.x, "t": self.t, "r": self.r, "guidance": self.guidance, "context": context, **rope}
@@ -64,6 +65,8 @@ class TransitionLoop:
         for buffer, table in zip(self._rope.values(), tables, strict=True):
             buffer[...] = table
         self._bound: dict[int, _Rows] = {}
+        self._costs = StepTimes()
+        self.times: tuple[float, ...] = ()
 
     def run(
         self,
@@ -71,37 +74,92 @@ class TransitionLoop:
         settings: Settings,
         timings: Timings,
         negative_embeds: NDArray[Any] | None = None,
+        on_preview: Callable[[NDArray[np.float32]], object] | None = None,
+        init: NDArray[Any] | None = None,
     ) -> NDArray[np.float32]:
-        """Latents `[1, C, 1, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
+        """Latents `[1, C, 1, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`, or
+        int64 `[1]`, the class.
 
         With `negative_embeds`, of the same shape, F = F_neg + settings.guidance·(F_pos - F_neg) in the steps whose t
-        lies inside `settings.guidance_interval`. Raises Cancelled if the callback says so, RuntimeFailure if a stage
+        lies inside `settings.guidance_interval`. `init` are latents of a picture, from which a run begins whose times
+        do so below 1. `on_preview` gets, before every step but the last, the latents of a jump to 0 from there. `times`
+        tells afterwards which way the run took. Raises Cancelled if the callback says so, RuntimeFailure if a stage
         gives NaN or Inf.
         """
-        low, high = settings.guidance_interval
-        g = settings.guidance
+        begun, t = perf_counter(), settings.times[0]
         with timings.stage("noise"):
             x = NoiseStream(settings.seed).normal(self._shape).astype(np.float32)
+            if init is not None:
+                x = (t * x + (1 - t) * init).astype(np.float32)
         given = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
-        rows_of = [2 if negative_embeds is not None and low < t < high else 1 for t in settings.times[:-1]]
-        for rows in sorted(set(rows_of)):
-            if rows not in self._bound:
-                self._bound[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
-            bound = self._bound[rows]
-            start = perf_counter()
-            # whole buffers: they may lie on a device
-            bound.prompt_embeds[...] = np.concatenate(given[:rows])
-            bound.guidance[...] = np.eye(1) if rows == 1 else [[g, 1 - g], [g, 1 - g]]
-            bound.make_context()
-            timings.add("backbone", perf_counter() - start)
+
+        def rows_at(t: float) -> int:
+            return 2 if negative_embeds is not None and settings.guided(t) else 1
+
+        kinds = sorted({rows_at(t) for t in settings.times[:-1]})
+        for rows in kinds:
+            self._ask(rows, given, settings.guidance, timings)
         timings.report("backbone", 1, 1, timings.seconds.get("backbone", 0.0))
-        for i, ((t, r), rows) in enumerate(zip(pairwise(settings.times), rows_of, strict=True)):
-            start, bound = perf_counter(), self._bound[rows]
-            bound.x[...], bound.t[...], bound.r[...] = x, t, r
-            bound.step()
-            np.copyto(x, bound.x_next[:1])
+        ways: Iterator[tuple[float, float]] = pairwise(settings.times)
+        if settings.deadline is not None:
+            end = begun + settings.deadline + self._measure(kinds, timings)
+            ways = steps_in_time(
+                settings.times,
+                settings.scheduled,
+                lambda: end - perf_counter(),
+                lambda t: (self._costs[rows_at(t)], max(self._costs[rows] for rows in kinds)),
+            )
+        times = [t]
+        for t, r in ways:
+            if on_preview is not None and r > 0:
+                with timings.stage("flow_head"):
+                    jump = self._step(x, t, 0.0, rows_at(t)).copy()
+                on_preview(jump)
+            seconds = self._timed_step(x, t, r, rows_at(t))
             check_finite("flow_head", x)
-            seconds = perf_counter() - start
+            times.append(r)
             timings.add("flow_head", seconds)
-            timings.report("flow_head", i + 1, settings.steps, seconds)
+            done = len(times) - 1
+            planned = settings.deadline is not None and not settings.scheduled
+            ahead = round(r / (t - r)) if planned else settings.steps - done
+            timings.report("flow_head", done, done + (ahead if r > 0 else 0), seconds)
+        self.times = tuple(times)
         return x
+
+    def _ask(self, rows: int, given: list[NDArray[Any]], g: float, timings: Timings) -> None:
+        """What `flow_head` needs of the prompt, and how the rows mix."""
+        if rows not in self._bound:
+            self._bound[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
+        bound = self._bound[rows]
+        start = perf_counter()
+        # whole buffers: they may lie on a device
+        bound.asked[...] = np.concatenate(given[:rows])
+        bound.guidance[...] = np.eye(1) if rows == 1 else [[g, 1 - g], [g, 1 - g]]
+        bound.make_context()
+        timings.add("backbone", perf_counter() - start)
+
+    def _measure(self, kinds: list[int], timings: Timings) -> float:
+        """Seconds that went into steps whose time was not known. They count as `load`: only a first run has them."""
+        start = perf_counter()
+        for rows in kinds:
+            if not self._costs.knows(rows):
+                self._timed_step(np.zeros(self._shape, np.float32), 1.0, 0.0, rows)
+        seconds = perf_counter() - start
+        timings.add("load", seconds)
+        return seconds
+
+    def _timed_step(self, x: NDArray[np.float32], t: float, r: float, rows: int) -> float:
+        """Moves x from t to r. Returns the seconds that it took, and remembers them."""
+        start = perf_counter()
+        np.copyto(x, self._step(x, t, r, rows))
+        seconds = perf_counter() - start
+        self._costs.add(rows, seconds)
+        return seconds
+
+    def _step(self, x: NDArray[np.float32], t: float, r: float, rows: int) -> NDArray[np.float32]:
+        """x at r, in the engine's own buffer or a copy of it."""
+        bound = self._bound[rows]
+        bound.x[...], bound.t[...], bound.r[...] = x, t, r
+        bound.step()
+        moved: NDArray[np.float32] = np.asarray(bound.x_next[:1])
+        return moved

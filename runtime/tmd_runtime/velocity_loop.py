@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .loop import BoundBackbone, check_finite
+from .loop import BoundBackbone, check_finite, data_estimate
 from .noise import NoiseStream
 from .rules import RULES
 from .schedule import told_time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from tmd_engines import Engine, Manifest
@@ -55,11 +57,13 @@ class VelocityLoop:
         settings: Settings,
         timings: Timings,
         negative_embeds: NDArray[Any] | None = None,
+        on_preview: Callable[[NDArray[np.float32]], object] | None = None,
     ) -> NDArray[np.float32]:
         """Latents `[1, C, T, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
 
-        With `negative_embeds`, of the same shape, v = v_neg + settings.guidance·(v_pos - v_neg). Raises Cancelled if
-        the callback says so, RuntimeFailure if a stage gives NaN or Inf.
+        With `negative_embeds`, of the same shape, v = v_neg + settings.guidance·(v_pos - v_neg). `on_preview` gets, in
+        every step but the last, x - t·v: what each of the rules would give if this step were the last. Raises
+        Cancelled if the callback says so, RuntimeFailure if a stage gives NaN or Inf.
         """
         passes = 1 if negative_embeds is None else 2
         if negative_embeds is not None and self._negative is None:
@@ -86,6 +90,9 @@ class VelocityLoop:
                     np.subtract(v, self._negative, out=v)
                     np.multiply(v, settings.guidance, out=v)
                     np.add(v, self._negative, out=v)
+            if on_preview is not None and i + 1 < settings.steps:
+                on_preview(data_estimate(self._x, v, settings.times[i]))
+            with timings.stage("noise" if self._rule.draws else "flow_head"):
                 self._rule.step(i, self._x, v)
             check_finite("flow_head", self._x)
         latents: NDArray[np.float32] = self._x.astype(np.float32)

@@ -21,9 +21,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import RuntimeFailure, UsageFailure
+from .png import png
 from .target import FRAME_NAME, Target, cannot_write
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Self
 
     import numpy as np
@@ -39,9 +41,9 @@ _QUEUED_PIECES = 2
 _BT709, _LIMITED = 1, 1
 
 
-def write_video(path: str | Path, frames: Frames, fps: int) -> None:
+def write_video(path: str | Path, frames: Frames, fps: int, texts: Mapping[str, str] | None = None) -> None:
     """Write `frames` uint8 `[F, H, W, 3]` (RGB) at `fps` frames per second to `path`. Raises as `open_video` does."""
-    with open_video(path, fps) as video:
+    with open_video(path, fps, texts) as video:
         video.write(frames)
 
 
@@ -50,15 +52,16 @@ def check_target(path: str | Path) -> None:
     _open_target(Path(path)).discard()
 
 
-def open_video(path: str | Path, fps: int) -> VideoFile:
+def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = None) -> VideoFile:
     """A video file to write into, as a context manager.
 
+    `texts`, by keyword, go into PNG files as they are when the first frame comes; other formats leave them out.
     Raises UsageFailure for an unknown ending, RuntimeFailure if `path` cannot be written or PyAV is not installed.
     """
     path = Path(path)
     target = _open_target(path)
     try:
-        return VideoFile(target, _ENCODERS[_ending(path)](target.temporary, fps))
+        return VideoFile(target, _ENCODERS[_ending(path)](target.temporary, fps, {} if texts is None else texts))
     except BaseException:
         target.discard()
         raise
@@ -157,9 +160,9 @@ class VideoFile:
 class _Encoder(ABC):
     """Writes one format to the path `file`. Runs in one thread only."""
 
-    def __init__(self, file: Path, fps: int) -> None:
+    def __init__(self, file: Path, fps: int, texts: Mapping[str, str]) -> None:
         _import_av()
-        self._file, self._fps = file, fps
+        self._file, self._fps, self._texts = file, fps, texts
 
     @abstractmethod
     def add(self, frames: Frames) -> None:
@@ -178,8 +181,8 @@ class _StreamEncoder(_Encoder):
     options: ClassVar[dict[str, str]]
     container_options: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, file: Path, fps: int) -> None:
-        super().__init__(file, fps)
+    def __init__(self, file: Path, fps: int, texts: Mapping[str, str]) -> None:
+        super().__init__(file, fps, texts)
         self._codec = _first_codec(self.codecs, self.container)
         self._output: Any = None
         self._stream: Any = None
@@ -232,8 +235,8 @@ class _WebM(_StreamEncoder):
 class _Gif(_Encoder):
     """256 colours chosen for this video by FFmpeg's palettegen and paletteuse: all frames come first."""
 
-    def __init__(self, file: Path, fps: int) -> None:
-        super().__init__(file, fps)
+    def __init__(self, file: Path, fps: int, texts: Mapping[str, str]) -> None:
+        super().__init__(file, fps, texts)
         self._frames: list[Any] = []
 
     def add(self, frames: Frames) -> None:
@@ -291,8 +294,8 @@ class _Gif(_Encoder):
 class _ContactSheet(_Encoder):
     """All frames in one PNG, in reading order, with small gaps; a single frame is the picture itself."""
 
-    def __init__(self, file: Path, fps: int) -> None:
-        super().__init__(file, fps)
+    def __init__(self, file: Path, fps: int, texts: Mapping[str, str]) -> None:
+        super().__init__(file, fps, texts)
         self._frames: list[Any] = []
 
     def add(self, frames: Frames) -> None:
@@ -301,19 +304,19 @@ class _ContactSheet(_Encoder):
     def close(self, complete: bool) -> None:
         if complete and self._frames:
             still = len(self._frames) == 1
-            self._file.write_bytes(_png(self._frames[0] if still else contact_sheet(self._frames)))
+            self._file.write_bytes(png(self._frames[0] if still else contact_sheet(self._frames), self._texts))
 
 
 class _FrameFolder(_Encoder):
     """Frames as frame_0000.png, frame_0001.png, ..."""
 
-    def __init__(self, file: Path, fps: int) -> None:
-        super().__init__(file, fps)
+    def __init__(self, file: Path, fps: int, texts: Mapping[str, str]) -> None:
+        super().__init__(file, fps, texts)
         self._count = 0
 
     def add(self, frames: Frames) -> None:
         for image in frames:
-            (self._file / FRAME_NAME.format(self._count)).write_bytes(_png(image))
+            (self._file / FRAME_NAME.format(self._count)).write_bytes(png(image, self._texts))
             self._count += 1
 
     def close(self, complete: bool) -> None:
@@ -342,18 +345,6 @@ def contact_sheet(frames: Any) -> Frames:
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
-
-
-def _png(image: Frames) -> bytes:
-    """A PNG file of uint8 `[H, W, 3]`: FFmpeg's PNG packets are whole files."""
-    import av
-    import numpy as np
-
-    encoder: Any = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = image.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1, 1)
-    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    return b"".join(bytes(packet) for packet in [*encoder.encode(picture), *encoder.encode(None)])
 
 
 def _first_codec(names: tuple[str, ...], container: str) -> str:

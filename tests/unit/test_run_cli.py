@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.synthetic import write_synthetic_bundle
+from tmd_engines.gpu import has_gpu
 from tmd_runtime.cli import ENGINES, command
 from tmd_runtime.job import slug
 
@@ -132,6 +133,10 @@ def test_quiet_says_nothing(synthetic_bundle: Path) -> None:
         (["--prompt", "x", "--seed", "9" * 5000], 2, "is no whole number"),
         (["--prompt", "x", "--threads", "0"], 2, "from 1 to 1024"),
         (["--prompt", "x", "--engine", "abacus"], 2, "abacus"),
+        (["--prompt", "x", "--device", "gpu"], 2, "no device 'gpu'. Choose one of: auto, cpu, cuda, cuda:N"),
+        (["--prompt", "x", "--device", "cuda:-1"], 2, "no device 'cuda:-1'"),
+        (["--prompt", "x", "--device", "cuda:1", "--engine", "openvino"], 2, "runs on device cpu, not on cuda:1"),
+        (["--prompt", "x", "--device", "cpu", "--engine", "tensorrt"], 2, "runs on device cuda, not on cpu"),
         (["--prompt", "x", "--out", "v.avi"], 2, "Choose .mp4, .webm, .gif, .png (contact sheet)"),
         (["--prompt", "x", "--out", "nowhere/v.mp4"], 1, "the folder nowhere does not exist"),
         (["--prompt", "x", "--out", "x" * 300 + ".mp4"], 1, "file name too long"),
@@ -280,6 +285,25 @@ def test_help_imports_nothing_heavy() -> None:
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0 and result.stdout.startswith("tmd-run ")
+
+
+def test_a_device_is_where_the_graphs_run(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tmd_engines
+
+    load, devices = tmd_engines.load, set()
+
+    def watched(*arguments: Any, device: str, **named: Any) -> Any:
+        devices.add(device)
+        return load(*arguments, device=device, **named)
+
+    monkeypatch.setattr(tmd_engines, "load", watched, raising=False)
+    command = ("--bundle", str(synthetic_bundle), "--prompt", "x", "--seed", "1", "--quiet")
+    assert run(*command, "--device", "cpu", "--out", "v.png").exit_code == 0
+    assert devices == {"cpu"} and files() == ["v.png"]
+    if not has_gpu():
+        result = run(*command, "--device", "cuda:1", "--out", "w.png")
+        assert result.exit_code == 1 and files() == ["v.png"]
+        assert "no engine for device cuda:1 here: tmd-engine doctor says what is missing" in result.stderr
 
 
 def test_engine_names_are_those_of_the_engines() -> None:

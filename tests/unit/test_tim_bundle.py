@@ -196,7 +196,8 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
         (("tim-tiny",), "no built-in weights"),
         (("tim-tiny", tmp_path, 1), "either"),
         (("tim-tiny", tmp_path), "has no tim.safetensors"),
-        (("tim-t2i", None, 0, "decoder.pth"), "models of video"),
+        (("tim-tiny", None, 0, "decoder.pth"), "whose latents tim-tiny does not make"),
+        (("tim-t2i", None, 0, "decoder.pth"), "has no config.json: --decoder takes DC-AE's folder"),
     ):
         with pytest.raises(ExportError, match=said):
             open_source(*arguments)

@@ -1,0 +1,87 @@
+"""What a pipeline refuses, and what it says then."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .errors import RuntimeFailure, UsageFailure
+from .text import EMBEDS_INSTEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from .settings import Settings
+
+_NEEDED_FOR = {
+    "text_encoder": "read a prompt",
+    "backbone": "denoise",
+    "flow_head": "denoise",
+    "decoder_first": "turn latents into frames",
+    "decoder_step": "turn latents into more than one frame",
+}
+_INSTEAD = {
+    "text_encoder": EMBEDS_INSTEAD,
+    "backbone": "It can still read a prompt (--save-embeds FILE). ",
+    "flow_head": "It can still read a prompt (--save-embeds FILE). ",
+    "decoder_first": "It can still save latents for a bundle that can (--save-latents FILE). ",
+    "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
+}
+
+
+def missing_graph(name: str) -> RuntimeFailure:
+    return RuntimeFailure(
+        f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
+        f"Export it again with {name} among --parts, or use another bundle."
+    )
+
+
+def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: int) -> None:
+    """Raises RuntimeFailure unless the embeddings of a prompt are `[1, text, width]`, and those of none the same."""
+    if positive.ndim != 3 or positive.shape[0] != 1 or positive.shape[2] != width:
+        raise RuntimeFailure(f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(positive.shape)}.")
+    if negative is not None and negative.shape != positive.shape:
+        raise RuntimeFailure(
+            f"negative_embeds must have the shape of prompt_embeds, {list(positive.shape)}, not {list(negative.shape)}."
+        )
+
+
+def check_start(settings: Settings, init: NDArray[Any] | None) -> None:
+    """Raises UsageFailure unless the latents of a picture (None: no picture) go with the settings."""
+    if init is None and settings.strength is not None:
+        raise UsageFailure("a strength says how much of a picture changes, and there is none: give its latents.")
+    if init is not None and settings.strength is None:
+        if settings.rule != "flow_map":
+            raise UsageFailure("to start from a picture is for Transition Models, and this is none: leave it out.")
+        raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")
+    if init is not None and init.shape != settings.latent_shape:
+        raise UsageFailure(
+            f"the picture's latents are {list(init.shape)}, and this run makes {list(settings.latent_shape)}: leave "
+            "the size out, or choose the picture's."
+        )
+
+
+def check_preview(settings: Settings, memory: str) -> None:
+    """Raises a failure if a run cannot show what it would give at once."""
+    if settings.deadline is not None:
+        raise UsageFailure(
+            "previews take time that a deadline cannot plan with: leave the preview or the deadline out."
+        )
+    if memory == "low":
+        raise RuntimeFailure(
+            "a preview needs the decoder beside the model, and only one stage after the other fits here (or was asked "
+            "for, with --memory low): leave the preview out, or choose --memory all."
+        )
+
+
+@contextmanager
+def memory_failure(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeFailure(
+            f"there is not enough memory for {settings.frames} frames of {settings.width}x{settings.height}. "
+            "Choose fewer frames or a smaller size."
+        ) from error
