@@ -88,7 +88,7 @@ def train(key: str, run: Path, inputs: Path, seed: int) -> None:
             took.write_text(json.dumps(seconds))
 
 
-def measure(run: Path, inputs: Path, seed: int, keys: list[str], teacher: bool) -> None:
+def measure(run: Path, inputs: Path, seed: int, teacher: bool) -> None:
     """All rows of a seed on the same captions -> evaluation.json and evaluation.png of the seed."""
     out = run / str(seed)
     if (out / "evaluation.json").exists():
@@ -107,7 +107,7 @@ def measure(run: Path, inputs: Path, seed: int, keys: list[str], teacher: bool) 
         rows.append(
             table.teacher_row("teacher", job.load_teacher(), negative, 50, settings.shift, settings.guidance, shape)
         )
-    for key in keys:
+    for key in ROWS:
         student = configured(ROWS[key], seed).student
         last = "student_stage1" if key == "stage-1" else "student" if student.is_tmd else "generator"
         path = out / key / f"{last}.safetensors"
@@ -223,10 +223,9 @@ def plot(run: Path, found: dict[str, list[dict[str, Any]]], folder: Path) -> Non
 def main(inputs: Path | None, run: Path, seeds: int, threads: int, plots: Path | None) -> None:
     torch.set_num_threads(threads)
     for seed in range(1, seeds + 1) if inputs else ():
-        keys = list(ROWS)
-        for key in keys:
+        for key in ROWS:
             train(key, run, inputs, seed)
-        measure(run, inputs, seed, keys, teacher=seed == 1)
+        measure(run, inputs, seed, teacher=seed == 1)
     found = collect(run)
     report(found)
     if plots:

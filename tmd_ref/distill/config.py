@@ -152,7 +152,7 @@ class Stage2Settings(_Part):
     depths: tuple[int, ...]
     reduction: PositiveInt = 1
     ratio: int = Field(4, ge=1)
-    normaliser: Literal["x0", "score"] = "x0"
+    normaliser: Literal["x0", "score"] = "score"
     rollout: bool = True  # False: one inner step in training whatever inner_steps says (the paper's ablation)
     shift: float = Shift
     seed: int = 10

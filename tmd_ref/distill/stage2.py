@@ -76,7 +76,7 @@ class Stage2:
     gan_weight: float = 0.03
     depths: Sequence[int] = (15, 22, 29)
     ratio: int = 4
-    normaliser: str = "x0"
+    normaliser: str = "score"
     shifts: tuple[float, float, float] = (10.0, 10.0, 5.0)  # outer grid, inner grid, noise of the scores
 
     def __post_init__(self) -> None:
