@@ -31,7 +31,7 @@ int8-weights are int8 in the file only (see `int8`)."""
 # layer in float32; latents and pictures have more levels than 8 bits of mantissa tell apart.
 _EXACT = re.compile(
     r"(^|\.)((time|interval)_(embedding|projection)|patch_embedding|pos_embedding|conv2|head\.head"
-    r"|decoder\.(head|1|22)"  # of Wan's VAE; first and last of TAEHV
+    r"|decoder\.(conv1|head|1|22)"  # first and last of Wan's VAE and of TAEHV
     r"|(t|delta|x)_embedder|final_layer)(\.|$)"  # of TiM
 )
 

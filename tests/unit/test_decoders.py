@@ -1,4 +1,4 @@
-"""`--decoder FILE`: what is no decoder for these latents is refused in one sentence that says what it is."""
+"""Decoders: what `--decoder FILE` refuses, in one sentence that says what it is, and what bfloat16 costs ours."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from tests.unit.export_tools import small_source
 from tmd_export import ExportError, open_source
 from tmd_export.cli import command
 from tmd_export.decoders import WithDecoder, read_decoder
+from tmd_export.graphs import BUILDERS
+from tmd_export.precision import lower
+from tmd_export.verify import SIZES
 from tmd_ref.vae import WanVAE, WanVAEConfig
 
 TAEHV = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in PUBLISHED.items()}
@@ -87,3 +90,21 @@ def test_the_other_models_stay_those_of_the_source(tmp_path: Path) -> None:
     assert torch.equal(source.tensor("text_encoder", name), base.tensor("text_encoder", name))
     assert source.tensor("vae", "decoder.22.bias").dtype == torch.float16
     assert {name for name, _ in source.module("vae").named_parameters()} == set(PUBLISHED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["decoder_first", "decoder_step"])
+def test_the_built_in_decoder_in_bfloat16_passes_the_gate_of_an_export(part: str) -> None:
+    """In torch, which rounds as the graph does; with half of what the gate allows to spare."""
+    source = open_source("tiny")
+    outputs = []
+    for precision in ("fp32", "bf16"):
+        vae = source.module("vae").to_empty(device="cpu")
+        for name, weight in vae.named_parameters():
+            weight.copy_(source.tensor("vae", name))
+        graph = BUILDERS[part](vae)
+        lower(graph.module, precision)
+        given = [graph.random_inputs(seed, **dims) for seed, dims in enumerate(SIZES, 1)]
+        outputs.append([value for inputs in given for value in graph.module(*inputs.values())])
+    rounded = [(a.double().flatten(), b.double().flatten()) for a, b in zip(*outputs, strict=True) if not a.equal(b)]
+    assert min(torch.nn.functional.cosine_similarity(a, b, dim=0) for a, b in rounded) > 0.99995
