@@ -60,6 +60,8 @@ ROWS = {
     "dmd2-4": Row("DMD2-v, M = 4", ("stage2",), (*BASELINE, "student.outer_steps=4", "stage2.steps=300")),
     "normaliser": Row("TMD, M = 2, N = 2, normaliser `score`", ("stage2",),
                       (*STEPS, "stage2.normaliser=score"), of="tmd-2"),
+    "less-guidance": Row("TMD, M = 2, N = 2, `score`, CFG 1.5 in stage 1", ("stage1", "stage2"),
+                         (*STEPS, "stage1.guidance=1.5", "stage2.normaliser=score")),
 }  # fmt: skip
 
 
