@@ -1,7 +1,7 @@
-"""Trains a small student for a few steps by stage 1 and stage 2, alone or as one of several processes.
+"""Trains a small student by stage 1 and stage 2 and a small Transition Model, alone or as one of several processes.
 
-python distill_worker.py RUN: metrics go to RUN/stage1 and RUN/stage2. Not a test itself: `test_distill_parallel.py`
-runs it.
+python distill_worker.py RUN: metrics go to RUN/stage1, RUN/stage2 and RUN/tim. Not a test itself: it is run by
+`test_distill_parallel.py`.
 """
 
 import sys
@@ -10,11 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tests.unit.test_tim import randomised
+from tests.unit.test_tim_objective import CONFIG, settings
+from tests.unit.test_tim_objective import Data as Stills
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.parallel import World, place
 from tmd_ref.distill.stage1 import tm_meanflow_loss
 from tmd_ref.distill.stage2 import Stage2
-from tmd_ref.distill.trainer import Run, Schedule, train
+from tmd_ref.distill.tim import tim_loss
+from tmd_ref.distill.trainer import AveragedWeights, Run, Schedule, train
 from tmd_ref.student import TMDStudent
 from tmd_ref.wan import WanConfig, WanTransformer, rope_tables
 
@@ -71,6 +75,11 @@ def main(folder: Path, world: World = World(), stop_at: int | None = None) -> No
 
     pairs = {name: (network, SCHEDULE) for name, network in networks.items()}
     train(pairs, interrupted, Run(folder / "stage2", **options), objective.turn)
+
+    tim = place(randomised(CONFIG).requires_grad_(True), world, recompute)
+    averaged = AveragedWeights()
+    loss = tim_loss(tim, Stills(), settings(guided={"weight": 0.5, "after": 1}), averaged)
+    train({"tim": (tim, SCHEDULE)}, loss, Run(folder / "tim", **options), averaged=averaged)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes (FSDP2 over gloo) against one, in both stages; and the pieces that this rests on."""
+"""Two processes (FSDP2 over gloo) against one, in both stages and for a Transition Model; and the pieces that this rests on."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def curve(folder):
 
 
 def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_path):
-    """Stage 1 from the start; stage 2 from a checkpoint of one process, at step 2, with what only that one has done."""
+    """Stage 1 and a Transition Model from the start; stage 2 from a checkpoint of one process, with its state."""
     distill_worker.main(tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
         distill_worker.main(tmp_path / "two", stop_at=3)
@@ -36,7 +36,7 @@ def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert one_made.read_text()
 
-    for stage, first in (("stage1", 0), ("stage2", 2)):
+    for stage, first in (("stage1", 0), ("stage2", 2), ("tim", 0)):
         whole, shared = curve(tmp_path / "one" / stage), curve(tmp_path / "two" / stage)[-4 + first :]
         assert [line["step"] for line in shared] == list(range(first + 1, 5))
         for a, b in zip(whole[first:], shared, strict=True):

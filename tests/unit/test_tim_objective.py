@@ -76,7 +76,10 @@ class GaussianFlow:
     def __init__(self) -> None:
         self.off = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
-    def __call__(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, rope: object) -> Tensor:
+    def context(self, y: Tensor) -> Tensor:
+        return y.unsqueeze(0)
+
+    def velocity(self, x: Tensor, t: Tensor, r: Tensor, context: object, rope: object) -> Tensor:
         given, x, t, r = x.dtype, x.double(), t.double(), r.double()
         phi_t, phi_r = (((1 - s) ** 2 * SPREAD**2 + s**2).sqrt() for s in (t, r))
         velocity = (t - (1 - t) * SPREAD**2) / phi_t**2
@@ -107,9 +110,9 @@ def test_the_target_of_the_true_flow_map_is_itself_without_noise() -> None:
     t, r = t.double(), r.double()
 
     def f(x: Tensor, t: Tensor) -> Tensor:
-        return flow(x, t, r, x, None)
+        return flow.velocity(x, t, r, x, None)
 
-    velocity = flow(x, t, t, x, None)
+    velocity = flow.velocity(x, t, t, x, None)
     derivative = torch.func.jvp(f, (x, t), (velocity, torch.ones_like(t)))[1]
     torch.testing.assert_close(transition_target(velocity, t, r, derivative), f(x, t), rtol=0, atol=1e-12)
     assert (transition_target(velocity, t, r, -derivative) - f(x, t)).abs().max() > 0.05
@@ -139,8 +142,15 @@ def test_guided_target_is_that_of_the_averaged_weights() -> None:
 
         config, scale = CONFIG, 1.0
 
+        def context(self, y: Tensor) -> Tensor:
+            return y.unsqueeze(0)
+
         def __call__(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, rope: object) -> Tensor:
             assert self.scale == 1 or torch.equal(t, r)
+            return self.velocity(x, t, r, (y,), rope)
+
+        def velocity(self, x: Tensor, t: Tensor, r: Tensor, context: tuple[Tensor, ...], rope: object) -> Tensor:
+            (y,) = context
             return (self.scale * y.mean((1, 2)) * (1 + 0 * t)).view(-1, 1, 1, 1) + 0 * x
 
     network, data = Network(), Data()

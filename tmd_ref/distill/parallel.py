@@ -142,6 +142,9 @@ def place(network: nn.Module, world: World, recompute: bool = False, bf16: bool 
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     shell = Shell(network)
     for module in network.modules():
+        if isinstance(module, TiMBlock) and module.cross_attn is not None:
+            # used apart from their block, once per prompt
+            fully_shard([module.cross_attn.kv, module.cross_attn.k_norm], mesh=mesh, mp_policy=full)
         if isinstance(module, (Block, TiMBlock)):
             fully_shard(module, mesh=mesh, mp_policy=half if bf16 else full)
     fully_shard(shell, mesh=mesh, mp_policy=full)
@@ -157,6 +160,14 @@ def local(tensor: Tensor) -> Tensor:
     """This process's piece of a sharded tensor; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local else tensor
+
+
+def let_go(network: nn.Module) -> None:
+    """Forget the gathered weights of a sharded network, whose pieces have changed; a pass without gradient keeps some."""
+    for module in network.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -91,14 +91,16 @@ def tim_loss(
             guided = torch.where(like((low <= t) & (t <= high), x), mixed, velocity)
 
         def run(net: TiM) -> tuple[Tensor, Tensor]:
+            context = net.context(prompt_embeds).unbind()
             derivative = torch.zeros_like(x)
             if settings.instant_share < 1:
                 # at least one sample, so that every process runs the same passes
                 apart = (r < t).nonzero().squeeze(1) if (r < t).any() else torch.tensor([0], device=x.device)
+                fixed = [block.detach()[apart] for block in context]
 
                 def f_at(x_at: Tensor, t_at: Tensor) -> Tensor:
                     with without_autocast(x_at):  # bfloat16 would drown the difference
-                        return net(x_at, t_at, r[apart], prompt_embeds[apart], rope)
+                        return net.velocity(x_at, t_at, r[apart], fixed, rope)
 
                 at = x_t[apart], t[apart], velocity[apart]
                 derivative[apart] = (
@@ -106,7 +108,7 @@ def tim_loss(
                     if settings.derivative == "exact"
                     else finite_difference_jvp(f_at, *at, settings.delta, s_min=-torch.inf, s_max=torch.inf)
                 )
-            return net(x_t, t, r, prompt_embeds, rope), transition_target(guided, t, r, derivative)
+            return net.velocity(x_t, t, r, context, rope), transition_target(guided, t, r, derivative)
 
         f, target = within(network, run)
         error = distance(f, target, settings.directional)

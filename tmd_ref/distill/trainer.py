@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.metrics import Metrics
-from tmd_ref.distill.parallel import World, bare, fill, local, whole
+from tmd_ref.distill.parallel import World, bare, fill, let_go, local, whole
 from tmd_ref.distill.state import (
     TrainingError,
     average_of,
@@ -145,6 +145,7 @@ class _Trained:
                 kept = piece.clone()
                 piece.copy_(average)
                 average.copy_(kept)
+        let_go(self.model)
 
     def _averaged(self) -> _Averaged:
         return _Averaged(self)

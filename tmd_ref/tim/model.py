@@ -7,6 +7,7 @@ Letters in shapes: B batch, C latent channels, H and W latent height and width, 
 E width of the text features, D width of the model, L blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ TIM_CONFIGS = {
     "tim-c2i-256": TiMConfig(**_XL, in_channels=4, patch=2, num_classes=1000),
     "tim-c2i-512": TiMConfig(**_XL, in_channels=32, patch=1, num_classes=1000),
     "tim-tiny": TiMConfig(
-        dim=128, num_heads=4, num_layers=8, modulation_dim=48, in_channels=16, patch=1, text_dim=64, text_len=32
+        dim=128, num_heads=4, num_layers=8, modulation_dim=48, in_channels=16, patch=2, text_dim=64, text_len=32
     ),
 }
 
@@ -287,7 +288,13 @@ class TiM(nn.Module):
         of the patch.
         """
         cos, sin = rope or rope_tables(*token_grid(x, self.config.patch), self.config.head_dim, x.device)
-        return velocity(self, x, t, r, self.context(condition), cos, sin)
+        return self.velocity(x, t, r, self.context(condition), (cos, sin))
+
+    def velocity(
+        self, x: Tensor, t: Tensor, r: Tensor, context: Tensor | Sequence[Tensor], rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """As `forward`, from what `context` gave."""
+        return velocity(self, x, t, r, context, *rope)
 
     def context(self, condition: Tensor) -> Tensor:
         """What depends on the prompt alone: keys and values `[L, B, M, 2·D]`, or `[B, D]` for classes."""
@@ -298,10 +305,13 @@ class TiM(nn.Module):
         return torch.stack([keys_values(embedded, cross.kv, cross.k_norm) for cross in crosses])  # type: ignore[arg-type]
 
 
-def velocity(parts: nn.Module, x: Tensor, t: Tensor, r: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def velocity(
+    parts: nn.Module, x: Tensor, t: Tensor, r: Tensor, context: Tensor | Sequence[Tensor], cos: Tensor, sin: Tensor
+) -> Tensor:
     """F, from a module with TiM's `config`, `x_embedder`, `t_embedder`, `delta_embedder`, `blocks` and `final_layer`.
 
-    Arguments as in `TiM.forward`, context of `TiM.context`, tables `[N, head_dim/2]`. Returns `[B, C, H, W]`.
+    Arguments as in `TiM.forward`, context of `TiM.context`, tables `[N, head_dim/2]`. Returns `[B, C, H, W]`. While
+    training, give one context per block: indexing a stack costs the backward pass a gradient of the stack every time.
     """
     config: TiMConfig = parts.config  # type: ignore[assignment]
     part = parts.get_submodule
@@ -309,7 +319,7 @@ def velocity(parts: nn.Module, x: Tensor, t: Tensor, r: Tensor, context: Tensor,
     delta = part("delta_embedder")(t - r)
     c = part("t_embedder")(t) + delta
     if config.text_dim is None:
-        c = c + context.unsqueeze(1)
+        c = c + context.unsqueeze(1)  # type: ignore[union-attr]
     h = part("x_embedder")(x)
     for number, block in enumerate(part("blocks").children()):
         h = block(h, c, delta, None if config.text_dim is None else context[number], operands)
