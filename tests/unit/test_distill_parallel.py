@@ -1,4 +1,4 @@
-"""Two processes (FSDP2 over gloo) against one, in both stages and for a Transition Model; and the pieces that this rests on."""
+"""Two processes (FSDP2 over gloo) against one: both stages, a Transition Model; and the pieces that this rests on."""
 
 import json
 import os

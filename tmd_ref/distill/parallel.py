@@ -163,7 +163,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def let_go(network: nn.Module) -> None:
-    """Forget the gathered weights of a sharded network, whose pieces have changed; a pass without gradient keeps some."""
+    """Forget what a sharded network has gathered (a pass without gradient keeps some): its pieces have changed."""
     for module in network.modules():
         reshard = getattr(module, "reshard", None)
         if reshard is not None:
