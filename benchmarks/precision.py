@@ -1,8 +1,9 @@
-"""What each precision does to the built-in model: the tables of docs/precision.md.
+"""What each precision does to the built-in model: the tables of docs/precision.md, and of docs/tim.md.
 
     python benchmarks/precision.py                              # exports into a temporary folder, prints the tables
     python benchmarks/precision.py --write docs/precision.md    # and puts them there, between the marks
     python benchmarks/precision.py --folder DIR                 # keeps the bundles, and takes those that are there
+    python benchmarks/precision.py --model tim-tiny --checkpoint DIR --write docs/tim.md
 
 Backbone and flow head of every precision are run over whole samplings on ONNX Runtime, which computes in float32 and
 rounds each value where the graph says so. Prompts and noise are the same for all; the rest of the line (text encoder,
@@ -30,16 +31,18 @@ from tmd_engines.bundle import format_size
 from tmd_engines.onnxruntime_engine import OnnxRuntimeEngine
 from tmd_export import export_bundle, open_source
 from tmd_export.quantization.calibration import FILE, read_calibration
+from tmd_export.quantization.inputs import latent_size, rope
 from tmd_export.quantization.prompts import default_prompts
-from tmd_export.quantization.rollout import rollout
-from tmd_ref.wan import rope_tables
+from tmd_export.quantization.rollout import JUMPS, rollout
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 GRAPHS = ("backbone", "flow_head")
-STEPS = ((1, 1), (2, 2), (4, 4))
+STEPS = {"tiny": ((1, 1), (2, 2), (4, 4)), "tim-tiny": tuple((steps,) for steps in JUMPS)}
 SCALES = 3  # of MS-SSIM: pictures of 64 pixels have no more
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 SHOWN_LAYERS = 12
+
+Counts = tuple[tuple[int, ...], ...]  # steps, and inner steps of models that have any
 
 
 class Model:
@@ -55,12 +58,10 @@ class Model:
     def __getitem__(self, name: str) -> Any:
         engine = self._engines[name]
 
+        specs = self.manifest.graphs[name].inputs
+
         def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            sizes = dict(
-                zip(("frames", "height", "width"), inputs["x" if "x" in inputs else "y"].shape[2:], strict=True)
-            )
-            text = inputs["prompt_embeds" if "prompt_embeds" in inputs else "context"].shape[1]
-            dims = {"batch": 1, "text": text, "tokens": len(inputs["rope_cos"]), **sizes}
+            dims = sizes(specs, inputs)
             outputs = {output: engine.empty(output, **dims) for output in engine.outputs}
             engine.run({key: np.ascontiguousarray(value) for key, value in inputs.items()}, outputs)
             if name in self.recorded:
@@ -69,20 +70,26 @@ class Model:
 
         return run
 
-    def latents(self, embeds: np.ndarray, seed: int, steps: int, inner: int) -> np.ndarray:
-        info = self.manifest
-        video, stride = info.video, info.latents.spatial_stride
-        shape = (1 + (video.frames - 1) // info.latents.temporal_stride, video.height // stride, video.width // stride)
-        grid = [size // patch for size, patch in zip(shape, info.model.patch_size, strict=True)]
-        cos, sin = (table.numpy() for table in rope_tables(*grid, info.model.head_dim))
+    def latents(self, embeds: np.ndarray, seed: int, *count: int) -> np.ndarray:
+        document = self.manifest.model_dump()
+        shape = latent_size(document)
         rng = np.random.default_rng(seed)
-        noise = rng.standard_normal((1, info.latents.channels, *shape), np.float32)
-        rope = {"rope_cos": cos, "rope_sin": sin}
-        sampler = info.sampler.model_dump()
-        return rollout(self[GRAPHS[0]], self[GRAPHS[1]], sampler, rng, noise, embeds, embeds, rope, steps, inner)
+        noise = rng.standard_normal((1, self.manifest.latents.channels, *shape), np.float32)
+        graphs, sampler, tables = (self[GRAPHS[0]], self[GRAPHS[1]]), document["sampler"], rope(document, shape)
+        return rollout(*graphs, sampler, rng, noise, embeds, embeds, tables, *count)
 
 
-def export(folder: Path) -> dict[str, Bundle]:
+def sizes(specs: Any, inputs: dict[str, np.ndarray]) -> dict[str, int]:
+    """The sizes that the inputs of a graph have, by symbol."""
+    return {
+        symbol: size
+        for spec in specs
+        for symbol, size in zip(spec.shape, inputs[spec.name].shape, strict=True)
+        if isinstance(symbol, str)
+    }
+
+
+def export(folder: Path, model: str, checkpoint: Path | None) -> dict[str, Bundle]:
     """Bundle by precision; int8 on the calibration of fp8."""
     found = {}
     for precision in PRECISIONS:
@@ -92,17 +99,17 @@ def export(folder: Path) -> dict[str, Bundle]:
         if not path.exists():
             click.echo(f"exporting {precision}", err=True)
             parts = None if precision == "fp32" else ("text_encoder", *GRAPHS)
-            export_bundle(open_source("tiny"), path, parts, precision=precision, **options)
+            export_bundle(open_source(model, checkpoint), path, parts, precision=precision, **options)
         found[precision] = Bundle.open(path)
     return found
 
 
-def frames_table(models: dict[str, Model], pipeline: Any, embeds: list[np.ndarray]) -> list[str]:
+def frames_table(models: dict[str, Model], pipeline: Any, embeds: list[np.ndarray], counts: Counts) -> list[str]:
     """MS-SSIM of frames and relative L2 of latents against fp32, by number of steps."""
     rows = {precision: [f"| {precision} |"] for precision in PRECISIONS[1:]}
-    for steps, inner in STEPS:
+    for count in counts:
         made = {
-            precision: [model.latents(one, seed, steps, inner) for seed, one in enumerate(embeds)]
+            precision: [model.latents(one, seed, *count) for seed, one in enumerate(embeds)]
             for precision, model in models.items()
         }
         frames = {name: [pipeline.decode(latents) for latents in made[name]] for name in made}
@@ -111,16 +118,18 @@ def frames_table(models: dict[str, Model], pipeline: Any, embeds: list[np.ndarra
             likeness = [ms_ssim(one, other, SCALES) for one, other in pairs]
             error = np.linalg.norm(np.array(made[precision]) - made["fp32"]) / np.linalg.norm(made["fp32"])
             row.append(f" {error:.4f} | {np.mean(likeness):.4f} (worst {min(likeness):.4f}) |")
-    head = "".join(f" {steps} × {inner}: latents, relative L2 | frames, MS-SSIM |" for steps, inner in STEPS)
-    return [f"| |{head}", "|---|" + "---|---|" * len(STEPS), *("".join(row) for row in rows.values())]
+    head = "".join(f" {' × '.join(map(str, count))}: latents, relative L2 | frames, MS-SSIM |" for count in counts)
+    return [f"| |{head}", "|---|" + "---|---|" * len(counts), *("".join(row) for row in rows.values())]
 
 
-def graphs_table(bundles: dict[str, Bundle], models: dict[str, Model], embeds: list[np.ndarray]) -> list[str]:
+def graphs_table(
+    bundles: dict[str, Bundle], models: dict[str, Model], embeds: list[np.ndarray], counts: Counts
+) -> list[str]:
     """Each graph on the inputs that it has in samplings in fp32: cosine of the worst pass, relative L2, size."""
-    head = "".join(f" relative L2, {steps} × {inner} |" for steps, inner in STEPS)
-    lines = [f"| | graph | size | cosine, worst pass |{head}", "|---|---|---|---|" + "---|" * len(STEPS)]
-    passes: dict[str, dict[tuple[int, int], list[Any]]] = {name: {} for name in GRAPHS}
-    for count in STEPS:
+    head = "".join(f" relative L2, {' × '.join(map(str, count))} |" for count in counts)
+    lines = [f"| | graph | size | cosine, worst pass |{head}", "|---|---|---|---|" + "---|" * len(counts)]
+    passes: dict[str, dict[tuple[int, ...], list[Any]]] = {name: {} for name in GRAPHS}
+    for count in counts:
         for name in GRAPHS:
             passes[name][count] = models["fp32"].recorded[name] = []
         for seed, one in enumerate(embeds):
@@ -131,7 +140,7 @@ def graphs_table(bundles: dict[str, Bundle], models: dict[str, Model], embeds: l
             info = bundle.graph_info(name)
             size = format_size(sum(bundle.manifest.files[file].size for file in (info.file, info.data) if file))
             if precision == "fp32":
-                lines.append(f"| fp32 | {name} | {size} | |" + " |" * len(STEPS))
+                lines.append(f"| fp32 | {name} | {size} | |" + " |" * len(counts))
                 continue
             cosines, errors = [], []
             for found in passes[name].values():
@@ -150,9 +159,8 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
     """The layers that change a graph's result most, alone."""
     lines = []
     for name in GRAPHS:
-        tables = {
-            said: read_calibration(bundles["int8"].folder / FILE).sensitivity[said][name] for said in ("fp8", "int8")
-        }
+        known = read_calibration(bundles["int8"].folder / FILE).sensitivity
+        tables = {precision: known[precision][name] for precision in ("fp8", "int8")}
         ranked = sorted({layer for table in tables.values() for layer in table.layers}, reverse=True,
                         key=lambda layer: max(table.layers.get(layer, 0.0) for table in tables.values()))  # fmt: skip
         lines += [f"| {name}, relative L2 | fp8 | int8 |", "|---|---|---|"]
@@ -162,14 +170,14 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
             [table.layers[layer] for layer in ranked[SHOWN_LAYERS:] if layer in table.layers]
             for table in tables.values()
         ]
-        cells.append(
-            (f"the other {len(ranked) - SHOWN_LAYERS}: median", *(float(np.median(values)) for values in rest))
-        )
+        if len(ranked) > SHOWN_LAYERS:
+            medians = (float(np.median(values)) for values in rest)
+            cells.append((f"the other {len(ranked) - SHOWN_LAYERS}: median", *medians))
         lines += [
             "| " + " | ".join("–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in row) + " |"
             for row in cells
         ]
-        kept = "; ".join(f"{said}: {', '.join(table.kept) or 'none'}" for said, table in tables.items())
+        kept = "; ".join(f"{precision}: {', '.join(table.kept) or 'none'}" for precision, table in tables.items())
         lines += ["", f"Kept in bf16: {kept}.", ""]
     return lines
 
@@ -178,27 +186,30 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the bundles are, or shall be kept.")
 @click.option("--write", type=click.Path(path_type=Path, exists=True), help="The page to put the tables into.")
 @click.option("--prompts", default=8, show_default=True, type=click.IntRange(1, 8), help="Videos per row.")
-def main(folder: Path | None, write: Path | None, prompts: int) -> None:
-    """Measures the built-in model in every precision."""
+@click.option("--model", default="tiny", show_default=True, type=click.Choice(list(STEPS)), help="Which of ours.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Its folder, if it is not built in.")
+def main(folder: Path | None, write: Path | None, prompts: int, model: str, checkpoint: Path | None) -> None:
+    """Measures a small model of ours in every precision."""
     from tmd_runtime.pipeline import load
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
-        bundles = export(folder or Path(temporary))
+        bundles, counts = export(folder or Path(temporary), model, checkpoint), STEPS[model]
         pipeline = opened.enter_context(load(bundles["fp32"].folder))
         models = {precision: Model(bundle, opened) for precision, bundle in bundles.items()}
-        embeds = [pipeline.encode(prompt) for prompt in default_prompts("tiny")[:prompts]]
-        held_out = [pipeline.encode(prompt) for prompt in default_prompts("tiny", held_out=True)]
+        embeds = [pipeline.encode(prompt) for prompt in default_prompts(model)[:prompts]]
+        held_out = [pipeline.encode(prompt) for prompt in default_prompts(model, held_out=True)]
         libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "numpy"))
-        source = bundles["fp32"].manifest.provenance.source_sha256["student.safetensors"][:12]
+        known = bundles["fp32"].manifest.provenance.source_sha256
+        source, weights = ("Built-in model", "student.safetensors") if model == "tiny" else (model, "tim.safetensors")
         lines = [
-            f"Built-in model, student.safetensors {source}; {libraries}, Python {platform.python_version()}, "
+            f"{source}, {weights} {known[weights][:12]}; {libraries}, Python {platform.python_version()}, "
             f"{platform.machine()}.",
             "",
-            *graphs_table(bundles, models, held_out),
+            *graphs_table(bundles, models, held_out, counts),
             "",
-            f"{len(embeds)} videos, against fp32:",
+            f"{len(embeds)} {'videos' if model == 'tiny' else 'pictures'}, against fp32:",
             "",
-            *frames_table(models, pipeline, embeds),
+            *frames_table(models, pipeline, embeds, counts),
             "",
             *layers_table(bundles),
         ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto
 
 from tests.synthetic import (
     _ROPE,
@@ -65,11 +66,24 @@ def flow_head(classes: bool) -> GraphBuilder:
     return g
 
 
-def write_tim_bundle(folder: str | Path, classes: bool = False, guidance: float = 1.0) -> Path:
-    """Writes a complete, valid bundle of kind "tim" under the new folder `folder`; returns its path."""
+def encoder() -> GraphBuilder:
+    """Every 8 x 8 pixels to one latent, each for itself."""
+    g = GraphBuilder("encoder")
+    frames = g.input("frames", ["batch", 1, "8*height", "8*width", 3], "uint8")
+    video = g.op("Transpose", g.op("Cast", frames, to=TensorProto.FLOAT), perm=[0, 4, 1, 2, 3])
+    kernel = [1, 8, 8]
+    pixels = g.op("Div", video, g.constant(128.0))
+    g.op("Conv", pixels, g.weight(CHANNELS, 3, *kernel), kernel_shape=kernel, strides=kernel, out="latents")
+    g.output("latents", _STILL)
+    return g
+
+
+def write_tim_bundle(folder: str | Path, classes: bool = False, guidance: float = 1.0, pictures: bool = False) -> Path:
+    """Writes a complete, valid bundle of kind "tim" under the new folder `folder`, with `pictures` one that can start
+    from them; returns its path."""
     from tmd_engines import BundleWriter
 
-    builders = [backbone(classes), flow_head(classes), decoder_first()]
+    builders = [backbone(classes), flow_head(classes), decoder_first(), *([encoder()] if pictures else [])]
     with BundleWriter(folder) as writer:
         entries = {builder.name: write_graph(writer.folder, builder) for builder in builders}
         if not classes:

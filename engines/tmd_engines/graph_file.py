@@ -59,7 +59,16 @@ def check_graph(model: onnx.ModelProto, info: GraphInfo, data_size: int, where: 
 
 
 def external_tensors(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor anywhere below `message` that names external data: initializers, attributes, subgraphs, functions.
+    """Those of `all_tensors` that name external data."""
+    from onnx import TensorProto
+
+    for tensor in all_tensors(message):
+        if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
+            yield tensor
+
+
+def all_tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere below `message`: initializers, attributes, subgraphs, functions.
 
     Goes by the protobuf's own field list instead of a list of known places: a place that is forgotten is a hole.
     """
@@ -67,13 +76,12 @@ def external_tensors(message: Any) -> Iterator[onnx.TensorProto]:
     from onnx import TensorProto
 
     if isinstance(message, TensorProto):
-        if message.external_data or message.data_location == TensorProto.EXTERNAL:
-            yield message
+        yield message
         return
     for field, value in message.ListFields():
         if field.message_type is not None and _reaches_tensor(field.message_type):
             for part in (value,) if isinstance(value, Message) else value:
-                yield from external_tensors(part)
+                yield from all_tensors(part)
 
 
 @cache

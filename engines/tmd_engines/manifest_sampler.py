@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from .manifest_fields import Part, Shift, StepCount, Text, TimeLevel
 
+MAX_RHO = 10.0
+
 
 class TransitionSampler(Part):
     """How to sample a TMD student: defaults, and the step counts that it was trained for. Times are dimensionless, 0 is
@@ -65,7 +67,8 @@ class FlowMapSampler(Part):
     """How to sample a model of kind "tim": any number of steps, each a jump from t to the next time of a falling list.
 
     `guidance` g mixes F of the prompt and of none, F- + g·(F+ - F-), while low < t < high of `guidance_interval`; 1
-    means one row per picture. `negative_prompt` null: the empty prompt.
+    means one row per picture. `negative_prompt` null: the empty prompt. `rho` above 0 puts fresh noise in the place of
+    some of x's in every step but the first and the last.
     """
 
     rule: Literal["flow_map"]
@@ -76,6 +79,7 @@ class FlowMapSampler(Part):
         Annotated[float, Field(gt=0.0, le=2.0)],
     ] = (0.0, 1.0)
     negative_prompt: Text | None = None
+    rho: Annotated[float, Field(ge=0.0, le=MAX_RHO)] = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

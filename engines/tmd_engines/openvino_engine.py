@@ -21,7 +21,7 @@ from .bundle import Bundle
 from .cpu import describe_cpu
 from .engine import Engine
 from .errors import EngineError, one_line, quote
-from .graph_file import parse_graph
+from .graph_file import all_tensors, parse_graph
 from .plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -193,6 +193,8 @@ def _core() -> Any:
 
 def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
     """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps."""
+    from onnx import TensorProto
+
     path = bundle.graph_path(graph)
     # OpenVINO finds a data file only beside a graph that it reads itself: it gets the path, and our checks come first.
     model = parse_graph(bundle.read_graph(graph), str(path))
@@ -200,6 +202,13 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
     model.DiscardUnknownFields()
     if model.ByteSize() != size:
         raise EngineError(f"{path} has parts that are not ONNX as we know it. Make the bundle again with tmd-export.")
+    low = (tensor for tensor in all_tensors(model) if tensor.data_type == TensorProto.BFLOAT16)
+    misread = next((tensor.name for tensor in low if tensor.int32_data), None)
+    if misread is not None:  # 2026.4.1 makes 16320 of 1.5
+        raise EngineError(
+            f"{path} keeps the bfloat16 values of {quote(misread)} as a list of numbers, and OpenVINO takes their bits "
+            "for whole numbers. Make the bundle again with tmd-export, which writes bytes, or choose another engine."
+        )
     try:
         return _core().read_model(path)
     except Exception as error:

@@ -35,6 +35,8 @@ def describe(made: Settings | Latents, model: str, prompt: str) -> dict[str, str
     if isinstance(made, Settings):
         if made.label is not None:
             texts["class"] = str(made.label)
+        if made.rho:
+            texts["rho"] = f"{made.rho:g}"
         if made.strength is not None:
             texts["strength"] = f"{made.strength:g}"
         if made.scheduled or made.deadline is not None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .memory import Memory
 
+if TYPE_CHECKING:
+    from typing import Self
+
+    from .settings import Settings
+
 
 @dataclass(frozen=True)
 class Result:
     """What a run gave: `frames` uint8 `[F, H, W, 3]` (RGB), how they came about, and the seconds per stage.
 
-    `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`.
-    `times` are those of a model that steps between times, noise to data. `latents` are what was decoded; `memory` is
-    the mode of the run, "all" or "low". `warnings` are for people.
+    `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`, and
+    `encode` if the run started from a picture. `times` are those of a model that steps between times, noise to data.
+    `rho` is the strength of fresh noise in its steps. `latents` are what was decoded; `memory` is the mode of the run,
+    "all" or "low". `warnings` are for people.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -33,6 +40,13 @@ class Result:
     memory: Memory = "all"
     times: tuple[float, ...] = ()
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
+    rho: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Settings, frames: NDArray[np.uint8], **more: Any) -> Self:
+        """What a run with these settings gave; `more` are the fields that settings do not say."""
+        said = ("fps", "seed", "steps", "inner_steps", "nfe", "rule", "guidance", "times", "rho")
+        return cls(frames=frames, **{name: getattr(settings, name) for name in said}, **more)
 
     @property
     def height(self) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 1000
 MAX_DEADLINE = 86400  # a day, in seconds
+MAX_RHO = 10.0  # the manifest's limit
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Settings:
     `init_scale` say how to sample; a `guidance` other than 1 takes a second pass with `negative_prompt`, of a
     Transition Model only in the steps from a time inside `guidance_interval`, without its ends. With a `deadline`, in
     seconds, `times` are the finest that a run may take, or with `scheduled` those it shall take as long as it can.
-    `strength` is the first of them where a run starts from a picture; `label` is the class to draw.
+    `strength` is the first of them where a run starts from a picture; `label` is the class to draw; `rho` is how much
+    of x's noise a step between the first and the last replaces by fresh noise.
     """
 
     seed: int
@@ -51,6 +53,7 @@ class Settings:
     scheduled: bool = False
     strength: float | None = None
     label: int | None = None
+    rho: float = 0.0
 
     def guided(self, t: float) -> bool:
         """Whether the step of a Transition Model from time t takes guidance."""
@@ -81,6 +84,7 @@ class _Sampling:
     init_scale: float = 1.0
     warnings: tuple[str, ...] = ()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    rho: float = 0.0
 
 
 class Wishes(TypedDict, total=False):
@@ -93,6 +97,7 @@ class Wishes(TypedDict, total=False):
     deadline: float | None
     strength: float | None
     label: int | None
+    rho: float | None
 
 
 def resolve_settings(
@@ -109,17 +114,19 @@ def resolve_settings(
     deadline: float | None = None,
     strength: float | None = None,
     label: int | None = None,
+    rho: float | None = None,
 ) -> Settings:
     """Fill what is None from the manifest (the seed at random) and check the rest. `size` is (width, height) in pixels.
 
     For Transition Models: `schedule` are times falling from 1 to 0, in the place of `steps`; `deadline`, the seconds
     that the steps may take, makes `steps` the most of them; `strength` is the time in (0, 1] at which a run from
-    a picture begins, in the place of 1; `label` is the class, for a model of classes.
+    a picture begins, in the place of 1; `label` is the class, for a model of classes; `rho` puts fresh noise into the
+    steps between the first and the last.
     Raises UsageFailure that says what the bundle allows.
     """
     sampler, video = manifest.sampler, manifest.video
     if sampler.rule != "flow_map":
-        _refuse_jumps(schedule, deadline, strength)
+        _refuse_jumps(schedule, deadline, strength, rho)
     _check_label(manifest, label)
     if sampler.rule == "flow_map":
         if frames not in (None, 1):
@@ -130,7 +137,7 @@ def resolve_settings(
             raise UsageFailure(f"a deadline of {deadline:g} s is out of range: choose above 0, up to {MAX_DEADLINE}.")
         if deadline is not None and steps is None:
             steps = MAX_STEPS if schedule is None else None
-        sampling = _flow_map(sampler, steps, inner_steps, guidance, negative_prompt, shift, schedule, strength)
+        sampling = _flow_map(sampler, steps, inner_steps, guidance, negative_prompt, shift, schedule, strength, rho)
     elif sampler.rule == "transition":
         sampling = _student(sampler, steps, inner_steps, guidance, negative_prompt, shift)
     else:
@@ -168,16 +175,20 @@ def resolve_settings(
         scheduled=schedule is not None,
         strength=strength,
         label=label,
+        rho=sampling.rho,
     )
     return settings.through(settings.times) if sampler.rule == "flow_map" else settings
 
 
-def _refuse_jumps(schedule: Sequence[float] | None, deadline: float | None, strength: float | None) -> None:
-    """What takes a jump from any time to any other."""
+def _refuse_jumps(
+    schedule: Sequence[float] | None, deadline: float | None, strength: float | None, rho: float | None
+) -> None:
+    """What takes a jump from any time to any other, or was made for such a model."""
     for what, value, instead in (
         ("a schedule of one's own", schedule, "leave it out"),
         ("a deadline", deadline, "choose the number of steps"),
         ("to start from a picture", strength, "leave it out"),
+        ("rho", rho, "leave it out"),
     ):
         if value is not None:
             raise UsageFailure(f"{what} is for Transition Models, and this is none: {instead}.")
@@ -204,6 +215,7 @@ def _flow_map(
     shift: float | None,
     schedule: Sequence[float] | None,
     strength: float | None,
+    rho: float | None,
 ) -> _Sampling:
     for what, value in (("inner steps", None if inner_steps == 1 else inner_steps), ("shift", shift)):
         if value is not None:
@@ -221,21 +233,28 @@ def _flow_map(
         where = "1 (noise)" if strength is None else f"{start:g} (the strength)"
         example = ",".join(f"{start * share:g}" for share in (1, 0.6, 0.2, 0))
         raise UsageFailure(f"the times of a schedule must fall from {where} to 0 (the picture), such as {example}.")
+    if rho is not None and not 0 <= rho <= MAX_RHO:
+        raise UsageFailure(f"a rho of {rho:g} is out of range: choose 0 (no fresh noise) to {MAX_RHO:g}.")
     _check_guidance(guidance, negative_prompt, sampler.guidance)
+    warnings: tuple[str, ...] = ()
+    if count < 3 and rho:
+        warnings = (f"{count} steps have none between the first and the last, where rho adds noise: there is none.",)
     chosen = _Sampling(
         count,
         1,
         times,
         sampler.guidance if guidance is None else guidance,
         (sampler.negative_prompt if negative_prompt is None else negative_prompt) or "",
+        warnings=warnings,
         guidance_interval=sampler.guidance_interval,
+        rho=0.0 if count < 3 else sampler.rho if rho is None else rho,
     )
     low, high = sampler.guidance_interval
     if any(low < t < high for t in times[:-1]):
         return chosen
     asked = guidance not in (None, 1) or negative_prompt is not None
     said = f"no step begins at a time between {low:g} and {high:g}, where guidance takes part: there is none."
-    return replace(chosen, guidance=1.0, negative_prompt="", warnings=(said,) if asked else ())
+    return replace(chosen, guidance=1.0, negative_prompt="", warnings=(*warnings, *([said] if asked else [])))
 
 
 def _check_guidance(guidance: float | None, negative_prompt: str | None, default: float) -> None:

@@ -81,14 +81,16 @@ class TransitionLoop:
         int64 `[1]`, the class.
 
         With `negative_embeds`, of the same shape, F = F_neg + settings.guidance·(F_pos - F_neg) in the steps whose t
-        lies inside `settings.guidance_interval`. `init` are latents of a picture, from which a run begins whose times
-        do so below 1. `on_preview` gets, before every step but the last, the latents of a jump to 0 from there. `times`
-        tells afterwards which way the run took. Raises Cancelled if the callback says so, RuntimeFailure if a stage
-        gives NaN or Inf.
+        lies inside `settings.guidance_interval`. With `settings.rho`, every step but the first and the last draws fresh
+        noise from the seed's stream, behind that of the start. `init` are latents of a picture, from which a run begins
+        whose times do so below 1. `on_preview` gets, before every step but the last, the latents of a jump to 0 from
+        there. `times` tells afterwards which way the run took. Raises Cancelled if the callback says so, RuntimeFailure
+        if a stage gives NaN or Inf.
         """
         begun, t = perf_counter(), settings.times[0]
+        stream = NoiseStream(settings.seed)
         with timings.stage("noise"):
-            x = NoiseStream(settings.seed).normal(self._shape).astype(np.float32)
+            x = stream.normal(self._shape).astype(np.float32)
             if init is not None:
                 x = (t * x + (1 - t) * init).astype(np.float32)
         given = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
@@ -115,7 +117,8 @@ class TransitionLoop:
                 with timings.stage("flow_head"):
                     jump = self._step(x, t, 0.0, rows_at(t)).copy()
                 on_preview(jump)
-            seconds = self._timed_step(x, t, r, rows_at(t))
+            fresh = settings.rho > 0 and len(times) > 1 and r > 0
+            seconds = self._timed_step(x, t, r, rows_at(t), (settings.rho, stream) if fresh else None)
             check_finite("flow_head", x)
             times.append(r)
             timings.add("flow_head", seconds)
@@ -148,10 +151,14 @@ class TransitionLoop:
         timings.add("load", seconds)
         return seconds
 
-    def _timed_step(self, x: NDArray[np.float32], t: float, r: float, rows: int) -> float:
-        """Moves x from t to r. Returns the seconds that it took, and remembers them."""
+    def _timed_step(
+        self, x: NDArray[np.float32], t: float, r: float, rows: int, fresh: tuple[float, NoiseStream] | None = None
+    ) -> float:
+        """Moves x from t to r, with `fresh` (rho, noise) in place of some of its noise. Returns the seconds that it
+        took, and remembers them."""
         start = perf_counter()
-        np.copyto(x, self._step(x, t, r, rows))
+        moved = self._step(x, t, r, rows)
+        np.copyto(x, moved if fresh is None else renewed(x, moved, t, r, fresh[0], fresh[1].normal(self._shape)))
         seconds = perf_counter() - start
         self._costs.add(rows, seconds)
         return seconds
@@ -163,3 +170,14 @@ class TransitionLoop:
         bound.step()
         moved: NDArray[np.float32] = np.asarray(bound.x_next[:1])
         return moved
+
+
+def renewed(
+    x: NDArray[np.float32], moved: NDArray[np.float32], t: float, r: float, rho: float, noise: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """x_r of the stochastic sampler, from `moved` = x - (t - r)·F: less rho·(t - r) of the noise that F sees in x,
+    x + (1 - t)·F, and plus √(2·rho·t·(t - r)) of fresh `noise`. (t - r)·F is x - moved, which loses nothing, however
+    short the step."""
+    seen = (t - r) * x + (1 - t) * (x - moved)
+    found: NDArray[np.float32] = moved - rho * seen + (2 * rho * t * (t - r)) ** 0.5 * noise
+    return found

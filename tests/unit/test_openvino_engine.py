@@ -114,6 +114,16 @@ def test_products_of_a_bf16_graph_are_bfloat16_and_the_rest_is_not(synthetic_bun
     assert np.abs(found["features"].mean(-1)).max() < 1e-6
 
 
+def test_bfloat16_that_openvino_misreads_is_refused(synthetic_bundle: Path) -> None:
+    def edit(model: Any) -> None:
+        model.graph.initializer.append(helper.make_tensor("low", TensorProto.BFLOAT16, [1], [1.5]))
+        assert model.graph.initializer[-1].int32_data
+
+    edit_graph(synthetic_bundle, edit)
+    with pytest.raises(EngineError, match="the bfloat16 values of 'low' as a list of numbers"):
+        run(Bundle.open(synthetic_bundle), "backbone")
+
+
 def test_plan_is_read_back_and_computes_the_same_bits(bundle: Bundle, cache: Path, done: list[str]) -> None:
     cold = run(bundle, "decoder_step")
     assert done.count("compile_model") == 1

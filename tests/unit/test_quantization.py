@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import tmd_ref.wan
 import tmd_runtime
-from tests.unit.export_tools import small_export, small_graph, small_source, with_weights
+from tests.unit.export_tools import WAN, small_export, small_graph, small_source, with_weights
 from tests.unit.quantized_tools import export_small, quantized
 from tmd_engines.graph_lint import lint as tensorrt_lint
 from tmd_engines.tensorrt_lowering import lower
 from tmd_export import ExportError, lint
-from tmd_export.quantization import sensitivity
+from tmd_export.quantization import qdq, sensitivity
 from tmd_export.quantization.calibration import FILE, read_calibration
 from tmd_export.quantization.embeds import embed_prompts
 from tmd_export.quantization.formats import FORMATS
@@ -243,6 +243,20 @@ def test_a_graph_with_all_layers_rounded_is_what_torch_computes(
     assert difference < 0.1 * rounding  # a value between two steps can go the other way
 
 
+def test_heads_filled_up_with_zeros_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = with_weights(small_source(), "backbone")
+    inputs = {name: value.numpy() for name, value in graph.random_inputs(3, **SIZES).items()}
+    path = small_export().bundle.graph_path("backbone")
+    observed = Observed(path)
+    observed(inputs)
+    results = []
+    for unit in (16, 24):  # heads of this model have 16 values
+        monkeypatch.setattr(qdq, "_HEAD_UNIT", unit)
+        switched = Switched(path, "fp8", observed.ranges)
+        results.append(switched(inputs, switched.layers)["features"])
+    assert WAN.head_dim == 16 and np.abs(results[0] - results[1]).max() < 1e-6
+
+
 def test_ranges_are_those_of_the_layers_inputs() -> None:
     graph = with_weights(small_source(), "flow_head")
     inputs = graph.random_inputs(3, **SIZES)
@@ -277,6 +291,9 @@ def test_the_worst_layers_are_kept_until_the_rest_is_good_enough() -> None:
     assert found.everything > sensitivity.GOAL >= found.chosen
     unmeasured = sensitivity.measure(compute, ["a"], [({}, expected)], each=False)
     assert not unmeasured.layers and not unmeasured.kept
+    unmeasured = sensitivity.measure(compute, list(errors), [({}, expected)], each=None)
+    assert not unmeasured.layers and not unmeasured.kept
+    assert unmeasured.chosen == found.everything > sensitivity.GOAL
 
 
 # The loop that is calibrated on.

@@ -21,7 +21,6 @@ from tmd_ref.tim.model import TiM, TiMConfig
 from tmd_ref.tim.sampling import tim_sample
 from tmd_ref.tim.split import uncut
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
-from tmd_runtime.noise import NoiseStream
 from tmd_runtime.pipeline import Pipeline
 from tmd_runtime.schedule import tim_rope_tables
 
@@ -111,6 +110,7 @@ def test_rope_tables_are_those_of_the_reference(rope: str, grid: tuple[int, int]
         ({"steps": 3, "guidance": 1.0}, (0.0, 1.0)),
         ({"steps": 4, "guidance": 2.0}, (0.0, 1.0)),
         ({"schedule": (1.0, 0.85, 0.3, 0.0), "guidance": 2.5}, (0.4, 1.5)),
+        ({"steps": 4, "guidance": 2.0, "rho": 0.7}, (0.0, 1.0)),
     ],
 )
 def test_the_loop_follows_the_reference_sampler(
@@ -127,8 +127,11 @@ def test_the_loop_follows_the_reference_sampler(
         size = {"seed": 5, "size": (5 * 8, 3 * 8), "callback": lambda info: steps.append(info) or True}
         found = pipeline.denoise(y.numpy(), **size, negative_embeds=null.numpy(), **wishes)
         settings = pipeline.settings(**wishes)
-    noise = torch.from_numpy(NoiseStream(5).normal((1, 16, 1, 3, 5)).astype(np.float32)).squeeze(2)
-    expected = tim_sample(network(source), noise, y, settings.times, null, settings.guidance, interval)
+    generator = torch.Generator().manual_seed(5)
+    noise, rho = torch.randn(1, 16, 3, 5, generator=generator), wishes.get("rho", 0.0)
+    expected = tim_sample(
+        network(source), noise, y, settings.times, null, settings.guidance, interval, rho=rho, generator=generator
+    )
     assert found.shape == (1, 16, 1, 3, 5) and expected.std() > 0.1
     np.testing.assert_allclose(found[:, :, 0], expected, rtol=0, atol=5e-5)
     heads = [info for info in steps if info.stage == "flow_head"]
@@ -149,6 +152,7 @@ def test_the_loop_follows_the_reference_sampler(
         ({"shift": 3.0}, "no shift"),
         ({"frames": 5}, "makes stills"),
         ({"guidance": -1.0}, "out of range"),
+        ({"rho": -0.1}, "a rho of -0.1 is out of range"),
         ({"guidance": 1.0, "negative_prompt": "x"}, "needs guidance"),
     ],
 )
@@ -196,8 +200,8 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
         (("tim-tiny",), "no built-in weights"),
         (("tim-tiny", tmp_path, 1), "either"),
         (("tim-tiny", tmp_path), "has no tim.safetensors"),
-        (("tim-tiny", None, 0, "decoder.pth"), "whose latents tim-tiny does not make"),
-        (("tim-t2i", None, 0, "decoder.pth"), "has no config.json: --decoder takes DC-AE's folder"),
+        (("tim-tiny", None, 0, "decoder.pth"), "tim-tiny has a decoder of its own"),
+        (("tim-t2i", None, 0, "decoder.pth"), "has no config.json: --decoder takes the folder of an autoencoder"),
     ):
         with pytest.raises(ExportError, match=said):
             open_source(*arguments)

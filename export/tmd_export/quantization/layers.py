@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LINEAR = re.compile(
-    r"^(?P<name>(.+\.)?(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|fusion\.(ffn\.[02]|linear)))\.weight\.T$"
+    r"^(?P<name>(.+\.)?("
+    r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|fusion\.(ffn\.[02]|linear)"  # Wan, and TMD's fusion
+    r"|blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.proj|mlp\.(fc1_g|fc1_x|fc2))|sides\.\d+\.kv"  # TiM
+    r"))\.weight\.T$"
 )
 ATTENTION = ".attention"
 # What an attention may say besides its heads and scale, and what its plain form does without.
@@ -30,7 +33,7 @@ class Layer:
 
     name: str
     node: ir.Node
-    width: int  # columns of its weight; of an attention, those of v
+    width: int  # columns of its weight; of an attention, those of its result
 
     @property
     def is_attention(self) -> bool:
@@ -49,27 +52,35 @@ def find(model: ir.Model, attention: bool = True) -> list[Layer]:
     layers = []
     for node in model.graph:
         if node.op_type == "MatMul":
-            weight = _weight_before(node.outputs[0])
+            weight = _weight_of(node)
         elif attention and node.op_type == "Attention" and _is_plain(node):
-            weight = _weight_before(node.inputs[2])
+            weight = _weight_behind(node.outputs[0])
         else:
             continue
         match = _LINEAR.match(weight.name or "") if weight is not None else None
         if match and weight is not None and weight.shape is not None:
-            name = match["name"] if node.op_type == "MatMul" else match["name"].rpartition(".")[0] + ATTENTION
-            layers.append(Layer(name, node, int(weight.shape[1])))  # type: ignore[arg-type]
+            product = node.op_type == "MatMul"
+            name = match["name"] if product else match["name"].rpartition(".")[0] + ATTENTION
+            layers.append(Layer(name, node, int(weight.shape[1 if product else 0])))  # type: ignore[arg-type]
     return layers
 
 
-def _weight_before(value: ir.Value | None) -> ir.Value | None:
-    """The weight of the linear layer that made `value`, behind its bias and casts; None if there is none."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "MatMul":
-            weight = node.inputs[1]
-            return weight if weight is not None and weight.is_initializer() else None
-        if node.op_type not in ("Add", "Cast"):
+def _weight_of(product: ir.Node) -> ir.Value | None:
+    weight = product.inputs[1]
+    return weight if weight is not None and weight.is_initializer() else None
+
+
+def _weight_behind(value: ir.Value) -> ir.Value | None:
+    """The weight of the only linear layer that takes in `value`, behind casts; None if there is none.
+
+    An attention is known by it and not by what makes v, which in a Transition Model may come from the other graph.
+    """
+    while len(users := tuple(value.consumers())) == 1:
+        if users[0].op_type == "MatMul":
+            return _weight_of(users[0])
+        if users[0].op_type != "Cast":
             return None
-        value = node.inputs[0]
+        value = users[0].outputs[0]
     return None
 
 

@@ -30,8 +30,8 @@ _HELD_OUT_GENERAL = (
 
 
 def default_prompts(model: str, held_out: bool = False) -> tuple[str, ...]:
-    """Captions of scenes for the built-in model, which knows nothing else, and of ordinary videos for all others."""
-    if model != "tiny":
+    """Captions of scenes for the built-in models, which know nothing else, and of ordinary videos for all others."""
+    if model not in ("tiny", "tim-tiny"):
         return _HELD_OUT_GENERAL if held_out else _GENERAL
     rng = np.random.default_rng(0)
     count = _HELD_OUT_SCENES if held_out else _SCENES

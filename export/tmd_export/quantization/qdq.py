@@ -7,7 +7,8 @@ These are the patterns that TensorRT's parser fuses (NVIDIA, "Working with Quant
 onnx-tensorrt): a zero point that names the type, scales in the type of the activation, one scale per activation and
 one per channel of a weight, the weight's Dequantize straight into the product, the factor of the scores before q's
 Quantize. The operator `Attention` has no place for a Quantize behind its softmax, so that attention in fp8 is written
-out; the values that it rounds are then part of the graph, and every engine computes the same.
+out; the values that it rounds are then part of the graph, and every engine computes the same. Its fused kernels take
+heads of a multiple of 16, so that heads of another width are filled up with zeros, which change no sum.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .weights import SCALES, VALUES, QuantizedWeights
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_HEAD_UNIT = 16  # NVIDIA/TensorRT, demo/Diffusion/demo_diffusion/utils_modelopt.py
 _ROWS, _COLUMNS = [0, 2, 1, 3], [0, 2, 3, 1]  # [B, S, heads, D] -> [B, heads, S, D] and [B, heads, D, S]
 _NUMPY: Mapping[torch.dtype, Any] = {
     torch.float32: np.float32,
@@ -124,12 +126,15 @@ def _write_out(graph: ir.Graph, layer: Layer, room: Mapping[str, float], roundin
     q, k, v = node.inputs[:3]
     if q is None or k is None or v is None:
         raise ExportError(f"{name} has not the three inputs of an attention.")
-    stated = node.attributes.get("scale")
-    scale = stated.as_float() if stated else 1 / math.sqrt(layer.width / heads)
-    split = constant(graph, f"split_{heads}", np.array([0, 0, heads, -1]))
+    stated, width = node.attributes.get("scale"), layer.width // heads
+    scale = stated.as_float() if stated else 1 / math.sqrt(width)
+    split, missing = constant(graph, f"split_{heads}", np.array([0, 0, heads, -1])), -width % _HEAD_UNIT
 
     def factor(value: ir.Value, part: str, order: list[int], largest: float) -> ir.Value:
         rows = add("Reshape", [value, split], f"{name}.{part}_split", node)
+        if missing:
+            behind = constant(graph, f"fill_{width}", np.array([0] * 7 + [missing]))
+            rows = add("Pad", [rows, behind], f"{name}.{part}_filled", node)
         turned = add("Transpose", [rows], f"{name}.{part}_heads", node, perm=order)
         return rounding.activation(turned, f"{name}.{part}", largest, node)
 
@@ -148,6 +153,9 @@ def _write_out(graph: ir.Graph, layer: Layer, room: Mapping[str, float], roundin
     )  # of a softmax, whatever its input: no room needed
     mixed = add("MatMul", [shares, factor(v, "v", _ROWS, room[f"{name}.v"])], f"{name}.mixed", node)
     rows = add("Transpose", [mixed], f"{name}.rows", node, perm=_ROWS)
+    if missing:
+        cut = [constant(graph, f"cut_{at}", np.array([at])) for at in (0, width, 3)]  # start, end, axis
+        rows = add("Slice", [rows, *cut], f"{name}.own", node)
     merged = add("Reshape", [rows, constant(graph, "merge", np.array([0, 0, -1]))], f"{name}.merged", node)
     node.outputs[0].replace_all_uses_with(merged)
     graph.remove(node, safe=True)

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tmd_engines import Bundle
-from tmd_ref.wan import rope_tables
+from tmd_engines import Bundle, TensorSpec
 
 from .. import verify as accuracy
 from ..errors import ExportError
 from ..graph_export import export_graph, unfinished
 from ..sources import RandomSource, Source
+from ..tim_source import RandomTiM
 from ..weights import Weights
 from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
 from .embeds import embed_prompts
 from .formats import FORMATS
+from .inputs import latent_size, rope, unread
 from .observe import Arrays, Observed, Switched
 from .prompts import default_prompts
 from .qdq import quantize
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 BATCH = 8  # prompts at a time
-MAX_TOKENS = 256  # of a latent video to calibrate on; a larger default video is replaced by SMALL_LATENTS
-SMALL_LATENTS = (2, 20, 20)  # frames, height, width
 MAX_TABLE_BYTES = 1 << 30  # of weights in float32; above it, layers are measured one by one only if some must be kept
 KEPT_STEPS = 8  # of a long sampling, about so many passes are kept to compare with
 SCRATCH = "float32"
@@ -54,17 +53,16 @@ class Quantizer:
         folder: Path,
         given: Calibration | Sequence[str] | None,
         verify: bool,
+        keep_layers: bool = True,
     ) -> None:
         """`precisions`: graph -> precision of what is exported. `document`: the manifest in the making, in `folder`.
-        `given`: a calibration to use, prompts to calibrate on, or None for the built-in ones.
+        `given`: a calibration to use, prompts to calibrate on, or None for the built-in ones. `keep_layers`: measure
+        which layers must stay in high precision, where that is not known.
 
         Raises ExportError if the calibration is another checkpoint's, or if there is no text encoder to calibrate with.
         """
-        if source.kind not in ("tmd", "wan"):
-            raise ExportError(
-                f"int8 and fp8 are for video models in this version, not for kind {source.kind}: choose bf16."
-            )
         self._source, self._document, self._folder, self._verify = source, document, folder, verify
+        self._keep_layers = keep_layers
         self._precisions = {part: said for part, said in precisions.items() if said in FORMATS and part in QUANTIZABLE}
         self._identity = identity(source)
         self._given = given if isinstance(given, Calibration) else None
@@ -73,7 +71,8 @@ class Quantizer:
         if self._given:
             check_identity(self._given, self._identity, "the calibration")
         self._encodes = "text_encoder" in precisions and source.tokenizer is not None
-        if self.runs_float32 and not self._encodes and not isinstance(source, RandomSource):
+        reads = not isinstance(source, RandomSource | RandomTiM) and document["model"].get("classes") is None
+        if self.runs_float32 and reads and not self._encodes:
             raise ExportError(
                 f"{', '.join(dict.fromkeys(self._precisions.values()))} is calibrated on prompts, and text_encoder is "
                 "not among the parts: add it, or give --calibration FILE.json of an earlier export and --no-verify."
@@ -122,8 +121,9 @@ class Quantizer:
     def measure(self, bundle: Bundle, part: str) -> accuracy.Accuracy:
         """The written graph `part` against float32, on every pass of samplings of prompts held out, worst case."""
         found = []
+        specs = bundle.graph_info(part).inputs
         for steps, passes in self._passes[part].items():
-            cases = [accuracy.Case(self._sizes(given), given, expected) for given, expected in passes]
+            cases = [accuracy.Case(_sizes(specs, given), given, expected) for given, expected in passes]
             found.append((steps, len(cases), accuracy.measure(bundle, part, cases, as_stored=True)))
         by_steps = ", ".join(f"{steps}: {each.relative_l2:.4f}" for steps, _, each in found)
         total = sum(count for _, count, _ in found)
@@ -159,7 +159,7 @@ class Quantizer:
             format="tmd-calibration-1",
             checkpoint=self._identity,
             prompts=self._prompts if self._encodes else (),
-            latents=self._latents(),
+            latents=latent_size(self._document),
             steps=tuple(counts),
             ranges={part: graph.ranges for part, graph in graphs.items()},
             sensitivity={},
@@ -194,7 +194,8 @@ class Quantizer:
         switched = Switched(scratch / f"{part}.onnx", precision, ranges)
         small = (scratch / f"{part}.onnx.data").stat().st_size <= MAX_TABLE_BYTES
         passes = self._passes[part][self._document["sampler"]["steps"]]
-        return measure(switched, switched.layers, passes, small, lambda *done: tell("calibrate", *done))
+        each = small if self._keep_layers else None
+        return measure(switched, switched.layers, passes, each, lambda *done: tell("calibrate", *done))
 
     def _sample(
         self,
@@ -205,41 +206,30 @@ class Quantizer:
         negative: np.ndarray,
         *steps: int,
     ) -> None:
-        shape = (len(embeds), self._source.wan.in_channels, *self._latents())
-        t, h, w = (size // patch for size, patch in zip(shape[2:], self._source.wan.patch_size, strict=True))
-        cos, sin = rope_tables(t, h, w, self._source.wan.head_dim)
-        rope = {"rope_cos": cos.numpy(), "rope_sin": sin.numpy()}
-        noise = rng.standard_normal(shape, np.float32)
-        negative = np.broadcast_to(negative, embeds.shape)
-        rollout(backbone, flow_head, self._document["sampler"], rng, noise, embeds, negative, rope, *steps)
+        size = latent_size(self._document)
+        noise = rng.standard_normal((len(embeds), self._document["latents"]["channels"], *size), np.float32)
+        negative, tables = np.broadcast_to(negative, embeds.shape), rope(self._document, size)
+        rollout(backbone, flow_head, self._document["sampler"], rng, noise, embeds, negative, tables, *steps)
 
     def _embeds(self, prompts: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Features of prompts and of the negative one. To weights from a seed, words are noise like any other."""
-        wan = self._source.wan
+        """Features of prompts and of the negative one, or what takes their place."""
         if not self._encodes or self._source.tokenizer is None:
-            embeds = rng.standard_normal((len(prompts) + 1, wan.text_len, wan.text_dim), np.float32)
+            embeds = unread(self._document, len(prompts), rng)
         else:
             entry = self._document["graphs"]["text_encoder"]
             bundle = unfinished(self._folder, self._document, "text_encoder", entry)
             negative = self._document["sampler"].get("negative_prompt") or ""
-            embeds = embed_prompts(bundle, self._source.tokenizer, [*prompts, negative])
+            null_embeds = self._source.null_embeds()
+            null = None if null_embeds is None else null_embeds.numpy()
+            embeds = embed_prompts(bundle, self._source.tokenizer, [*prompts, negative], null)
         return embeds[:-1], embeds[-1:]
 
-    def _latents(self) -> tuple[int, int, int]:
-        """Frames, height and width of the latents that are sampled."""
-        video, latents = self._document["video"], self._document["latents"]
-        height, width = (video[side] // latents["spatial_stride"] for side in ("height", "width"))
-        size = (1 + (video["frames"] - 1) // latents["temporal_stride"], height, width)
-        return size if np.prod(size) <= MAX_TOKENS * np.prod(self._source.wan.patch_size) else SMALL_LATENTS
 
-    def _sizes(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
-        frames, height, width = self._latents()
-        text = inputs["prompt_embeds" if "prompt_embeds" in inputs else "context"].shape[1]
-        return {
-            "batch": len(next(iter(inputs.values()))),
-            "frames": frames,
-            "height": height,
-            "width": width,
-            "text": text,
-            "tokens": len(inputs["rope_cos"]),
-        }
+def _sizes(specs: tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The sizes that the inputs of a graph have, by symbol."""
+    return {
+        symbol: size // factor
+        for spec in specs
+        for (factor, symbol), size in zip(spec.factors(), inputs[spec.name].shape, strict=True)
+        if symbol
+    }

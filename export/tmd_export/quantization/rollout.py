@@ -16,6 +16,10 @@ import torch
 
 from tmd_ref.samplers import shift_grid, wan_sigmas, wan_time
 
+JUMPS = (1, 4, 16)
+"""Numbers of steps of a Transition Model's samplings: its steps may have any length, and these have very different
+ones."""
+
 Arrays = dict[str, np.ndarray]
 Graph = Callable[[Mapping[str, np.ndarray]], Arrays]
 
@@ -32,12 +36,14 @@ def rollout(
     steps: int,
     inner_steps: int = 1,
 ) -> np.ndarray:
-    """Latents `[B, 16, T, H, W]` from `noise` of that shape, as the manifest's `sampler` says, in `steps` steps.
+    """Latents `[B, C, T, H, W]` from `noise` of that shape, as the manifest's `sampler` says, in `steps` steps.
 
-    prompt_embeds and negative_embeds `[B, S, E]`; `rope` holds rope_cos and rope_sin.
+    prompt_embeds and negative_embeds `[B, S, E]`, or class numbers `[B]`; `rope` holds rope_cos and rope_sin.
     """
     if sampler["rule"] == "transition":
         return _transitions(backbone, flow_head, sampler, rng, noise, prompt_embeds, rope, steps, inner_steps)
+    if sampler["rule"] == "flow_map":
+        return _jumps(backbone, flow_head, sampler, noise, prompt_embeds, negative_embeds, rope, steps)
 
     def velocity(x: np.ndarray, time: np.ndarray, embeds: np.ndarray) -> np.ndarray:
         found = backbone({"x": x, "t": time, "prompt_embeds": embeds, **rope})
@@ -59,9 +65,12 @@ def rollout(
 
 
 def step_counts(sampler: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Every (steps, inner steps) that the model is made for; of a model for any number, its default."""
+    """Every (steps, inner steps) that the model is made for; of a model for any number its default, and of one whose
+    steps may have any length a few, from the shortest run to a long one."""
     if sampler["rule"] == "transition":
         return list(itertools.product(sampler["allowed_steps"], sampler["allowed_inner_steps"]))
+    if sampler["rule"] == "flow_map":
+        return [(steps, 1) for steps in sorted({*JUMPS, sampler["steps"]})]
     return [(steps, 1) for steps in sampler.get("allowed_steps") or [sampler["steps"]]]
 
 
@@ -85,6 +94,40 @@ def _transitions(
             inputs = {"y": y, "noise": noise, "s": _filled(x, s[j]), "r": _filled(x, s[j - 1])}
             y = flow_head({**inputs, **found, **rope})["y_next"]
         x = x - np.float32(t[i] - t[i - 1]) * y
+    return x
+
+
+def _jumps(
+    backbone: Graph,
+    flow_head: Graph,
+    sampler: Mapping[str, Any],
+    x: np.ndarray,
+    condition: np.ndarray,
+    null: np.ndarray,
+    rope: Mapping[str, np.ndarray],
+    steps: int,
+) -> np.ndarray:
+    """Equal jumps through 1..0, and from each time between also the one to 0, which ends a run with a deadline."""
+    low, high = sampler.get("guidance_interval") or (0.0, 1.0)
+    g, asked = sampler["guidance"], "labels" if condition.ndim == 1 else "prompt_embeds"
+    contexts = [backbone({asked: given})["context"] for given in (condition, *([] if g == 1 else [null]))]
+    both = [np.concatenate(contexts[:rows], 0 if asked == "labels" else 1) for rows in (1, 2)]
+
+    def average_velocity(x: np.ndarray, t: float, r: float) -> np.ndarray:
+        guided = g != 1 and low < t < high
+        mix = np.kron([[g, 1 - g], [g, 1 - g]] if guided else [[1]], np.eye(len(x)))
+        rows = np.concatenate((x, x)) if guided else x
+        given = {"x": rows, "t": _filled(rows, t), "r": _filled(rows, r), "context": both[guided], **rope}
+        # x - F, as if the step had length 1: a short one would hide from comparisons what F loses.
+        moved = flow_head({**given, "guidance": (mix / (t - r)).astype(np.float32)})["x_next"]
+        return (rows - moved)[: len(x)]
+
+    passed = []
+    for t, r in itertools.pairwise(1 - k / steps for k in range(steps + 1)):
+        passed.append((x, t))
+        x = x - np.float32(t - r) * average_velocity(x, t, r)
+    for between, t in passed[1:-1]:
+        average_velocity(between, t, 0.0)
     return x
 
 

@@ -19,14 +19,15 @@ def measure(
     compute: Callable[[Arrays, Collection[str]], Arrays],
     layers: Sequence[str],
     passes: Sequence[tuple[Arrays, Arrays]],
-    each: bool,
+    each: bool | None,
     tell: Callable[..., Any] = lambda *_: None,
 ) -> Sensitivity:
     """The table of `layers`, and those of them to keep.
 
     `compute`: inputs and the layers to quantize -> outputs. `passes`: inputs, and outputs in float32. The worst layers
     by the table stay in high precision, one after the other, until the rest is within `GOAL`. `each`: make the table
-    even if nothing needs to be kept. `tell` hears how many of how many layers are done.
+    even if nothing needs to be kept; None: do not make it, and keep nothing. `tell` hears how many of how many layers
+    are done.
     """
 
     def error(chosen: Collection[str]) -> float:
@@ -40,7 +41,7 @@ def measure(
 
     everything = left = error(set(layers))
     table: dict[str, float] = {}
-    if each or left > GOAL:
+    if each or (each is not None and left > GOAL):
         for done, layer in enumerate(layers):
             tell(done, len(layers))
             table[layer] = error({layer})
