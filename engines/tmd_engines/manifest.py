@@ -30,6 +30,7 @@ from .manifest_sampler import (
     TransitionSampler,
     VelocitySampler,
 )
+from .manifest_text import EmbeddingTable, TextInfo
 from .strict_json import read_json
 
 __all__ = [
@@ -117,40 +118,6 @@ class VideoInfo(Part):
     width: Annotated[int, Field(ge=1, le=65_536)]
     height: Annotated[int, Field(ge=1, le=65_536)]
     fps: Annotated[int, Field(ge=1, le=1000)]
-
-
-class EmbeddingTable(Part):
-    """A token embedding kept outside the graphs: `rows` x `dim` values in `file`, little-endian, row after row."""
-
-    file: FileName
-    dtype: Literal["float32", "float16", "bfloat16"]
-    rows: Annotated[int, Field(ge=1, le=1 << 24)]
-    dim: Count
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.rows * self.dim * (4 if self.dtype == "float32" else 2)
-
-
-class TextInfo(Part):
-    """Prompt side: sentencepiece `tokenizer` file (null: none here), `max_length` in tokens, embedding `dim`.
-
-    With an `embedding`, the graph `text_encoder` takes `token_embeds` (rows of that table) in place of `input_ids`.
-    """
-
-    tokenizer: FileName | None = None
-    max_length: Annotated[int, Field(ge=1, le=65_536)]
-    dim: Count
-    pad_id: Annotated[int, Field(ge=0, le=1 << 24)]
-    eos_id: Annotated[int, Field(ge=0, le=1 << 24)]
-    embedding: EmbeddingTable | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.embedding is not None and max(self.pad_id, self.eos_id) >= self.embedding.rows:
-            raise ValueError(f"pad_id {self.pad_id} and eos_id {self.eos_id} must be rows of embedding")
-        return self
 
 
 class TensorSpec(Part):
@@ -267,9 +234,13 @@ class Manifest(Part):
                     raise ValueError(f"graphs {quote(owners[file])} and {quote(name)} share {quote(file)}")
         if self.text.tokenizer is not None and self.text.tokenizer not in self.files:
             raise ValueError(f"text.tokenizer is {quote(self.text.tokenizer)}, which is not in files")
-        self._check_embedding(owners)
+        self._check_tables(owners)
         if KIND_OF_RULE.get(self.sampler.rule, "wan") != self.model.kind:
             raise ValueError(f"sampler.rule {quote(self.sampler.rule)} is not for kind {quote(self.model.kind)}")
+        if self.model.kind != "tim" and (self.text.tokenization != "wan" or self.text.null_embeds is not None):
+            raise ValueError(
+                f"text.tokenization 'plain' and text.null_embeds are not for kind {quote(self.model.kind)}"
+            )
         if (self.video.frames - 1) % self.latents.temporal_stride:
             raise ValueError(
                 f"video.frames {self.video.frames} is not 1 plus a multiple of {self.latents.temporal_stride}"
@@ -280,20 +251,20 @@ class Manifest(Part):
                 raise ValueError(f"video.{side} {getattr(self.video, side)} is not a multiple of {unit} pixels")
         return self
 
-    def _check_embedding(self, owners: dict[str, str]) -> None:
-        table = self.text.embedding
-        if table is not None:
+    def _check_tables(self, owners: dict[str, str]) -> None:
+        for field, table in self.text.tables.items():
             if table.file not in self.files:
-                raise ValueError(f"text.embedding needs {quote(table.file)}, which is not in files")
+                raise ValueError(f"text.{field} needs {quote(table.file)}, which is not in files")
             if table.file in owners or table.file == self.text.tokenizer:
-                raise ValueError(f"text.embedding shares {quote(table.file)} with another part")
+                raise ValueError(f"text.{field} shares {quote(table.file)} with another part")
+            owners[table.file] = field
             if self.files[table.file].size != table.size:
                 raise ValueError(
                     f"{quote(table.file)} has {self.files[table.file].size} bytes, and {table.rows} x {table.dim} of "
                     f"{table.dtype} take {table.size}"
                 )
-        encoder = self.graphs.get("text_encoder")
-        if encoder is not None and any(spec.name == "token_embeds" for spec in encoder.inputs) != (table is not None):
+        encoder, has_table = self.graphs.get("text_encoder"), self.text.embedding is not None
+        if encoder is not None and any(spec.name == "token_embeds" for spec in encoder.inputs) != has_table:
             raise ValueError("graph 'text_encoder' has an input 'token_embeds' exactly if there is a text.embedding")
 
 

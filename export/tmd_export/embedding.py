@@ -1,6 +1,7 @@
-"""The embedding table of a large text encoder, a file of the bundle beside its graph (`text.embedding`).
+"""Tables of the prompt's side, files of the bundle beside its graphs; `tmd_runtime.embedding` reads their rows.
 
-The graph takes rows of it (`graphs.EncoderOfRows`); `tmd_runtime.embedding` reads them.
+`text.embedding` is the embedding of a large text encoder, whose graph takes rows of it (`graphs.EncoderOfRows`);
+`text.null_embeds` are features of the empty prompt.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .precision import DTYPES
 from .sources import Source
 from .weights import CHUNK_BYTES
 
-FILE = "text_embedding.bin"
+FILE, NULL_FILE = "text_embedding.bin", "null_embeds.bin"
 WEIGHT = "token_embedding.weight"
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -33,3 +35,9 @@ def write_table(source: Source, precision: str, folder: Path) -> dict[str, Any]:
             piece = table[start : start + rows].to(dtype).contiguous()
             file.write(piece.view(torch.uint8).numpy().data)
     return {"file": FILE, "dtype": _NAMES[dtype], "rows": table.shape[0], "dim": table.shape[1]}
+
+
+def write_null_embeds(rows: Tensor, folder: Path) -> dict[str, Any]:
+    """Writes features float32 `[text, E]` into `folder`; returns the entry `text.null_embeds` of the manifest."""
+    (folder / NULL_FILE).write_bytes(rows.contiguous().numpy().astype("<f4", copy=False).tobytes())
+    return {"file": NULL_FILE, "dtype": "float32", "rows": rows.shape[0], "dim": rows.shape[1]}

@@ -29,7 +29,7 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 
 from .checkpoints import Tensors, open_tensors
 from .errors import ExportError
-from .parts import MODEL_OF, PARTS
+from .parts import MODEL_OF, VIDEO_PARTS
 from .presets import student_sampler
 from .random_weights import random_tensor
 
@@ -45,7 +45,8 @@ class Source(ABC):
 
     `model` is the name in the manifest, `origin` the sentence in its provenance, `kind` "tmd" for a student with an
     inner flow and "wan" for a transformer without (then `fusion` is None). `tokenizer` is the file that belongs to the
-    text encoder, None if there is none; `default_parts` the graphs to export when none are named. `sampler` is the
+    text encoder, None if there is none; `parts` are the graphs that a model of this kind can have, `default_parts`
+    those to export when none are named. `sampler` is the
     manifest's entry of that name, None for the exporter's default; `notes` are sentences that the user should read.
     """
 
@@ -56,6 +57,7 @@ class Source(ABC):
     head_blocks: int
     fusion: str | None
     tokenizer: Path | None
+    parts: tuple[str, ...] = VIDEO_PARTS
     default_parts: tuple[str, ...]
     sampler: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
@@ -108,6 +110,10 @@ class Source(ABC):
         """The weight `name` of `module(which).named_parameters()`, on the CPU, as it is stored: mapped from the disk
         where the format allows. Keep it no longer than needed. Raises ExportError if there is none."""
 
+    def null_embeds(self) -> Tensor | None:
+        """Features float32 `[text.max_length, text.dim]` of the empty prompt; None if the bundle encodes it itself."""
+        return None
+
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         """sha256 of each file that `parts` are made from."""
         return {}
@@ -125,7 +131,7 @@ class FolderSource(Source):
     Each safetensors file holds its configuration in its metadata. The folder may lack what `parts` do not need.
     """
 
-    default_parts = PARTS
+    default_parts = VIDEO_PARTS
 
     def __init__(self, folder: str | Path, model: str, origin: str | None = None) -> None:
         """Reads the student's sizes. `model` names the bundle, and the sizes of the VAE if the folder has none.
@@ -156,7 +162,7 @@ class FolderSource(Source):
         for part in parts:
             for name in _files_of(part):
                 if not self._existing(name):
-                    possible = [other for other in PARTS if all(map(self._existing, _files_of(other)))]
+                    possible = [other for other in self.parts if all(map(self._existing, _files_of(other)))]
                     raise ExportError(
                         f"{self.folder} has no {name}, which {part} needs: put it there, or choose other parts "
                         f"(--parts {','.join(possible)})."
@@ -235,7 +241,7 @@ class RandomSource(Source):
         self.tokenizer = tokenizer if model == "tiny" and tokenizer.is_file() else None
         # 5.7 billion parameters of text encoder are of no use without a tokenizer, unless somebody asks for them.
         self.default_parts = tuple(
-            part for part in PARTS if part != "text_encoder" or self._text != UMT5_CONFIGS["umt5-xxl"]
+            part for part in VIDEO_PARTS if part != "text_encoder" or self._text != UMT5_CONFIGS["umt5-xxl"]
         )
         self._shapes: dict[str, dict[str, torch.Size]] = {}
 
@@ -276,18 +282,24 @@ def open_source(
     random_seed: int | None = None,
     decoder: str | Path | None = None,
     random_kind: str = "tmd",
+    text_encoder: str | Path | None = None,
 ) -> Source:
     """The source that the command line means. Raises ExportError if there are no such weights.
 
     `checkpoint`: a folder as tmd-distill leaves it (see `FolderSource`), or one or more published checkpoints (see
     `WanSource`); the transformer must have the sizes of `model`. `random_seed`: weights from this seed, for a
     model of `random_kind` (see `Source.kind`). Neither: the built-in weights, which only `tiny` has. `decoder`: a file
-    with another decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `dcae.DCAEFolder`).
+    with another decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `still_vae.VAEFolder`).
+    `text_encoder`: for tim-t2i the folder of its text encoder (see `gemma.GemmaFolder`).
     """
     if model in TIM_CONFIGS:
         from .tim_source import open_tim
 
-        return open_tim(model, checkpoint, random_seed, decoder)
+        return open_tim(model, checkpoint, random_seed, decoder, text_encoder)
+    if text_encoder is not None:
+        raise ExportError(
+            f"--text-encoder is for tim-t2i: the text encoder of {model} comes with its --checkpoint, so leave it out."
+        )
     if random_kind == "tim":
         raise ExportError(f"the preset tim is for Transition Models, and {model} is none: choose another --preset.")
     if model not in WAN_CONFIGS:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 _NEEDED_FOR = {
+    "encoder": "start from a picture",
     "text_encoder": "read a prompt",
     "backbone": "denoise",
     "flow_head": "denoise",
@@ -23,6 +24,7 @@ _NEEDED_FOR = {
     "decoder_step": "turn latents into more than one frame",
 }
 _INSTEAD = {
+    "encoder": "It can start from the latents of one (--init-latents FILE). ",
     "text_encoder": EMBEDS_INSTEAD,
     "backbone": "It can still read a prompt (--save-embeds FILE). ",
     "flow_head": "It can still read a prompt (--save-embeds FILE). ",
@@ -48,11 +50,24 @@ def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: i
         )
 
 
-def check_start(settings: Settings, init: NDArray[Any] | None) -> None:
-    """Raises UsageFailure unless the latents of a picture (None: no picture) go with the settings."""
-    if init is None and settings.strength is not None:
-        raise UsageFailure("a strength says how much of a picture changes, and there is none: give its latents.")
-    if init is not None and settings.strength is None:
+def check_latents(latents: NDArray[Any], channels: int) -> None:
+    """Raises RuntimeFailure unless `latents` can be decoded: `[1, channels, frames, height, width]`."""
+    if latents.ndim != 5 or latents.shape[:2] != (1, channels) or 0 in latents.shape:
+        raise RuntimeFailure(
+            f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
+        )
+
+
+def check_start(settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None) -> None:
+    """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings."""
+    if init is not None and image is not None:
+        raise UsageFailure("a run starts from one picture: give the image or its latents, not both.")
+    begun = init is not None or image is not None
+    if not begun and settings.strength is not None:
+        raise UsageFailure(
+            "a strength says how much of a picture changes, and there is none: give its latents, or the image."
+        )
+    if begun and settings.strength is None:
         if settings.rule != "flow_map":
             raise UsageFailure("to start from a picture is for Transition Models, and this is none: leave it out.")
         raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")

@@ -80,7 +80,7 @@ def save_embeds(path: str | Path, embeds: Embeddings, manifest: Manifest) -> Non
 
 
 def load_embeds(path: str | Path, manifest: Manifest) -> Embeddings:
-    """Read a file of `save_embeds` for this bundle, filled with zero rows up to its text length.
+    """Read a file of `save_embeds` for this bundle, filled with zero rows up to its text length if it pads prompts.
 
     Raises RuntimeFailure if it is no such file, has another width or more rows than the model reads, or comes from
     another text encoder than the bundle's (a bundle without one takes what fits).
@@ -104,7 +104,8 @@ def load_embeds(path: str | Path, manifest: Manifest) -> Embeddings:
                 f"{path} has {name} of shape {list(rows.shape)}, and this bundle reads at most [{text.max_length}, "
                 f"{text.dim}]: it belongs to another model."
             )
-        found[name] = np.zeros((1, text.max_length, text.dim), np.float32)
+        length = len(rows) if text.tokenization == "plain" else text.max_length
+        found[name] = np.zeros((1, length, text.dim), np.float32)
         found[name][0, : len(rows)] = rows
     if "prompt_embeds" not in found:
         raise RuntimeFailure(f"{path} holds no prompt_embeds: make it again with --save-embeds.")

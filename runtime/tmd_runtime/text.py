@@ -51,14 +51,21 @@ class PromptEncoder:
                 )
             with timings.stage("load"):
                 self._tokenizer = Tokenizer(
-                    self._bundle.folder / text.tokenizer, text.max_length, text.pad_id, text.eos_id
+                    self._bundle.folder / text.tokenizer,
+                    text.max_length,
+                    text.pad_id,
+                    text.eos_id,
+                    text.bos_id,
+                    plain=text.tokenization == "plain",
                 )
         with timings.stage("text"):
             tokens = self._tokenizer(prompt, allow_empty)
         encoder = load_encoder()
         start = perf_counter()
         prompt_embeds = encoder.empty("prompt_embeds", batch=1, text=tokens.input_ids.shape[1])
-        given: dict[str, NDArray[Any]] = {"attention_mask": tokens.attention_mask}
+        given: dict[str, NDArray[Any]] = {}
+        if "attention_mask" in encoder.inputs:  # a causal encoder of a prompt without padding has none
+            given["attention_mask"] = tokens.attention_mask
         if text.embedding is None:
             given["input_ids"] = tokens.input_ids
         else:

@@ -1,6 +1,7 @@
-"""Prompt text -> token ids, as Wan's UMT5 saw them in training.
+"""Prompt text -> token ids, as the bundle's text encoder saw them in training.
 
-Not a general tokenizer: a cleaning rule, one sentencepiece model from the bundle, and the framing `ids... </s> pad...`.
+Not a general tokenizer: one sentencepiece model from the bundle and two ways around it. As Wan's UMT5 has it, a text is
+cleaned and framed as `ids... </s> pad...`; as Gemma has it ("plain"), it stays as it is and becomes `<bos> ids...`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def clean_prompt(text: str) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt: `input_ids` and `attention_mask`, int64 `[1, max_length]`; `dropped` tokens did not fit."""
+    """One prompt: `input_ids` and `attention_mask`, int64 `[1, S]`; of its text `kept` tokens are among them, and
+    `dropped` did not fit."""
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
+    kept: int
     dropped: int
 
     @property
@@ -39,20 +42,31 @@ class Tokens:
         """What the user should know about this prompt, in one sentence, or None."""
         if not self.dropped:
             return None
-        kept = self.input_ids.shape[1] - 1
-        return (
-            f"the prompt is too long: its last {self.dropped} of {kept + self.dropped} tokens are ignored. Shorten it."
-        )
+        total = self.kept + self.dropped
+        return f"the prompt is too long: its last {self.dropped} of {total} tokens are ignored. Shorten it."
 
 
 class Tokenizer:
-    """Sentencepiece model of a bundle; `max_length` counts the end mark. Raises RuntimeFailure for any other file."""
+    """Sentencepiece model of a bundle; `max_length` counts the marks too. Raises RuntimeFailure for any other file.
 
-    def __init__(self, model_file: Path, max_length: int, pad_id: int = 0, eos_id: int = 1) -> None:
-        import ftfy  # noqa: F401  (slow to import: part of loading, not of the first prompt)
+    `plain`: no cleaning, no padding, and what the model has no word for becomes bytes.
+    """
+
+    def __init__(
+        self,
+        model_file: Path,
+        max_length: int,
+        pad_id: int = 0,
+        eos_id: int | None = 1,
+        bos_id: int | None = None,
+        plain: bool = False,
+    ) -> None:
         import sentencepiece
 
-        self.max_length, self.pad_id, self.eos_id = max_length, pad_id, eos_id
+        if not plain:
+            import ftfy  # noqa: F401  (slow to import: part of loading, not of the first prompt)
+        self.max_length, self.pad_id, self.plain = max_length, pad_id, plain
+        self._before, self._behind = ([] if mark is None else [mark] for mark in (bos_id, eos_id))
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             # Handed over as bytes: sentencepiece opens files by a narrow path, which fails for non-ASCII folders on
@@ -64,20 +78,22 @@ class Tokenizer:
             ) from error
 
     def __call__(self, prompt: str, allow_empty: bool = False) -> Tokens:
-        """Clean and tokenize a prompt; unknown words become unknown tokens.
+        """Tokens of a prompt: `[1, max_length]`, of a plain one as many as it has.
 
-        Raises UsageFailure if nothing is left, unless `allow_empty`: as a negative prompt, nothing means the end mark.
+        Raises UsageFailure if there is no text, unless `allow_empty`: as a negative prompt, nothing means the marks.
         """
-        ids = self._known(self._model.encode(clean_prompt(prompt)))
-        if not ids and not allow_empty:
+        text = prompt.encode("utf-8", "replace").decode("utf-8") if self.plain else clean_prompt(prompt)
+        ids = self._model.encode(text) if self.plain else self._known(self._model.encode(text))
+        if not (ids and text.strip()) and not allow_empty:
             raise UsageFailure("the prompt is empty: describe the video in a few words.")
-        kept = ids[: self.max_length - 1]
-        input_ids = np.full((1, self.max_length), self.pad_id, np.int64)
-        input_ids[0, : len(kept)] = kept
-        input_ids[0, len(kept)] = self.eos_id
+        kept = ids[: self.max_length - len(self._before) - len(self._behind)]
+        framed = [*self._before, *kept, *self._behind]
+        length = len(framed) if self.plain else self.max_length
+        input_ids = np.full((1, length), self.pad_id, np.int64)
+        input_ids[0, : len(framed)] = framed
         attention_mask = np.zeros_like(input_ids)
-        attention_mask[0, : len(kept) + 1] = 1
-        return Tokens(input_ids, attention_mask, dropped=len(ids) - len(kept))
+        attention_mask[0, : len(framed)] = 1
+        return Tokens(input_ids, attention_mask, kept=len(kept), dropped=len(ids) - len(kept))
 
     def _known(self, ids: list[int]) -> list[int]:
         """`ids` with each run of bytes as one unknown token: the tokenizer of Wan's training fell back to no bytes."""

@@ -243,6 +243,9 @@ def test_transition_models_have_a_sampler_of_their_own() -> None:
         ("sampler/guidance_interval", [0.5, 0.5], "guidance_interval [0.5, 0.5] is empty"),
         ("sampler/guidance_interval", [0.0, 2.1], "guidance_interval"),
         ("sampler/guidance_interval", [0.0], "guidance_interval"),
+        ("sampler/rho", -0.1, "sampler.rho"),
+        ("sampler/rho", 10.5, "sampler.rho"),
+        ("sampler/rho", None, "sampler.rho"),
     ],
 )
 def test_each_rule_of_transition_models_is_held(path: str, value: Any, said: str) -> None:
@@ -260,6 +263,73 @@ def test_what_goes_with_transition_models_alone(name: str) -> None:
         document["model"][name] = "grid" if name == "rope" else 3
         with pytest.raises(BundleError, match=f"model: {name} .*not go with kind"):
             parse(document)
+
+
+def valid_plain_document() -> dict[str, Any]:
+    """Of kind "tim", with prompts as they are and features of the empty one."""
+    document = valid_tim_document()
+    length, width = document["text"]["max_length"], document["text"]["dim"]
+    document["text"] |= {"tokenization": "plain", "bos_id": 2, "eos_id": None}
+    document["text"]["null_embeds"] = {"file": "null.bin", "dtype": "float32", "rows": length, "dim": width}
+    document["text"]["embedding"] = {"file": "table.bin", "dtype": "bfloat16", "rows": 300, "dim": 8}
+    document["files"] |= {
+        "null.bin": {"size": 4 * length * width, "sha256": SHA},
+        "table.bin": {"size": 2 * 300 * 8, "sha256": SHA},
+    }
+    return document
+
+
+def test_prompts_can_stay_as_they_are() -> None:
+    manifest = parse(valid_plain_document())
+    assert (manifest.text.tokenization, manifest.text.bos_id, manifest.text.eos_id) == ("plain", 2, None)
+    assert list(manifest.text.tables) == ["embedding", "null_embeds"]
+    assert parse(manifest.model_dump(mode="json")) == manifest
+    document = valid_plain_document()
+    document["text"] |= {"bos_id": None, "eos_id": 1, "null_embeds": None}
+    assert parse(document).text.tokenization == "plain"
+    assert parse(valid_tim_document()).text.tokenization == "wan"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("text/tokenization", "wan", "tokenization 'wan' has an eos_id and no bos_id"),
+        ("text/tokenization", "t5", "text.tokenization"),
+        ("text/tokenization", None, "text.tokenization"),
+        ("text/bos_id", -1, "text.bos_id"),
+        ("text/bos_id", 300, "must be rows of embedding"),
+        ("text/eos_id", 300, "must be rows of embedding"),
+        ("text/eos_id", "1", "text.eos_id"),
+        ("text/null_embeds/rows", 7, "null_embeds has 7 x"),
+        ("text/null_embeds/dim", 4, "and max_length x dim are"),
+        ("text/null_embeds/dtype", "float16", "of float16 take"),
+        ("text/null_embeds/file", "other.bin", "text.null_embeds needs 'other.bin'"),
+        ("text/null_embeds/file", "table.bin", "text.null_embeds shares 'table.bin'"),
+        ("text/null_embeds/file", "backbone.onnx.data", "text.null_embeds shares 'backbone.onnx.data'"),
+    ],
+)
+def test_each_rule_of_plain_prompts_is_held(path: str, value: Any, said: str) -> None:
+    document = valid_plain_document()
+    put(document, path, value)
+    with pytest.raises(BundleError) as caught:
+        parse(document)
+    assert said in str(caught.value)
+
+
+def test_plain_prompts_are_for_transition_models_and_have_room_for_their_marks() -> None:
+    for changes in ({"tokenization": "plain"}, {"null_embeds": valid_plain_document()["text"]["null_embeds"]}):
+        document = valid_document()
+        document["text"] |= changes
+        document["files"]["null.bin"] = valid_plain_document()["files"]["null.bin"]
+        with pytest.raises(BundleError, match="are not for kind 'tmd'"):
+            parse(document)
+    document = valid_plain_document()
+    document["text"] |= {"max_length": 1, "eos_id": 1, "null_embeds": None}
+    with pytest.raises(BundleError, match="no room for bos_id and eos_id"):
+        parse(document)
+    del document["text"]["eos_id"]
+    with pytest.raises(BundleError, match=r"text\.eos_id"):
+        parse(document)
 
 
 def test_token_embeddings_go_with_a_table_and_only_with_one() -> None:

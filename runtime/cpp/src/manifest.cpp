@@ -103,6 +103,7 @@ void read_flow_map(Object& object, SamplerInfo& sampler) {
     if (ends[0].number(0, 1) >= ends[1].number(0, 2, false)) interval.refuse("is empty");
   }
   if (const Field prompt = object.maybe("negative_prompt"); !prompt.is_null()) sampler.negative_prompt = prompt.text();
+  if (const Field rho = object.maybe("rho"); rho.present()) rho.number(0, 10);
 }
 
 SamplerInfo read_sampler(const Field& field) {
@@ -150,7 +151,7 @@ VideoInfo read_video(const Field& field) {
   return video;
 }
 
-EmbeddingTable read_embedding(const Field& field) {
+EmbeddingTable read_table(const Field& field) {
   Object object(field);
   EmbeddingTable table;
   table.file = object.need("file").file_name();
@@ -167,12 +168,23 @@ TextInfo read_text(const Field& field) {
   if (const Field name = object.maybe("tokenizer"); !name.is_null()) text.tokenizer = name.file_name();
   text.max_length = object.need("max_length").integer(1, 65536);
   text.dim = count(object.need("dim"));
-  text.pad_id = object.need("pad_id").integer(0, kMaxTokenId);
-  text.eos_id = object.need("eos_id").integer(0, kMaxTokenId);
-  if (const Field table = object.maybe("embedding"); !table.is_null()) text.embedding = read_embedding(table);
+  std::vector<std::int64_t> ids = {text.pad_id = object.need("pad_id").integer(0, kMaxTokenId)};
+  const Field eos = object.need("eos_id"), bos = object.maybe("bos_id");
+  if (!eos.is_null()) ids.push_back(text.eos_id = eos.integer(0, kMaxTokenId));
+  if (!bos.is_null()) ids.push_back(bos.integer(0, kMaxTokenId));
+  if (const Field word = object.maybe("tokenization"); word.present())
+    text.tokenization = word.one_of({"wan", "plain"});
+  if (const Field table = object.maybe("embedding"); !table.is_null()) text.embedding = read_table(table);
+  if (const Field table = object.maybe("null_embeds"); !table.is_null()) text.null_embeds = read_table(table);
   object.done();
-  if (text.embedding && std::max(text.pad_id, text.eos_id) >= text.embedding->rows)
-    object.refuse("pad_id and eos_id must be rows of embedding");
+  if (text.tokenization == "wan" && (eos.is_null() || !bos.is_null()))
+    object.refuse("tokenization 'wan' has an eos_id and no bos_id");
+  if (static_cast<std::int64_t>(ids.size()) > text.max_length + 1)
+    object.refuse("max_length has no room for bos_id and eos_id");
+  if (text.embedding && *std::max_element(ids.begin(), ids.end()) >= text.embedding->rows)
+    object.refuse("pad_id, eos_id and bos_id must be rows of embedding");
+  if (text.null_embeds && (text.null_embeds->rows != text.max_length || text.null_embeds->dim != text.dim))
+    object.refuse("null_embeds has not max_length x dim values");
   return text;
 }
 
@@ -208,14 +220,15 @@ void read_provenance(const Field& field, Manifest& manifest) {
   object.done();
 }
 
-void check_embedding(const Manifest& manifest, const std::map<std::string, std::string>& owners, const Object& object) {
-  const std::optional<EmbeddingTable>& table = manifest.text.embedding;
-  if (table) {
+void check_tables(const Manifest& manifest, std::map<std::string, std::string>& owners, const Object& object) {
+  const std::pair<std::string, const std::optional<EmbeddingTable>&> tables[] = {
+      {"text.embedding", manifest.text.embedding}, {"text.null_embeds", manifest.text.null_embeds}};
+  for (const auto& [field, table] : tables) {
+    if (!table) continue;
     const auto file = manifest.files.find(table->file);
-    if (file == manifest.files.end())
-      object.refuse("text.embedding needs " + quote(table->file) + ", which is not in files");
-    if (owners.count(table->file) || manifest.text.tokenizer == table->file)
-      object.refuse("text.embedding shares " + quote(table->file) + " with another part");
+    if (file == manifest.files.end()) object.refuse(field + " needs " + quote(table->file) + ", which is not in files");
+    if (!owners.emplace(table->file, field).second || manifest.text.tokenizer == table->file)
+      object.refuse(field + " shares " + quote(table->file) + " with another part");
     const auto wanted = static_cast<std::uint64_t>(table->rows * table->dim) * item_size(table->dtype);
     if (file->second.size != wanted)
       object.refuse(quote(table->file) + " has " + std::to_string(file->second.size) + " bytes, and its table takes " +
@@ -225,7 +238,7 @@ void check_embedding(const Manifest& manifest, const std::map<std::string, std::
   if (encoder == manifest.graphs.end()) return;
   bool takes_embeds = false;
   for (const TensorSpec& spec : encoder->second.inputs) takes_embeds = takes_embeds || spec.name == "token_embeds";
-  if (takes_embeds != table.has_value())
+  if (takes_embeds != manifest.text.embedding.has_value())
     object.refuse("graph 'text_encoder' has an input 'token_embeds' exactly if there is a text.embedding");
 }
 
@@ -251,10 +264,12 @@ void check_references(const Manifest& manifest, const Object& object) {
   }
   if (manifest.text.tokenizer && !manifest.files.count(*manifest.text.tokenizer))
     object.refuse("text.tokenizer is " + quote(*manifest.text.tokenizer) + ", which is not in files");
-  check_embedding(manifest, owners, object);
+  check_tables(manifest, owners, object);
   const std::string& rule = manifest.sampler.rule;
   if (manifest.model.kind != (rule == "transition" ? "tmd" : rule == "flow_map" ? "tim" : "wan"))
     object.refuse("sampler.rule " + quote(manifest.sampler.rule) + " is not for kind " + quote(manifest.model.kind));
+  if (manifest.model.kind != "tim" && (manifest.text.tokenization != "wan" || manifest.text.null_embeds))
+    object.refuse("text.tokenization 'plain' and text.null_embeds are not for kind " + quote(manifest.model.kind));
   if ((manifest.video.frames - 1) % manifest.latents.temporal_stride)
     object.refuse("video.frames is not 1 plus a multiple of latents.temporal_stride");
   if (manifest.video.height % (manifest.latents.spatial_stride * manifest.model.patch_size[1]) ||

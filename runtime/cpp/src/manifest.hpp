@@ -81,10 +81,12 @@ struct EmbeddingTable {
   std::int64_t rows = 0, dim = 0;
 };
 
+// With tokenization "plain", and with null_embeds, the model is a Transition Model, which is not run here.
 struct TextInfo {
   std::optional<std::string> tokenizer;
   std::int64_t max_length = 0, dim = 0, pad_id = 0, eos_id = 1;
-  std::optional<EmbeddingTable> embedding;
+  std::string tokenization = "wan";
+  std::optional<EmbeddingTable> embedding, null_embeds;
 };
 
 struct Manifest {
