@@ -170,7 +170,7 @@ class Downsample(nn.Module):
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), pad=False, stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = per_frame(self.resample, x)
+        x = per_frame(self.resample, cast_for(self.resample, x))
         if self.time_conv is None or x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)

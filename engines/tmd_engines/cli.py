@@ -253,6 +253,7 @@ def _sampler(sampler: SamplerInfo) -> str:
         low, high = sampler.guidance_interval
         return (
             f"flow_map: {sampler.steps} steps (of any number), guidance {sampler.guidance:g} for {low:g} < t < {high:g}"
+            + (f", rho {sampler.rho:g}" if sampler.rho else "")
         )
     allowed = _listed(sampler.allowed_steps) if sampler.allowed_steps else "any number"
     text = f"{sampler.rule}: {sampler.steps} steps (of {allowed}), "

@@ -29,6 +29,7 @@ __all__ = ["STAGES", "Estimate", "StageEstimate", "available_bytes", "estimate"]
 Memory = Literal["all", "low"]
 
 STAGES = {
+    "encoder": ("encoder",),
     "text_encoder": ("text_encoder",),
     "backbone": ("backbone",),
     "flow_head": ("flow_head",),
@@ -37,7 +38,8 @@ STAGES = {
 """Stage -> its graphs."""
 
 BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
-_TOGETHER = (("text_encoder",), ("backbone", "flow_head"), ("decoder",))  # loaded at the same time in memory mode "low"
+# Loaded at the same time in memory mode "low".
+_TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head"), ("decoder",))
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,20 @@ def estimate(
     inner_steps: int | None = None,
     guidance_passes: int = 1,
     memory: Memory = "all",
+    from_picture: bool = False,
 ) -> Estimate:
     """Work and memory of one run of `frames` frames of `width` x `height` pixels; None takes the bundle's step counts.
 
     `guidance_passes` is 2 with classifier-free guidance. `memory` "all" keeps every graph loaded, "low" has the text
-    encoder, then backbone and flow head, then the decoder. Whether the model was trained for these steps is not asked.
+    encoder, then backbone and flow head, then the decoder. `from_picture`: the run starts from a picture, which the
+    graph `encoder` reads. Whether the model was trained for these steps is not asked.
     Raises ValueError for a size or count that the model cannot make, BundleError if a graph cannot be sized.
     """
     manifest = bundle.manifest
     sizes = graph_sizes(manifest, width, height, frames)
     steps, inner_steps = step_counts(manifest, steps, inner_steps)
     calls = {
+        "encoder": 1,
         "text_encoder": guidance_passes,
         "backbone": guidance_passes * (1 if manifest.model.kind == "tim" else steps),  # once per prompt
         "flow_head": steps * (inner_steps or 1) * guidance_passes,
@@ -116,7 +121,7 @@ def estimate(
     stages = {}
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
-        if present:
+        if present and (from_picture or stage != "encoder"):
             stages[stage] = _stage(bundle, stage, present, calls[stage], sizes)
     model = manifest.model
     nfe = guidance_passes * steps * (1 + ((inner_steps or 1) - 1) * model.head_blocks / model.num_layers)

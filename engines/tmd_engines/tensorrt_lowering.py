@@ -50,6 +50,7 @@ def lower(model: onnx.ModelProto, version: tuple[int, int], shapes: Mapping[str,
         if rule is None or not rule(rewrite, node):
             rewrite.nodes.append(copy.deepcopy(node))
     rewrite.finish()
+    _bytes_first(model)
     _bytes_last(model)
     if not canonical:
         _to_primitive_opset(model)
@@ -294,6 +295,24 @@ def _integer_clip(rewrite: _Rewrite, node: onnx.NodeProto) -> bool:
             kind, [source, bound], node.output[0] if number == len(bounds) else f"{node.output[0]}.{number}"
         )
     return True
+
+
+def _bytes_first(model: onnx.ModelProto) -> None:
+    """Lets what asks a uint8 input for its shape ask the Cast of it: TensorRT has uint8 at a network's ends only."""
+    from onnx import TensorProto
+
+    nodes = model.graph.node
+    for value in model.graph.input:
+        users = [node for node in nodes if value.name in node.input]
+        cast = next((node for node in users if node.op_type == "Cast"), None)
+        if value.type.tensor_type.elem_type != TensorProto.UINT8 or cast is None:
+            continue
+        for node in users:
+            if node.op_type == "Shape":
+                node.input[0] = cast.output[0]
+        first = copy.deepcopy(cast)
+        nodes.remove(cast)
+        nodes.insert(0, first)
 
 
 def _bytes_last(model: onnx.ModelProto) -> None:

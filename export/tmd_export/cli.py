@@ -65,6 +65,8 @@ Examples:
   tmd-export --model tiny --checkpoint runs/student --precision fp16 --out my-bundle
   tmd-export --model wan1.3b --random-weights 0 --out wan-noise
   tmd-export --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
+  tmd-export --model tim-t2i --checkpoint TiM-T2I --text-encoder gemma-3-1b-it \\
+      --decoder dc-ae-f32c32-sana-1.1-diffusers --precision bf16,decoder=fp32 --out tim
   tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
 
@@ -117,7 +119,14 @@ The bundle appears under its name only when it is complete.""",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1) or lightvae (lightvaew2_1). For "
-    "tim-t2i and tim-c2i-512 the folder of DC-AE (dc-ae-f32c32-sana-1.1-diffusers).",
+    "tim-t2i and tim-c2i-512 the folder of DC-AE (dc-ae-f32c32-sana-1.1-diffusers), for tim-c2i-256 that of SD-VAE "
+    "(sd-vae-ft-ema); it brings the encoder too.",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="For tim-t2i, whose file holds the transformer alone: the folder of its text encoder (gemma-3-1b-it).",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The bundle to write.")
 @click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")
@@ -147,6 +156,11 @@ The bundle appears under its name only when it is complete.""",
     help="For int8 and fp8: prompts to calibrate on, one per line, or the calibration.json of an earlier bundle of "
     "this checkpoint.  [default: built-in prompts]",
 )
+@click.option(
+    "--keep-no-layers",
+    is_flag=True,
+    help="For int8 and fp8: quantize every layer, without the slow measurement of which ones should stay bfloat16.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
@@ -156,12 +170,14 @@ def command(
     checkpoint: tuple[Path, ...],
     random_weights: int | None,
     decoder: Path | None,
+    text_encoder: Path | None,
     out: Path,
     parts: tuple[str, ...] | None,
     precision: str,
     text_encoder_weights: str | None,
     preset: str | None,
     calibration: Path | None,
+    keep_no_layers: bool,
     overwrite: bool,
     no_verify: bool,
     as_json: bool,
@@ -170,10 +186,11 @@ def command(
     """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
     if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
-    if not checkpoint and random_weights is None and model != "tiny":
+    if not checkpoint and random_weights is None and model not in ("tiny", "tim-tiny"):
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
-    if calibration and not set(QUANTIZED) & set(parse_precision(precision).values()):
-        raise click.UsageError("--calibration is for --precision int8 or fp8: nothing else needs one.")
+    for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
+        if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
+            raise click.UsageError(f"{option} is for --precision int8 or fp8: nothing else needs it.")
     start = perf_counter()
     try:
         options = {
@@ -182,9 +199,10 @@ def command(
             "preset": preset,
             "calibration": calibration,
             "verify": not no_verify,
+            "keep_layers": not keep_no_layers,
             "overwrite": overwrite,
         }
-        result = _export(model, checkpoint, random_weights, decoder, out, parts, options, quiet)
+        result = _export(model, checkpoint, random_weights, decoder, text_encoder, out, parts, options, quiet)
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -204,6 +222,7 @@ def _export(
     checkpoint: tuple[Path, ...],
     random_weights: int | None,
     decoder: Path | None,
+    text_encoder: Path | None,
     out: Path,
     parts: tuple[str, ...] | None,
     options: dict[str, Any],
@@ -217,7 +236,7 @@ def _export(
         from .sources import open_source
 
         kind = PRESETS[options["preset"] or "tmd"].kind
-        source = open_source(model, checkpoint, random_weights, decoder, kind)
+        source = open_source(model, checkpoint, random_weights, decoder, kind, text_encoder)
         if not quiet:
             for note in (*source.notes, *_left_out(source, checkpoint, parts)):
                 click.echo(f"tmd-export: {note}", err=True)
@@ -237,13 +256,13 @@ def _calibration(path: Path | None) -> Calibration | tuple[str, ...] | None:
 
 def _left_out(source: Source, checkpoint: tuple[Path, ...], parts: tuple[str, ...] | None) -> list[str]:
     """What the user may miss in a bundle of all that there are weights for."""
-    absent = [part for part in PARTS if part not in source.default_parts]
+    absent = [part for part in source.parts if part not in source.default_parts]
     if not checkpoint or parts is not None or not absent:
         return []
-    return [
-        f"{', '.join(absent)} left out: the checkpoint has no weights for it. To add it, give another --checkpoint "
-        "that has them."
-    ]
+    how = "give another --checkpoint that has them"
+    if source.kind == "tim":  # other people's models, each in a folder of its own
+        how = "name its folder (--text-encoder for text_encoder, --decoder for the others)"
+    return [f"{', '.join(absent)} left out: the checkpoint has no weights for it. To add it, {how}."]
 
 
 def _message(error: Exception) -> str | None:

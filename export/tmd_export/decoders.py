@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, Tensors, open_tensors
 from .checkpoints.names import bare
 from .errors import ExportError
 from .graphs import spatial_stride, temporal_stride
-from .parts import MODEL_OF, PARTS
+from .parts import MODEL_OF, VIDEO_PARTS
 from .sources import Source, on_meta
 
 _TAKE = "Take Wan2.1's own VAE (Wan2.1_VAE.pth), lightvaew2_1, or TAEHV for Wan2.1 (taew2_1 or lighttaew2_1)."
@@ -48,7 +48,7 @@ class WithDecoder(Source):
         self.model, self.kind, self.sampler = source.model, source.kind, source.sampler
         self.wan, self.head_blocks, self.fusion = source.wan, source.head_blocks, source.fusion
         self.tokenizer, self.notes = source.tokenizer, source.notes
-        self.default_parts = tuple(part for part in PARTS if part in source.default_parts or MODEL_OF[part] == "vae")
+        self.default_parts = tuple(p for p in VIDEO_PARTS if p in source.default_parts or MODEL_OF[p] == "vae")
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")

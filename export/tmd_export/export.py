@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle import format_size
 
+from .embedding import write_null_embeds
 from .errors import ExportError
 from .graph_export import GraphReport, Tell, export_graph
 from .int8 import int8_bytes
@@ -64,6 +65,7 @@ def export_bundle(
     preset: str | None = None,
     calibration: Calibration | Sequence[str] | None = None,
     verify: bool = True,
+    keep_layers: bool = True,
     overwrite: bool = False,
     report: Callable[[Progress], None] | None = None,
 ) -> ExportResult:
@@ -73,7 +75,8 @@ def export_bundle(
     outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
     text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `presets.PRESETS`, says
     how the model is sampled (None: as the source says, or as its kind usually is). `calibration` is for int8 and fp8:
-    one of the same checkpoint, prompts to make one with, or None for built-in prompts. `verify=False` skips the
+    one of the same checkpoint, prompts to make one with, or None for built-in prompts; `keep_layers=False` spares the
+    measurement of their layers, and quantizes all. `verify=False` skips the
     comparison with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
 
     Weights pass through one at a time: the memory that this takes does not grow with the model.
@@ -90,6 +93,12 @@ def export_bundle(
     sampling = find(source.kind, preset)
     if preset is None and source.sampler is not None:
         sampling = replace(sampling, sampler=source.sampler)
+    foreign = [part for part in chosen if part not in source.parts]
+    if foreign:
+        raise ExportError(
+            f"{source.model} has no graph {foreign[0]} (a model of videos starts from noise alone, one of stills has "
+            f"no later frame): choose among {', '.join(source.parts)}."
+        )
     source.check(chosen)
     with BundleWriter(out, overwrite=overwrite) as writer:
         entries: dict[str, dict[str, Any]] = {}
@@ -98,7 +107,7 @@ def export_bundle(
         document = _manifest(source, sampling, chosen, TOKENIZER if tokenizer else None, entries)
         quantizer = None
         if any(precision in QUANTIZED for precision in precisions.values()):
-            quantizer = Quantizer(source, document, precisions, writer.folder, calibration, verify)
+            quantizer = Quantizer(source, document, precisions, writer.folder, calibration, verify, keep_layers)
         _check_room(source, precisions, writer.folder, quantizer is not None and quantizer.runs_float32)
         try:
             if tokenizer:
@@ -111,6 +120,8 @@ def export_bundle(
                 )
             if quantizer:
                 quantizer.write()
+            if (null_embeds := source.null_embeds()) is not None:
+                document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
         except OSError as error:
             raise ExportError(
                 f"{writer.target.parent} cannot be written: {error}. Free some space, or choose another --out."

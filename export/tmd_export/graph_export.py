@@ -141,7 +141,7 @@ def _compare_short(
     part = graph.name
     _, blocks = blocks_of(graph.module)  # type: ignore[misc]
     total, folder = len(blocks), path.parent / "short"
-    numbers = kept_blocks(total, KEPT_BLOCKS)
+    numbers = kept_blocks(blocks, KEPT_BLOCKS)
     folder.mkdir()
     try:
         short, its_weights = build(source, part, precision, KEPT_BLOCKS)

@@ -1,4 +1,4 @@
-"""The five graphs of a bundle: which module computes each, and what its inputs and outputs are called.
+"""The six graphs of a bundle: which module computes each, and what its inputs and outputs are called.
 
 A `Graph` is a torch module with the interface that the manifest will state. Everything else of the export (tracing,
 lint, verification) reads that interface and knows no model. Letters in shapes as in `tmd_ref.wan`.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tmd_engines import TensorSpec
+from tmd_ref.gemma import GemmaEncoder
 from tmd_ref.split import SplitWan
 from tmd_ref.student import FlowHead, TMDStudent, flow_head_step
 from tmd_ref.taehv import TAEHV
@@ -20,8 +21,8 @@ from tmd_ref.tim.split import SplitTiM
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 
-from .dcae import DCAEDecoder
 from .parts import PARTS
+from .still_vae import StillVAE
 
 Shape = tuple[int | str, ...]
 VideoDecoder = WanVAE | TAEHV
@@ -55,7 +56,7 @@ class Graph:
         return {**dims, "tokens": tokens}
 
     def random_inputs(self, seed: int, **dims: int) -> dict[str, Tensor]:
-        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, a mask of ragged lengths."""
+        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, bytes, a ragged mask."""
         generator = torch.Generator().manual_seed(seed)
         sizes = self.sizes(**dims)
         angles: Tensor | None = None
@@ -74,6 +75,8 @@ class Graph:
             elif spec.name.startswith("rope_"):
                 angles = 6.3 * torch.rand(shape, generator=generator) if angles is None else angles
                 given[spec.name] = angles.cos() if spec.name == "rope_cos" else angles.sin()
+            elif spec.dtype == "uint8":
+                given[spec.name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             else:
                 given[spec.name] = torch.randn(shape, generator=generator)
         return given
@@ -111,6 +114,17 @@ class EncoderOfRows(nn.Module):
         return self.encoder.encode(token_embeds, attention_mask)
 
 
+class GemmaOfRows(nn.Module):
+    """The same of Gemma, which has no padding."""
+
+    def __init__(self, encoder: GemmaEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, token_embeds: Tensor) -> Tensor:
+        return self.encoder.encode(token_embeds)
+
+
 class DecoderFirst(nn.Module):
     """Normalised latents of the first latent frame to one picture and the caches."""
 
@@ -140,7 +154,7 @@ class StillDecoder(nn.Module):
 
     float32_only = True  # its layers, diffusers' own, do not cast between their types
 
-    def __init__(self, vae: DCAEDecoder) -> None:
+    def __init__(self, vae: StillVAE) -> None:
         super().__init__()
         self.vae = vae
 
@@ -148,21 +162,33 @@ class StillDecoder(nn.Module):
         return to_frames(self.vae.decode(latents))
 
 
+class PictureEncoder(nn.Module):
+    """A picture, uint8 `[B,1,H,W,3]` as a decoder gives it, to normalised latents: their mean."""
+
+    def __init__(self, vae: WanVAE | StillVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1)
+
+
 def to_frames(video: Tensor) -> Tensor:
     """Video `[B,3,F,H,W]`, already clamped to -1..1 by the decoder -> uint8 `[B,F,H,W,3]`, rounded to nearest."""
     return torch.round(video * 127.5 + 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
-def text_encoder(encoder: UMT5Encoder) -> Graph:
+def text_encoder(encoder: UMT5Encoder | GemmaEncoder) -> Graph:
     """From token ids; from rows of the embedding table if that is too large to lie in a graph."""
     config, ids = encoder.config, ("batch", "text")
-    mask = _tensor("attention_mask", ids, "int64")
+    mask = () if isinstance(encoder, GemmaEncoder) else (_tensor("attention_mask", ids, "int64"),)
     prompt_embeds = _tensor("prompt_embeds", (*ids, config.dim))
     if 4 * config.vocab_size * config.dim > TABLE_BYTES:
         rows = _tensor("token_embeds", (*ids, config.dim))
-        return Graph("text_encoder", EncoderOfRows(encoder), (rows, mask), (prompt_embeds,))
+        of_rows = GemmaOfRows(encoder) if isinstance(encoder, GemmaEncoder) else EncoderOfRows(encoder)
+        return Graph("text_encoder", of_rows, (rows, *mask), (prompt_embeds,))
     tokens = _tensor("input_ids", ids, "int64")
-    return Graph("text_encoder", encoder, (tokens, mask), (prompt_embeds,), vocabulary=config.vocab_size)
+    return Graph("text_encoder", encoder, (tokens, *mask), (prompt_embeds,), vocabulary=config.vocab_size)
 
 
 def backbone(student: TMDStudent | SplitWan | SplitTiM) -> Graph:
@@ -260,12 +286,14 @@ def _tim_context(split: SplitTiM) -> TensorSpec:
     return _tensor("context", (split.config.num_layers, "batch", "text", 2 * split.config.dim))
 
 
-def decoder_first(vae: VideoDecoder | DCAEDecoder) -> Graph:
-    if isinstance(vae, DCAEDecoder):
-        latents = _tensor("latents", ("batch", vae.latent_channels, 1, "height", "width"))
-        sides = (_times(vae.spatial_stride, "height"), _times(vae.spatial_stride, "width"))
-        picture = _tensor("frames", ("batch", 1, *sides, 3), "uint8")
-        return Graph("decoder_first", StillDecoder(vae), (latents,), (picture,))
+def encoder(vae: WanVAE | StillVAE) -> Graph:
+    return Graph("encoder", PictureEncoder(vae), *_still(vae))
+
+
+def decoder_first(vae: VideoDecoder | StillVAE) -> Graph:
+    if isinstance(vae, StillVAE):
+        picture, latents = _still(vae)
+        return Graph("decoder_first", StillDecoder(vae), latents, picture)
     frames, caches = _decoded(vae, later=False)
     outputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
     return Graph("decoder_first", DecoderFirst(vae), (_latent_frame(vae),), (frames, *outputs))
@@ -276,6 +304,15 @@ def decoder_step(vae: VideoDecoder) -> Graph:
     inputs = [_tensor(f"cache_{number:02d}", shape) for number, shape in enumerate(caches)]
     outputs = [_tensor(f"cache_{number:02d}_next", shape) for number, shape in enumerate(caches)]
     return Graph("decoder_step", DecoderStep(vae), (_latent_frame(vae), *inputs), (frames, *outputs))
+
+
+def _still(vae: WanVAE | StillVAE) -> tuple[tuple[TensorSpec], tuple[TensorSpec]]:
+    """One picture, and its latents."""
+    stride = vae.spatial_stride if isinstance(vae, StillVAE) else spatial_stride(vae.config.dim_mult)
+    channels = vae.latent_channels if isinstance(vae, StillVAE) else vae.config.z_dim
+    picture: Shape = ("batch", 1, _times(stride, "height"), _times(stride, "width"), 3)
+    latents = _tensor("latents", ("batch", channels, 1, "height", "width"))
+    return (_tensor("frames", picture, "uint8"),), (latents,)
 
 
 def temporal_stride(temporal_downsample: tuple[bool, ...]) -> int:
@@ -289,6 +326,7 @@ def spatial_stride(dim_mult: tuple[int, ...]) -> int:
 
 
 BUILDERS: Mapping[str, Callable[..., Graph]] = {
+    "encoder": encoder,
     "text_encoder": text_encoder,
     "backbone": backbone,
     "flow_head": flow_head,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-PARTS = ("text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
+PARTS = ("encoder", "text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
 """The graphs of a bundle, in the order in which a run uses them."""
 
+VIDEO_PARTS = PARTS[1:]
+"""Those of a model of videos, which has no run that starts from a picture."""
+
 MODEL_OF = {
+    "encoder": "vae",
     "text_encoder": "text_encoder",
     "backbone": "student",
     "flow_head": "student",
@@ -42,7 +46,7 @@ def parse_precision(text: str) -> dict[str, str]:
 
     A precision alone is for all parts that are not named; "decoder" names both decoders. Without one, those parts stay
     fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. "int8" and "fp8" alone
-    give bf16 to what they are not for. Raises ValueError.
+    give bf16 to what they are not for. The encoder, which runs once, is fp32 unless it is named. Raises ValueError.
     """
     default, named = "fp32", dict[str, str]()
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -57,6 +61,7 @@ def parse_precision(text: str) -> dict[str, str]:
         named |= dict.fromkeys(members, precision)
     if named.get("text_encoder") == "fp16":
         raise ValueError("values of the text encoder leave float16's range: choose bf16 or fp32 for it.")
+    named.setdefault("encoder", "fp32")
     for name, precision in named.items():
         if precision in QUANTIZED and MODEL_OF[name] != "student":
             raise ValueError(f"{name} cannot be {precision}, only backbone and flow_head: choose bf16 for it.")

@@ -30,8 +30,8 @@ int8-weights are int8 in the file only (see `int8`)."""
 # Layers of few operations whose rounding the whole result would feel: Wan computes its time embedding and its output
 # layer in float32; latents and pictures have more levels than 8 bits of mantissa tell apart.
 _EXACT = re.compile(
-    r"(^|\.)((time|interval)_(embedding|projection)|patch_embedding|pos_embedding|conv2|head\.head"
-    r"|decoder\.(conv1|head|1|22)"  # first and last of Wan's VAE and of TAEHV
+    r"(^|\.)((time|interval)_(embedding|projection)|patch_embedding|pos_embedding|conv1|conv2|head\.head"
+    r"|encoder\.head|decoder\.(head|1|22)"  # first and last of Wan's VAE (conv1 above) and of TAEHV
     r"|(t|delta|x)_embedder|final_layer)(\.|$)"  # of TiM
 )
 
@@ -42,7 +42,7 @@ def lower(module: nn.Module, precision: str) -> None:
     Raises ExportError for a module that can be in float32 alone.
     """
     if precision != "fp32" and getattr(module, "float32_only", False):
-        raise ExportError(f"this decoder can be exported in fp32 only: say --precision {precision},decoder=fp32.")
+        raise ExportError(f"this autoencoder can be exported in fp32 only: say --precision {precision},decoder=fp32.")
     for path, layer in module.named_modules():
         large = isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv3d))
         if large and not _EXACT.search(path):

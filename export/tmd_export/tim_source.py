@@ -1,7 +1,7 @@
 """Transition Models as a source of weights: the released files, a folder of tmd-distill, or a seed.
 
 A released file holds the transformer alone. Its text encoder (Gemma) and decoder (DC-AE or SD-VAE) are other people's
-models: DC-AE comes from a folder of its own (`dcae.py`), and what is missing, docs/tim.md says.
+models, each of which comes from a folder of its own (`gemma.py`, `still_vae.py`).
 """
 
 from __future__ import annotations
@@ -24,49 +24,69 @@ from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from .checkpoints import Tensors, open_tensors
-from .dcae import DCAEFolder
 from .errors import ExportError
+from .gemma import BOS_ID as GEMMA_BOS
+from .gemma import PAD_ID as GEMMA_PAD
+from .gemma import GemmaFolder
 from .parts import MODEL_OF, PARTS
 from .presets import PRESETS
 from .random_weights import random_tensor
 from .sources import FILE_OF, TOKENIZER, Source, built_in_folder, on_meta, read_file
+from .still_vae import VAEFolder
 
 WEIGHTS = "tim.safetensors"  # as tmd-distill leaves it, with its sizes in the metadata
 
 # The latents that each released model was trained on: pixels per latent, and the factor that brings them to about 1.
 # DC-AE's factor is that of its sana-1.0 configuration; SD-VAE's is Stable Diffusion's.
 _LATENTS = {"tim-t2i": (32, 0.41407), "tim-c2i-256": (8, 0.18215), "tim-c2i-512": (32, 0.41407)}
-_OWN = ("text_encoder", "backbone", "flow_head", "decoder_first")  # a still has no later latent frame
+_PARTS = tuple(part for part in PARTS if part != "decoder_step")  # a still has no later latent frame
 _OWN_SAMPLING = {"steps": 8, "guidance": 1.0}
 _RELEASED = ("backbone", "flow_head")
-_GEMMA_EOS, _GEMMA_PAD = 1, 0
-_DCAE_STRIDE = 32
 
 
 class TiMSource(Source):
     """A Transition Model: the sizes, and the manifest's entries that go with them."""
 
     kind = "tim"
+    parts = _PARTS
     fusion = None
     tokenizer: Path | None = None
 
     def __init__(self, model: str, config: TiMConfig) -> None:
         self.model, self.config = model, config
         self.head_blocks = config.num_layers
-        self.default_parts = _RELEASED if model in RELEASED else _OWN
+        self.default_parts = _RELEASED if model in RELEASED else _PARTS
         if model not in RELEASED:
             self.sampler = {**PRESETS["tim"].sampler, **_OWN_SAMPLING}
-        self._decoder: DCAEFolder | None = None
+        self._decoder: VAEFolder | None = None
+        self._text_encoder: GemmaFolder | None = None
+
+    def take_text_encoder(self, folder: str | Path) -> None:
+        """Gives the released model of prompts the text encoder in `folder`. Raises ExportError if it does not fit."""
+        width = self.config.text_dim
+        if self.model not in RELEASED or width is None:
+            raise ExportError(
+                f"--text-encoder is for tim-t2i: {self.model} "
+                f"{'takes no prompt' if width is None else 'has a text encoder of its own'}, so leave it out."
+            )
+        encoder = GemmaFolder(folder)
+        encoder.check(width)
+        self._text_encoder, self.tokenizer = encoder, encoder.tokenizer
+        self.default_parts = tuple(part for part in _PARTS if part in (*self.default_parts, "text_encoder"))
+        self.origin = f"{self.origin}; text encoder {encoder.folder.resolve().name}"
+
+    def null_embeds(self) -> Tensor | None:
+        return self._text_encoder.null_features(self.config.text_len) if self._text_encoder else None
 
     def take_decoder(self, folder: str | Path) -> None:
-        """Gives a model on DC-AE's latents the decoder in `folder`. Raises ExportError if it does not fit."""
-        stride, factor = _LATENTS.get(self.model, (0, 1.0))
-        if stride != _DCAE_STRIDE:
-            raise ExportError(f"--decoder takes DC-AE, whose latents {self.model} does not make: leave it out.")
-        decoder = DCAEFolder(folder, factor)
+        """Gives a released model the decoder in `folder`, and the encoder. Raises ExportError if it does not fit."""
+        if self.model not in _LATENTS:
+            raise ExportError(f"{self.model} has a decoder of its own: leave --decoder out.")
+        stride, factor = _LATENTS[self.model]
+        decoder = VAEFolder(folder, factor)
         decoder.check(self.config.in_channels, stride)
         self._decoder = decoder
-        self.default_parts = tuple(part for part in PARTS if part in (*self.default_parts, "decoder_first"))
+        self.default_parts = tuple(p for p in _PARTS if p in self.default_parts or MODEL_OF[p] == "vae")
         self.origin = f"{self.origin}; decoder {decoder.folder.resolve().name}"
 
     @property
@@ -93,7 +113,6 @@ class TiMSource(Source):
         if self.model not in _LATENTS:
             return super().latents_entry()
         stride, factor = _LATENTS[self.model]
-        factor = factor if self._decoder is None else self._decoder.factor
         channels = self.config.in_channels
         spread = {"mean": [0.0] * channels, "std": [1 / factor] * channels}
         return {"channels": channels, "temporal_stride": 1, "spatial_stride": stride, **spread}
@@ -103,8 +122,10 @@ class TiMSource(Source):
         config = self.config
         if config.text_dim is None:
             return {"max_length": 1, "dim": config.dim, "pad_id": 0, "eos_id": 0}
-        eos, pad = (_GEMMA_EOS, _GEMMA_PAD) if self.model in RELEASED else (EOS_ID, PAD_ID)
-        return {"max_length": config.text_len, "dim": config.text_dim, "pad_id": pad, "eos_id": eos}
+        sizes = {"max_length": config.text_len, "dim": config.text_dim}
+        if self.model in RELEASED:
+            return {**sizes, "pad_id": GEMMA_PAD, "eos_id": None, "bos_id": GEMMA_BOS, "tokenization": "plain"}
+        return {**sizes, "pad_id": PAD_ID, "eos_id": EOS_ID}
 
     def check(self, parts: tuple[str, ...]) -> None:
         absent = [part for part in parts if part not in self.default_parts]
@@ -125,9 +146,13 @@ class TiMSource(Source):
             "vae": lambda: WanVAE(self.vae),
             "text_encoder": lambda: UMT5Encoder(self.text),
         }
-        if which == "vae" and self._decoder is not None:
-            return self._decoder.module()
+        if other := self._others(which):
+            return other.module()
         return on_meta(makers[which])
+
+    def _others(self, which: str) -> VAEFolder | GemmaFolder | None:
+        """The folder of the model `which` if it is not TiM's own."""
+        return {"vae": self._decoder, "text_encoder": self._text_encoder}.get(which)
 
     @property
     def text(self) -> UMT5Config:
@@ -147,8 +172,8 @@ class RandomTiM(TiMSource):
         self._shapes: dict[str, dict[str, torch.Size]] = {}
 
     def tensor(self, which: str, name: str) -> Tensor:
-        if which == "vae" and self._decoder is not None:
-            return self._decoder.tensor(name)
+        if other := self._others(which):
+            return other.tensor(name)
         if which not in self._shapes:
             self._shapes[which] = {key: weight.shape for key, weight in self.module(which).state_dict().items()}
         return random_tensor(f"{which}.{name}", self._shapes[which][name], self.seed)
@@ -177,8 +202,8 @@ class TiMFolder(TiMSource):
         self._files: dict[str, Tensors] = {"student": open_tensors((self._file,))}
         self._fit()
         if model not in RELEASED:
-            here = {part for part in _OWN if all(file.is_file() for file in self._paths(part))}
-            self.default_parts = tuple(part for part in PARTS if part in here)
+            here = {part for part in _PARTS if all(file.is_file() for file in self._paths(part))}
+            self.default_parts = tuple(part for part in _PARTS if part in here)
             self.tokenizer = self._folder / TOKENIZER if "text_encoder" in here else None
 
     @property
@@ -195,8 +220,8 @@ class TiMFolder(TiMSource):
         return config
 
     def tensor(self, which: str, name: str) -> Tensor:
-        if which == "vae" and self._decoder is not None:
-            return self._decoder.tensor(name)
+        if other := self._others(which):
+            return other.tensor(name)
         if which not in self._files:
             self._files[which] = open_tensors((self._folder / FILE_OF[which],))
         return self._files[which].read(uncut(name) if which == "student" else name)
@@ -206,14 +231,17 @@ class TiMFolder(TiMSource):
         for path in dict.fromkeys(path for part in parts for path in self._paths(part)):
             with open(path, "rb", buffering=0) as file:
                 found[path.name] = sha256_hex(file)
-        return found | (self._decoder.sha256() if self._decoder is not None and "decoder_first" in parts else {})
+        for which in dict.fromkeys(MODEL_OF[part] for part in parts):
+            other = self._others(which)
+            found |= other.sha256() if other else {}
+        return found
 
     def _paths(self, part: str) -> list[Path]:
         """Files that a graph is made from."""
         which = MODEL_OF[part]
         if which == "student":
             return [self._file]
-        if which == "vae" and self._decoder is not None:
+        if self._others(which):
             return []
         beside = [FILE_OF[which], TOKENIZER] if which == "text_encoder" else [FILE_OF[which]]
         return [self._folder / name for name in beside]
@@ -238,9 +266,12 @@ def open_tim(
     checkpoint: str | Path | Sequence[str | Path] | None,
     random_seed: int | None,
     decoder: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> Source:
-    """The source that the command line means: one folder or file, or a seed, and DC-AE's folder. Raises ExportError."""
+    """What the command line means: one folder or file, or a seed, and folders of other models. Raises ExportError."""
     source = _open_transformer(model, checkpoint, random_seed)
+    if text_encoder is not None:
+        source.take_text_encoder(text_encoder)
     if decoder is not None:
         source.take_decoder(decoder)
     return source
@@ -254,6 +285,10 @@ def _open_transformer(
         if paths:
             raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
         return RandomTiM(model, random_seed)
+    if not paths and model not in RELEASED and (built_in_folder() / WEIGHTS).is_file():
+        source = TiMFolder(built_in_folder(), model)
+        source.origin = "built-in weights"
+        return source
     if len(paths) != 1:
         raise ExportError(f"{model} has no built-in weights: give one --checkpoint PATH, or --random-weights SEED.")
     return TiMFolder(paths[0], model)

@@ -27,7 +27,7 @@ from .checkpoints import Checkpoint, Found, WeightFiles, find
 from .checkpoints.names import uncut
 from .checkpoints.recognise import PARTS as CALLED
 from .errors import ExportError
-from .parts import MODEL_OF, PARTS
+from .parts import MODEL_OF, VIDEO_PARTS
 from .presets import student_sampler
 from .sources import HEAD_BLOCKS, Source, check_architecture, on_meta, read_file, vae_name
 
@@ -75,7 +75,7 @@ class WanSource(Source):
         self.head_blocks = min(head_blocks or HEAD_BLOCKS[model], self.wan.num_layers - 1)
         if "student" in self._parts:
             self._take_student(self._parts["student"].open())
-        self.default_parts = tuple(part for part in PARTS if MODEL_OF[part] in self._parts)
+        self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in self._parts)
         self.notes = self._notes()
 
     @property

@@ -114,9 +114,11 @@ def blocks_of(module: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
     return None
 
 
-def kept_blocks(total: int, count: int) -> list[int]:
-    """`count` of `total` blocks, the first and the last among them."""
-    return sorted({round(k * (total - 1) / max(1, count - 1)) for k in range(count)})
+def kept_blocks(blocks: nn.ModuleList, count: int) -> list[int]:
+    """Numbers of `count` blocks, the first and the last among them, and of the first of each `kind` that they have."""
+    kinds = [getattr(block, "kind", None) for block in blocks]
+    spread = {round(k * (len(blocks) - 1) / max(1, count - 1)) for k in range(count)}
+    return sorted(spread | {kinds.index(kind) for kind in kinds})
 
 
 def shorten(module: nn.Module, count: int) -> None:
@@ -125,7 +127,7 @@ def shorten(module: nn.Module, count: int) -> None:
     if found is None:
         raise ValueError("this graph has no blocks to leave out")
     owner, blocks = found
-    owner.blocks = nn.ModuleList(blocks[k] for k in kept_blocks(len(blocks), count))
+    owner.blocks = nn.ModuleList(blocks[k] for k in kept_blocks(blocks, count))
 
 
 def _split(name: str) -> tuple[str, list[str]]:

@@ -36,6 +36,7 @@ class Job:
     as_json: bool
     save_embeds: Path | None = None
     save_latents: Path | None = None
+    image: Path | None = None
     init_latents: Path | None = None
     preview: Path | None = None
     opening_seconds: float = 0.0
@@ -81,7 +82,9 @@ class Job:
         # A negative prompt that somebody asks for by name goes before the one in the file.
         if self.wishes.get("negative_prompt") is None:
             given["negative_embeds"] = embeds.negative_embeds
-        encodes = pipeline.settings(**self.wishes).passes == 2 and given.get("negative_embeds") is None
+        settings = pipeline.settings(**self.wishes)
+        stored = pipeline.manifest.text.null_embeds is not None and not settings.negative_prompt
+        encodes = settings.passes == 2 and given.get("negative_embeds") is None and not stored
         if encodes and "text_encoder" not in pipeline.manifest.graphs:
             raise RuntimeFailure(
                 f"guidance needs the embeddings of a negative prompt, which {path} does not hold, and this bundle has "
@@ -133,6 +136,7 @@ class Job:
         return self._finish(result, target, video.seconds, perf_counter() - start, {})
 
     def _make(self, pipeline: Pipeline, prompt: str, given: dict[str, Any]) -> dict[str, Any]:
+        from .picture import read_picture, start_size
         from .png import describe
         from .progress import Bars, in_terminal
         from .video import open_video
@@ -141,9 +145,12 @@ class Job:
         if self.init_latents is not None:
             from .tensor_files import load_latents
 
-            start_from = load_latents(self.init_latents, pipeline.manifest)
-            given = {**given, "init_latents": start_from.latents}
-            wishes["size"] = wishes.get("size") or start_from.size
+            given = {**given, "init_latents": load_latents(self.init_latents, pipeline.manifest).latents}
+        if self.image is not None:
+            given = {**given, "image": read_picture(self.image)}
+        wishes["size"] = start_size(
+            pipeline.manifest, wishes.get("size"), given.get("image"), given.get("init_latents")
+        )
         settings = pipeline.settings(**wishes)
         self.stills = settings.rule == "flow_map"
         wishes["seed"] = settings.seed
@@ -252,7 +259,8 @@ def _report(result: Result, target: Path | None, files: dict[str, Path]) -> str:
     lines += [f"{path}: {kind} of this run" for kind, path in files.items()]
     steps = f"{result.steps} x {result.inner_steps}" if result.rule == "transition" else f"{result.steps}"
     guidance = f", guidance {result.guidance:g}" if result.guidance != 1 else ""
-    lines.append(f"  seed {result.seed}, steps {steps}{guidance}, NFE {result.nfe:.2f}")
+    rho = f", rho {result.rho:g}" if result.rho else ""
+    lines.append(f"  seed {result.seed}, steps {steps}{guidance}{rho}, NFE {result.nfe:.2f}")
     lines.append(f"  {times}" + (f" (and load {_duration(load)}, once)" if load else ""))
     return "\n".join(lines)
 
@@ -283,6 +291,7 @@ def _record(result: Result, target: Path | None, total: float, files: dict[str, 
         "latents": str(files["latents"]) if "latents" in files else None,
         "preview": str(files["preview"]) if "preview" in files else None,
         "times": list(result.times),
+        "rho": result.rho,
     }
 
 

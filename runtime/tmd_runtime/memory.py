@@ -1,7 +1,8 @@
 """Will a run fit, and how: every graph kept loaded ("all"), or one stage after the other ("low").
 
-"low" has the text encoder, then backbone and flow head, then the decoder, each freed before the next one loads. "auto"
-takes it when "all" would not fit, and refuses a run for which both are too large, before it starts.
+"low" has the encoder of a picture, the text encoder, then backbone and flow head, then the decoder, each freed before
+the next one loads. "auto" takes it when "all" would not fit, and refuses a run for which both are too large, before it
+starts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Memory = Literal["all", "low"]
 MODES = ("auto", "all", "low")
-STAGES = (("text_encoder",), ("backbone", "flow_head"), ("decoder_first", "decoder_step"))
+STAGES = (("text_encoder",), ("backbone", "flow_head"), ("decoder_first", "decoder_step"), ("encoder",))
 """Graphs that are loaded at the same time in "low"."""
 
 
@@ -66,15 +67,19 @@ class MemoryChooser:
         from tmd_engines import BundleError
         from tmd_engines.sizing import estimate
 
-        key = settings.frames, settings.width, settings.height
+        pictured = settings.strength is not None
+
+        def needed(width: int, height: int) -> Estimate:
+            return estimate(self._bundle, frames=settings.frames, width=width, height=height, from_picture=pictured)
+
+        key = settings.frames, settings.width, settings.height, pictured
         if self._latest[0] != key:
             try:
-                found = estimate(self._bundle, frames=settings.frames, width=settings.width, height=settings.height)
-                side = max(settings.width, settings.height)
-                if settings.rule == "flow_map" and side > TILE_PIXELS and "decoder" in found.stages:
-                    width, height = min(settings.width, TILE_PIXELS), min(settings.height, TILE_PIXELS)
-                    tile = estimate(self._bundle, frames=1, width=width, height=height).stages["decoder"]
-                    found = replace(found, stages={**found.stages, "decoder": tile})
+                found = needed(settings.width, settings.height)
+                if settings.rule == "flow_map" and max(settings.width, settings.height) > TILE_PIXELS:
+                    tile = needed(min(settings.width, TILE_PIXELS), min(settings.height, TILE_PIXELS)).stages
+                    tiled = {name: stage for name, stage in tile.items() if name in ("encoder", "decoder")}
+                    found = replace(found, stages={**found.stages, **tiled})
             except BundleError:
                 found = None
             self._latest = key, found  # steps and passes take time, not memory

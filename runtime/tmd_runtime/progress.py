@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "load": "load",
+    "encode": "picture",
     "text": "text",
     "noise": "noise",
     "backbone": "backbone",

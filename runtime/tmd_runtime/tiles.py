@@ -1,6 +1,6 @@
-"""A still that is too large for its decoder's memory, decoded tile by tile.
+"""A still that is too large for the memory of its decoder, or of its encoder, taken tile by tile.
 
-All tiles have one size, so that the decoder is bound once. Where two overlap, one fades into the other: a decoder that
+All tiles have one size, so that a graph is bound once. Where two overlap, one fades into the other: a decoder that
 looks at the whole of its picture (DC-AE) gives each tile a slightly different look, and seams would show.
 """
 
@@ -14,11 +14,13 @@ import numpy as np
 from .loop import Timings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from .decoder import ChunkDecoder
 
-TILE_PIXELS = 1536  # DC-AE's widest layer, 128 channels in float32, is 1.2 GB of it
+TILE_PIXELS = 1024  # about 6 GB for DC-AE's decoder on ONNX Runtime; 1536 would be 12.5 (docs/tim.md)
 OVERLAP_PIXELS = 256
 
 
@@ -58,12 +60,34 @@ def decode_tiles(
     return picture[None]
 
 
-def _fade(whole: NDArray[np.uint8], part: NDArray[np.uint8], start: int, done: int) -> None:
+def encode_tiles(
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    picture: NDArray[np.uint8],
+    tile: tuple[int, int],
+    stride: int,
+    channels: int,
+) -> NDArray[np.float32]:
+    """Latents `[1, C, 1, h, w]` of a `picture` `[H, W, 3]`; `encode` makes those of a part of `tile` latents."""
+    height, width = (side // stride for side in picture.shape[:2])
+    overlap = OVERLAP_PIXELS // stride
+    tops, lefts = (tile_starts(*sides, overlap) for sides in ((height, tile[0]), (width, tile[1])))
+    whole = np.empty((height, width, channels), np.float32)
+    for row, top in enumerate(tops):
+        strip = np.empty((tile[0], width, channels), np.float32)
+        for column, left in enumerate(lefts):
+            cut = picture[top * stride : (top + tile[0]) * stride, left * stride : (left + tile[1]) * stride]
+            part = encode(cut)[0, :, 0].transpose(2, 1, 0)
+            _fade(strip.swapaxes(0, 1), part, left, lefts[column - 1] + tile[1] if column else 0)
+        _fade(whole, strip, top, tops[row - 1] + tile[0] if row else 0)
+    return np.ascontiguousarray(whole.transpose(2, 0, 1))[None, :, None]
+
+
+def _fade(whole: NDArray[Any], part: NDArray[Any], start: int, done: int) -> None:
     """Puts `part` into `whole` from row `start` on, fading over the rows that are there already, up to `done`."""
     shared = max(done - start, 0)
     share = ((np.arange(shared, dtype=np.float32) + 0.5) / max(shared, 1))[:, None, None]
     mixed = whole[start : start + shared] * (1 - share) + part[:shared] * share
-    whole[start : start + shared] = np.round(mixed)
+    whole[start : start + shared] = np.round(mixed) if whole.dtype == np.uint8 else mixed
     whole[start + shared : start + len(part)] = part[shared:]
 
 
