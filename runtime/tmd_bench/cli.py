@@ -111,9 +111,9 @@ def command(
             raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
         torch = [name for name in options["compare"] if name not in ENGINES]
         if not torch:
-            from tmd_runtime.pipeline import BUILT_IN
+            from tmd_runtime.built_in import locate
 
-            return _measure(bundle or BUILT_IN, origin, json_file, options)
+            return _measure(locate(bundle), origin, json_file, options)
         if bundle is not None:
             raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
         origin |= {"model": "tiny", "kind": "tmd"}

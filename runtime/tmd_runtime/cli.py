@@ -60,8 +60,8 @@ Examples:
 --json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
 frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
 guidance, memory (all or low), embeds, latents and preview (files written, or
-null), times (of the steps, from noise to data; empty for a TMD student). A
-bundle that has no part to go on after a saved file ends there: out is null.
+null), times (of the steps, from noise to data; empty for a TMD student), rho.
+A bundle that has no part to go on after a saved file ends there: out is null.
 With --prompt-file or several --prompt it is {"runs": [...]}. After a failure it
 has "error" (and the runs that were finished). In stage_seconds, load is what
 only the first run pays, and file (encoding) goes on beside decode.
@@ -73,7 +73,10 @@ A file appears under its name only when it is complete.""",
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show. May be given several times.")
 @click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="One prompt per line, UTF-8; - reads stdin.")
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Exported model.  [default: the built-in one]"
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Exported model; builtin:tim-tiny is one of stills.  [default: builtin:tiny]",
 )
 @click.option(
     "--out",
@@ -110,12 +113,22 @@ A file appears under its name only when it is complete.""",
     metavar="SECONDS",
     help="Time for the steps of a Transition Model: takes as many as fit, at most --steps, and jumps to the end.",
 )
+@click.option(
+    "--rho",
+    type=Number(0, 10),
+    metavar="R",
+    help="Fresh noise in every step of a Transition Model but the first and the last; 0: none. For many steps.",
+)
 @click.option("--class", "label", type=Whole(0), metavar="N", help="What to draw, for a model of numbered classes.")
 @click.option(
-    "--init-latents",
+    "--image",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Start from a picture, a file of --save-latents (Transition Models).",
+    help="Start from a picture (Transition Models): PNG, JPEG, WebP, BMP or TIFF. Its middle is scaled to --size; "
+    "without that it keeps its shape, at about as many pixels as the model was made for.",
+)
+@click.option(
+    "--init-latents", type=click.Path(path_type=Path), metavar="FILE", help="The same, from a file of --save-latents."
 )
 @click.option("--strength", type=Number(0, 1), metavar="S", help="How much of that picture changes; 1: everything.")
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
@@ -174,6 +187,7 @@ def command(
     latents: Path | None,
     save_embeds: Path | None,
     save_latents: Path | None,
+    image: Path | None,
     init_latents: Path | None,
     preview: Path | None,
     as_json: bool,
@@ -187,7 +201,7 @@ def command(
     """
     texts = _read_prompts(prompts, prompt_file)
     written = {"save-embeds": save_embeds, "save-latents": save_latents, "preview": preview}
-    _check_sources(texts, embeds, latents, written, {**wishes, "init_latents": init_latents})
+    _check_sources(texts, embeds, latents, written, {**wishes, "image": image, "init_latents": init_latents})
     drawing = wishes["label"] is not None
     asking = not texts and embeds is None and latents is None and not drawing
     if asking and as_json:
@@ -202,6 +216,7 @@ def command(
         as_json=as_json,
         save_embeds=save_embeds,
         save_latents=save_latents,
+        image=image,
         init_latents=init_latents,
         preview=preview,
     )
@@ -252,8 +267,13 @@ def _check_sources(
         raise click.UsageError("--embeds has its embeddings in a file already: leave --save-embeds out.")
     if label is not None and written["save-embeds"] is not None:
         raise click.UsageError("a class has no embeddings to save: leave --save-embeds out.")
-    if (wishes["init_latents"] is None) != (wishes["strength"] is None):
-        raise click.UsageError("--init-latents and --strength go together: a picture, and how much of it changes.")
+    if wishes["image"] is not None and wishes["init_latents"] is not None:
+        raise click.UsageError("--image and --init-latents are two pictures to start from: give one of them.")
+    pictured = wishes["image"] is not None or wishes["init_latents"] is not None
+    if pictured != (wishes["strength"] is not None):
+        raise click.UsageError(
+            "--image or --init-latents and --strength go together: a picture, and how much of it changes."
+        )
     if latents is not None:
         decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
         decided += [f"--{name}" for name, value in written.items() if value]

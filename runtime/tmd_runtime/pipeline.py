@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import check_embeds, check_preview, check_start, memory_failure, missing_graph
+from .built_in import locate
+from .checks import check_embeds, check_latents, check_preview, check_start, memory_failure, missing_graph
+from .conditions import Conditions
 from .decoder import ChunkDecoder
-from .errors import RuntimeFailure, UsageFailure
+from .errors import UsageFailure
 from .loop import Callback, DenoiseLoop, Timings
 from .memory import MODES, STAGES, Memory, MemoryChooser
+from .picture import encode_picture, start_size
 from .result import Result
 from .settings import Settings, Wishes, resolve_settings
-from .text import PromptEncoder
 from .tiles import decode_tiles, tile_size
 from .transition_loop import TransitionLoop
 from .velocity_loop import VelocityLoop
@@ -36,10 +38,6 @@ if TYPE_CHECKING:
 
     from tmd_engines import Bundle, Engine, Manifest
 
-BUILT_IN = Path(__file__).parent / "bundles" / "tiny"
-
-_GRAPHS = ("text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
-
 
 def load(
     bundle: str | Path | Bundle | None = None,
@@ -48,23 +46,18 @@ def load(
     device: str = "auto",
     memory: str = "auto",
 ) -> Pipeline:
-    """Pipeline of a bundle (a folder, or a `Bundle` already open; None: the built-in model).
+    """Pipeline of a bundle (a folder, "builtin:NAME", or a `Bundle` already open; None: the built-in model).
 
     The whole bundle is checked here; its graphs are loaded by the stages. `engine` and `device` as in tmd_engines.load
     ("cpu", "cuda", "cuda:1"); `threads` limits the CPU threads of an engine. `memory` is "all" (graphs stay loaded),
     "low" (one stage after the other) or "auto" ("low" when "all" would not fit). Raises tmd_engines.BundleError if the
-    bundle is not whole, RuntimeFailure if this installation has no built-in model, UsageFailure for another `memory`,
-    and for an engine and a device that are none or do not go together.
+    bundle is not whole, RuntimeFailure if this installation has no built-in model, UsageFailure for a built-in one that
+    is none, for another `memory`, and for an engine and a device that are none or do not go together.
     """
     from tmd_engines import Bundle
 
-    if bundle is None:
-        if not BUILT_IN.is_dir():
-            raise RuntimeFailure(
-                "this installation has no built-in model. Install tmd again, or name a bundle (--bundle DIR)."
-            )
-        bundle = BUILT_IN
-    return Pipeline(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), engine, threads, device, memory)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(locate(bundle))
+    return Pipeline(opened, engine, threads, device, memory)
 
 
 class Pipeline:
@@ -92,12 +85,10 @@ class Pipeline:
         self._wanted_memory, self._chooser = memory, MemoryChooser(bundle)
         self._memory: Memory = "low" if memory == "low" else "all"
         self._engines: dict[str, Engine] = {}
-        self._encoder = PromptEncoder(bundle)
+        self._conditions = Conditions(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
         self._loop: tuple[Any, DenoiseLoop | VelocityLoop | TransitionLoop] | None = None
         self._decoder: tuple[Any, ChunkDecoder] | None = None
-        # The latest one: a file of prompts has them all against the same negative prompt.
-        self._negative: tuple[str, NDArray[np.float32]] | None = None
         self.latest: Settings | None = None  # the latest run that was denoised, with the steps that it took
 
     @property
@@ -129,6 +120,7 @@ class Pipeline:
         *,
         prompt_embeds: NDArray[Any] | None = None,
         negative_embeds: NDArray[Any] | None = None,
+        image: NDArray[np.uint8] | None = None,
         init_latents: NDArray[Any] | None = None,
         on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
         on_latents: Callable[[NDArray[np.float32]], object] | None = None,
@@ -137,10 +129,10 @@ class Pipeline:
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `more` are guidance, negative_prompt, shift, schedule, deadline, strength and label (`resolve_settings`).
+        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label and rho (`resolve_settings`).
         `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
-        model of classes takes a label and no prompt. `init_latents` `[1, C, 1, h, w]` are a picture that a run with
-        a strength starts from.
+        model of classes takes a label and no prompt. `image` uint8 `[H, W, 3]`, or latents of one, `init_latents`
+        `[1, C, 1, h, w]`, is the picture that a run with a strength starts from; without a `size`, in its own shape.
         `callback(StepInfo)` is called after every step; returning False stops the run. `on_embeds` gets the embeddings
         before denoising, `on_latents` the latents before decoding, `on_frames(uint8 [f, H, W, 3])` each piece of the
         video while the next one decodes, `on_preview(uint8 [F, H, W, 3])` before each step but the last what the run
@@ -149,13 +141,13 @@ class Pipeline:
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
-        if init_latents is not None and size is None:
-            size = self._pixels(init_latents)
+        size = start_size(self.manifest, size, image, init_latents)
         settings = self.settings(seed, steps, inner_steps, frames, size, **more)
-        check_start(settings, init_latents)
+        check_start(settings, init_latents, image)
         if settings.label is not None and (prompt or prompt_embeds is not None):
             raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
-        self.choose_memory(settings, unused=() if prompt_embeds is None else STAGES[0])
+        unused = () if prompt_embeds is None else STAGES[0]
+        self.choose_memory(settings, unused if image is not None else (*unused, "encoder"))
         if on_preview is not None:
             check_preview(settings, self._memory)
         stages = ("load", "text", "noise", "backbone", "flow_head", "decode")
@@ -165,6 +157,8 @@ class Pipeline:
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with memory_failure(settings):
+            if image is not None:
+                init_latents = self.encode_image(image, (settings.width, settings.height), callback, timings.seconds)
             embeds = self._embed(prompt, prompt_embeds, negative_embeds, settings, timings, warnings)
             if on_embeds is not None and settings.label is None:
                 on_embeds(*embeds)
@@ -180,22 +174,8 @@ class Pipeline:
                     if on_frames is not None:
                         on_frames(piece)
             video = np.concatenate(pieces)
-        return Result(
-            frames=video,
-            fps=settings.fps,
-            prompt=prompt,
-            seed=settings.seed,
-            steps=settings.steps,
-            inner_steps=settings.inner_steps,
-            nfe=settings.nfe,
-            stage_seconds=timings.seconds,
-            warnings=tuple(warnings),
-            rule=settings.rule,
-            guidance=settings.guidance,
-            memory=self._memory,
-            times=settings.times,
-            latents=latents,
-        )
+        told = {"stage_seconds": timings.seconds, "warnings": tuple(warnings), "memory": self._memory}
+        return Result.of(settings, video, prompt=prompt, latents=latents, **told)
 
     def choose_memory(self, settings: Settings, unused: Collection[str] = ()) -> Memory:
         """With memory "auto", settle whether graphs stay loaded in the runs to come; `unused` graphs do not count.
@@ -213,7 +193,23 @@ class Pipeline:
         """
         timings = Timings()
         with self._stage("text_encoder"):
-            return self._encoder(prompt, lambda: self._graph("text_encoder", timings), timings)[0]
+            return self._conditions.encoder(prompt, lambda: self._graph("text_encoder", timings), timings)[0]
+
+    def encode_image(
+        self,
+        image: NDArray[np.uint8],
+        size: tuple[int, int] | None = None,
+        callback: Callback | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> NDArray[np.float32]:
+        """Latents `[1, C, 1, h, w]` of a picture, uint8 `[H, W, 3]`: of its middle, scaled to `size` (width, height).
+
+        Without a size, in its own shape with about as many pixels as the model was made for. Raises as a run does;
+        `seconds` as in `decode_chunks`, for `load` and `encode`.
+        """
+        timings = Timings(callback, seconds)
+        with self._stage("encoder"):
+            return encode_picture(lambda: self._graph("encoder", timings), self.manifest, image, size, timings)
 
     def denoise(
         self,
@@ -232,10 +228,10 @@ class Pipeline:
         """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`, or from
         None for a model of classes.
 
-        With guidance other than 1, `negative_embeds` of the same shape are needed. Raises as a run does.
+        With guidance other than 1, `negative_embeds` of the same shape are needed, unless those of the empty prompt lie
+        in the bundle; they may then have another length too. Raises as a run does.
         """
-        if init_latents is not None and size is None:
-            size = self._pixels(init_latents)
+        size = start_size(self.manifest, size, None, init_latents)
         settings = self.settings(seed, steps, inner_steps, frames, size, **more)
         check_start(settings, init_latents)
         if settings.label is not None:
@@ -244,9 +240,11 @@ class Pipeline:
             raise UsageFailure("this model needs the embeddings of a prompt: make them with encode.")
         if settings.passes == 1:
             negative_embeds = None
-        elif negative_embeds is None:
+        elif negative_embeds is None and prompt_embeds.ndim == 3:
+            negative_embeds = self._conditions.null_embeds(prompt_embeds.shape[1])
+        if settings.passes == 2 and negative_embeds is None:
             raise UsageFailure("guidance needs negative_embeds as well: encode the negative prompt, or set guidance=1.")
-        self.choose_memory(settings, unused=(*STAGES[0], *STAGES[2]))
+        self.choose_memory(settings, unused=(*STAGES[0], *STAGES[2], "encoder"))
         with memory_failure(settings):
             return self._denoise(prompt_embeds, negative_embeds, settings, Timings(callback), None, init_latents)
 
@@ -267,7 +265,7 @@ class Pipeline:
     def close(self) -> None:
         """Give the engines and buffers back. A later run loads them again."""
         self._free(set(self._engines))
-        self._negative = None
+        self._conditions.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -309,7 +307,7 @@ class Pipeline:
         seconds = perf_counter() - start
         self._engines[name] = engine
         timings.add("load", seconds)
-        timings.report("load", len(self._engines), len(_GRAPHS), seconds)
+        timings.report("load", len(self._engines), len(self.manifest.graphs), seconds)
         return engine
 
     def _embed(
@@ -321,29 +319,17 @@ class Pipeline:
         timings: Timings,
         warnings: list[str],
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Embeddings of the prompt and, with guidance, of the negative prompt, encoded where they are not given; of a
-        model of classes their numbers, and that of none."""
-        if settings.label is not None:
-            numbers = np.array([settings.label]), np.array([self.manifest.model.classes])
-            return numbers[0], None if settings.passes == 1 else numbers[1]
-        if settings.passes == 1:
-            negative_embeds = None
-        elif negative_embeds is None and self._negative is not None and self._negative[0] == settings.negative_prompt:
-            negative_embeds = self._negative[1]
-        total = (prompt_embeds is None) + (settings.passes == 2 and negative_embeds is None)
-
-        def load_encoder() -> Engine:
-            return self._graph("text_encoder", timings)
-
+        """The conditions of a run, with the text encoder as the only stage that is loaded if memory is low."""
         with self._stage("text_encoder"):
-            if prompt_embeds is None:
-                prompt_embeds, said = self._encoder(prompt, load_encoder, timings, total=total)
-                warnings += said
-            if settings.passes == 2 and negative_embeds is None:
-                negative = settings.negative_prompt
-                negative_embeds, _ = self._encoder(negative, load_encoder, timings, total, total, allow_empty=True)
-                self._negative = negative, negative_embeds
-        return prompt_embeds, negative_embeds
+            return self._conditions(
+                prompt,
+                prompt_embeds,
+                negative_embeds,
+                settings,
+                lambda: self._graph("text_encoder", timings),
+                timings,
+                warnings,
+            )
 
     def _denoise(
         self,
@@ -357,6 +343,7 @@ class Pipeline:
         self.latest = None
         labelled = settings.label is not None
         if not labelled:
+            prompt_embeds, negative_embeds = self._conditions.same_length(prompt_embeds, negative_embeds)
             check_embeds(prompt_embeds, negative_embeds, self.manifest.text.dim)
         with self._stage("backbone"):
             key = (settings.latent_shape, 1 if labelled else prompt_embeds.shape[1])
@@ -382,17 +369,8 @@ class Pipeline:
         silent = Timings(seconds=timings.seconds)
         return lambda latents: on_preview(np.concatenate(list(self._decode(latents, silent))))
 
-    def _pixels(self, latents: NDArray[Any]) -> tuple[int, int]:
-        """(width, height) of what latents `[..., h, w]` decode to."""
-        stride = self.manifest.latents.spatial_stride
-        return latents.shape[-1] * stride, latents.shape[-2] * stride
-
     def _decode(self, latents: NDArray[Any], timings: Timings) -> Iterator[NDArray[np.uint8]]:
-        channels = self.manifest.latents.channels
-        if latents.ndim != 5 or latents.shape[:2] != (1, channels) or 0 in latents.shape:
-            raise RuntimeFailure(
-                f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
-            )
+        check_latents(latents, self.manifest.latents.channels)
         with self._stage("decoder_first"):
             geometry, is_still = self.manifest.latents, self.manifest.model.kind == "tim" and latents.shape[2] == 1
             whole = latents.shape[3], latents.shape[4]

@@ -17,7 +17,7 @@ from tmd_export import RandomSource
 from tmd_export.parts import MODELS as EXPORTED
 from tmd_ref.samplers import tmd_sample
 from tmd_ref.student import load_student
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 WORK = Work(str(BUILT_IN), "fp32", 64, 64, 17, 2, 2, threads=1, model="tiny")
 

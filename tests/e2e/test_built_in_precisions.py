@@ -25,7 +25,7 @@ from tmd_export.quantization.calibration import Sensitivity, read_calibration
 from tmd_export.quantization.quantizer import Quantizer
 from tmd_export.weights import Weights
 from tmd_ref.wan import rope_tables
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 RUNS = [("onnxruntime", precision) for precision in ("fp32", "fp16", "bf16", "int8", "fp8")]
 RUNS += [("openvino", precision) for precision in ("fp32", "bf16", "int8")]

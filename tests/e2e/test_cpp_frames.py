@@ -16,7 +16,7 @@ import tmd_runtime
 from tests.cpp_tools import engine_options, program
 from tests.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.synthetic_quantized import QUANTIZED, write_quantized_bundle
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 ENGINES = ("openvino", "onnxruntime")
 

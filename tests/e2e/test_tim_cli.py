@@ -63,7 +63,7 @@ def test_packed_weights_are_a_checkpoint_for_export(made: Path) -> None:
     assert distill("pack", made).exit_code == 0
     source = open_source("tim-tiny", made / "weights")
     source.check(source.default_parts)
-    assert source.default_parts == ("text_encoder", "backbone", "flow_head", "decoder_first")
+    assert source.default_parts == ("encoder", "text_encoder", "backbone", "flow_head", "decoder_first")
     assert sum(file.stat().st_size for file in (made / "weights").iterdir()) < 10e6
     trained = load_model(made / "tim.safetensors", TiM)
     weight = source.tensor("student", "prompt.sides.0.kv.weight")
