@@ -10,7 +10,7 @@ import torch
 
 from tests import synthetic_checkpoints as made
 from tmd_export.checkpoints.names import converted
-from tmd_export.parts import PARTS
+from tmd_export.parts import VIDEO_PARTS
 from tmd_export.wan_source import WanSource
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
@@ -46,8 +46,8 @@ def test_a_folder_gives_the_velocity_of_diffusers_reading_the_same_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = WanSource([folder], "small", **made.SIZES)
-    source.check(PARTS)
-    assert (source.kind, source.fusion, source.head_blocks, source.default_parts) == ("wan", None, 1, PARTS)
+    source.check(VIDEO_PARTS)
+    assert (source.kind, source.fusion, source.head_blocks, source.default_parts) == ("wan", None, 1, VIDEO_PARTS)
     if (folder / "transformer").is_dir():
         # A list of modules to keep in float32 makes diffusers ask for another library, and here all of them are.
         monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)

@@ -19,7 +19,7 @@ from tests import synthetic_checkpoints as made
 from tests.synthetic import tokenizer_bytes
 from tmd_export import ExportError
 from tmd_export.checkpoints import open_tensors
-from tmd_export.parts import PARTS
+from tmd_export.parts import VIDEO_PARTS
 from tmd_export.presets import student_sampler
 from tmd_export.sources import open_source
 from tmd_export.wan_source import WanSource
@@ -157,10 +157,10 @@ def test_a_file_of_its_own_replaces_that_part_of_a_folder(order: int, official: 
     distilled = saved(tmp_path / "rCM.pt", state)
     source = small(*[distilled, official][::order])
     assert torch.equal(source.tensor("student", "backbone.text_embedding.0.bias"), state["text_embedding.0.bias"])
-    source.check(PARTS)
-    assert source.default_parts == PARTS
+    source.check(VIDEO_PARTS)
+    assert source.default_parts == VIDEO_PARTS
     assert "rCM.pt" in source.origin and official.name in source.origin
-    assert set(source.sha256(PARTS)) == {
+    assert set(source.sha256(VIDEO_PARTS)) == {
         "rCM.pt",
         f"{official.name}/models_t5_umt5-xxl-enc-bf16.pth",
         f"{official.name}/Wan2.1_VAE.pth",
@@ -182,12 +182,12 @@ def test_every_part_can_come_as_a_file(official: Path, tmp_path: Path) -> None:
         official / "Wan2.1_VAE.pth",
         official / "google" / "umt5-xxl" / "spiece.model",
     )
-    source.check(PARTS)
+    source.check(VIDEO_PARTS)
     only_vae = small(official / "Wan2.1_VAE.pth")
     assert only_vae.default_parts == ("decoder_first", "decoder_step")
     only_vae.check(only_vae.default_parts)
     only_transformer = small(official / "diffusion_pytorch_model.safetensors")
-    assert "Wan2.1_VAE.pth" in (said := refusal(lambda: only_transformer.check(PARTS[1:])))
+    assert "Wan2.1_VAE.pth" in (said := refusal(lambda: only_transformer.check(VIDEO_PARTS[1:])))
     assert "--parts backbone,flow_head" in said
 
 
@@ -195,7 +195,7 @@ def test_a_text_encoder_without_its_tokenizer_is_refused(official: Path) -> None
     (official / "google" / "umt5-xxl" / "spiece.model").unlink()
     said = refusal(lambda: small(official).check(("text_encoder",)))
     assert "spiece.model (a tokenizer.json alone is not read)" in said
-    small(official).check(PARTS[1:])
+    small(official).check(VIDEO_PARTS[1:])
 
 
 @pytest.mark.parametrize("head_blocks", [1, 2])
@@ -205,7 +205,7 @@ def test_a_student_of_our_own_joins_an_official_folder(head_blocks: int, officia
     source = small(tmp_path / "student.safetensors", official)
     assert (source.kind, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
     assert source.sampler == student_sampler(student.grids)
-    source.check(PARTS)
+    source.check(VIDEO_PARTS)
     for name, weight in student.state_dict().items():
         assert torch.equal(source.tensor("student", name), weight), name
     other = WanTransformer(WAN_CONFIGS["tiny"])
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_full_size_opens_at_once_and_names_the_other_model(tmp_p
     )
     (folders["wan14b"] / "spiece.model").write_bytes(tokenizer_bytes())
     source = open_source("wan14b", [folders["wan14b"], text])
-    source.check(PARTS)
+    source.check(VIDEO_PARTS)
     assert source.tensor("student", "head.blocks.4.ffn.0.weight").shape == (13824, 5120)
     assert source.tensor("text_encoder", "token_embedding.weight").shape == (256_384, 4096)
     for model, other in (("wan1.3b", "wan14b"), ("wan14b", "wan1.3b")):

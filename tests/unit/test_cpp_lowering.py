@@ -19,7 +19,7 @@ from tmd_engines.lowering import (
     signed_to_unsigned_activations,
 )
 from tmd_engines.onnxruntime_engine import fast_unsigned_products
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 
 def low_attention() -> onnx.ModelProto:

@@ -10,7 +10,7 @@ from tests.cpp_tools import twin
 from tests.unit.test_sizing import FREE_MEMORY
 from tmd_engines import Bundle
 from tmd_engines.sizing import estimate
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 
 def put(root: Path, files: dict[str, str]) -> str:

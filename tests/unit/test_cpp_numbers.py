@@ -14,10 +14,10 @@ from tests.cpp_tools import RUN, USAGE, twin
 from tests.unit.bundle_tools import edit_manifest, reseal
 from tmd_engines import Bundle
 from tmd_engines.manifest import parse_manifest
+from tmd_runtime.built_in import BUILT_IN
 from tmd_runtime.embedding import TokenEmbedding
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.noise import NoiseStream
-from tmd_runtime.pipeline import BUILT_IN
 from tmd_runtime.rules import RULES
 from tmd_runtime.schedule import rope_tables, shift_grid, told_time, wan_grid
 from tmd_runtime.settings import resolve_settings

@@ -18,7 +18,7 @@ from tmd_engines import Bundle
 from tmd_engines.build import input_shapes
 from tmd_engines.plan_cache import PlanCache, cache_folder
 from tmd_engines.tensorrt_engine import plan_key
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 ENGINE = 3  # tmd_status
 SIZE = (832, 480, 81)

@@ -15,7 +15,7 @@ import pytest
 from tests.cpp_tools import BUNDLE, ROOT, program, twin
 from tests.unit.test_manifest import parse, put, valid_document
 from tmd_engines.manifest import GraphInfo, TensorSpec
-from tmd_runtime.pipeline import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN
 
 CORPUS = ("test_bundle.py", "test_bundle_graphs.py", "test_manifest.py")
 
@@ -41,7 +41,7 @@ def test_a_valid_bundle_of_a_kind_that_is_not_run_is_refused_when_it_is_opened(t
         "rope": "index",
         "head_blocks": document["model"]["num_layers"],
     }
-    document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5}
+    document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5, "rho": 0.2}
     (bundle / "manifest.json").write_text(json.dumps(document))
     assert "ok" in twin().ask("bundle", path=str(bundle))
     command = [str(program("tmd_generate")), str(bundle), "a red circle", str(tmp_path / "x.rgb")]

@@ -26,7 +26,7 @@ from tests.unit.export_tools import (
 from tmd_engines import Bundle, BundleError, load
 from tmd_export import ExportError, Progress, export, export_bundle, graph_export, trace, verify
 from tmd_export.graphs import to_frames
-from tmd_export.parts import PARTS
+from tmd_export.parts import VIDEO_PARTS
 from tmd_export.weights import build
 
 LATENTS = ["batch", 16, "frames", "height", "width"]
@@ -83,7 +83,7 @@ def test_decoders_pass_the_same_caches_and_give_frames() -> None:
 def test_the_manifest_tells_model_sizes_and_measured_accuracy() -> None:
     result = small_export()
     manifest = Bundle.open(result.bundle.folder).manifest
-    assert list(manifest.graphs) == list(PARTS) == [graph.name for graph in result.graphs]
+    assert list(manifest.graphs) == list(VIDEO_PARTS) == [graph.name for graph in result.graphs]
     assert (manifest.model.num_layers, manifest.model.head_blocks, manifest.model.head_dim) == (2, 1, 16)
     assert (manifest.latents.temporal_stride, manifest.latents.spatial_stride) == (2, 2)
     assert manifest.latents.mean == VAE.latents_mean
@@ -104,7 +104,7 @@ def test_graphs_hold_weights_by_name_and_nothing_of_this_machine() -> None:
     names = {weight.name for weight in backbone.graph.initializer}
     assert {"blocks.0.self_attn.q.weight.T", "blocks.0.ffn.2.bias", "blocks.0.modulation"} <= names
     repository = str(Path(tmd_ref.__file__).parents[1]).encode()
-    for part in PARTS:
+    for part in VIDEO_PARTS:
         content = bundle.graph_path(part).read_bytes()
         assert repository not in content and b"stack_trace" not in content
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from tests.unit.export_tools import skip_tracing, small_source
 from tmd_export import ExportError, graph_export, sources
 from tmd_export.cli import command
-from tmd_export.parts import MODELS, PARTS
+from tmd_export.parts import MODELS, VIDEO_PARTS
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def run(*arguments: str | os.PathLike[str]) -> Result:
 def test_the_summary_names_every_graph_with_its_error(quick: None, tmp_path: Path) -> None:
     result = run("--model", "tiny", "--random-weights", 0, "--out", tmp_path / "b")
     assert result.exit_code == 0
-    for part in PARTS:
+    for part in VIDEO_PARTS:
         assert part in result.stdout
     assert "max error" in result.stdout and "e-0" in result.stdout and str(tmp_path / "b") in result.stdout
     assert "backbone (2 of 5)" in result.stderr
@@ -59,7 +59,7 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
         (["--model", "wan1.3b"], "give --checkpoint PATH or --random-weights SEED"),
         (["--model", "wan2"], "'wan2' is not one of"),
         ([], "Missing option '--model'"),
-        (["--model", "tiny", "--parts", "head"], "there is no part 'head': choose among text_encoder"),
+        (["--model", "tiny", "--parts", "head"], "there is no part 'head': choose among encoder, text_encoder"),
         (["--model", "tiny", "--parts", ","], "no part is named"),
         (["--model", "tiny", "--random-weights", "x"], "'x' is not a valid integer"),
         (["--model", "tiny", "--random-weights", "-1"], "-1 is not in the range"),
@@ -67,6 +67,7 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
         (["--model", "tiny", "--precision", "fp4"], "there is no precision 'fp4': choose among fp32, fp16, bf16, int8"),
         (["--model", "tiny", "--precision", "decoder=fp8"], "decoder_first cannot be fp8, only backbone and flow_head"),
         (["--model", "tiny", "--calibration", "prompts.txt"], "--calibration is for --precision int8 or fp8"),
+        (["--model", "tiny", "--keep-no-layers"], "--keep-no-layers is for --precision int8 or fp8"),
         (["--model", "tiny", "--precision", "head=fp16"], "there is no part 'head'"),
     ],
 )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.synthetic import tokenizer_bytes
 from tests.unit.export_tools import VAE, WAN, small_source, with_weights
 from tmd_export import ExportError, FolderSource, sources
-from tmd_export.parts import PARTS, ordered
+from tmd_export.parts import VIDEO_PARTS, ordered
 from tmd_export.sources import open_source
 from tmd_export.weights import build
 from tmd_ref.checkpoint import save_model
@@ -51,7 +51,7 @@ def refused(folder: Path, part: str = "backbone") -> str:
 
 def test_a_folder_gives_every_weight_as_it_is_stored(folder: Path) -> None:
     source = FolderSource(folder, "small")
-    source.check(PARTS)
+    source.check(VIDEO_PARTS)
     assert (source.wan, source.head_blocks, source.fusion, source.vae) == (WAN, 1, "gated", VAE)
     distilled_for = {"steps": 5, "inner_steps": 2, "shift": 3.0, "inner_shift": 8.0, "allowed_steps": [1, 2, 3, 4, 5]}
     assert source.sampler is not None and distilled_for.items() <= source.sampler.items()
@@ -158,7 +158,7 @@ def test_what_two_graphs_share_is_one_weight_of_the_source() -> None:
 @pytest.mark.parametrize("fusion", ["gated", "concat"])
 def test_outputs_with_random_weights_are_of_size_one(fusion: str) -> None:
     source = small_source(fusion=fusion)
-    for part in PARTS:
+    for part in VIDEO_PARTS:
         graph = with_weights(source, part)
         outputs = graph.module(*graph.random_inputs(0, batch=2, frames=3, height=4, width=6, text=5).values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -172,7 +172,7 @@ def test_outputs_with_random_weights_are_of_size_one(fusion: str) -> None:
 def test_wan_sizes_are_estimated_without_building_them_and_leave_the_text_encoder_out() -> None:
     source = open_source("wan1.3b", random_seed=0)
     assert source.default_parts == ("backbone", "flow_head", "decoder_first", "decoder_step")
-    assert open_source("tiny", random_seed=0).default_parts == PARTS
+    assert open_source("tiny", random_seed=0).default_parts == VIDEO_PARTS
     assert source.tokenizer is None
     assert 4.5e9 < build(source, "backbone")[1].bytes() < 5e9
     assert build(source, "text_encoder")[1].bytes(as_float32=True) == 4 * 5_680_910_336

@@ -335,7 +335,9 @@ def test_a_size_beyond_memory_is_one_sentence(pipeline: Pipeline, monkeypatch: p
 
 
 def test_without_built_in_model_load_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tmd_runtime.pipeline.BUILT_IN", tmp_path / "none")
+    with pytest.raises(UsageFailure, match="no built-in bundle 'big': choose one of tim-tiny, tiny"):
+        tmd_runtime.load("builtin:big")
+    monkeypatch.setattr("tmd_runtime.built_in.BUNDLES", tmp_path / "none")
     with pytest.raises(RuntimeFailure, match="no built-in model"):
         tmd_runtime.load()
 
