@@ -167,7 +167,7 @@ class PictureEncoder(nn.Module):
 
     def __init__(self, vae: WanVAE | StillVAE) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.float32_only = vae, isinstance(vae, StillVAE)
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.vae.encode(frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1)

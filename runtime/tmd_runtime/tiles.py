@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .decoder import ChunkDecoder
 
-TILE_PIXELS = 1024  # about 6 GB for DC-AE's decoder on ONNX Runtime; 1536 would be 12.5 (docs/tim.md)
+TILE_PIXELS = 1024  # 5 GB for DC-AE's decoder on ONNX Runtime; 1536 would be about twice that (docs/tim.md)
 OVERLAP_PIXELS = 256
 
 

@@ -240,11 +240,12 @@ def test_what_does_not_fit_is_refused(kind: str, folder: Path, tmp_path: Path) -
         source(kind).take_decoder(tmp_path)
     taken = source(kind)
     taken.take_decoder(changed({"scaling_factor": 1.0}))  # what diffusers writes where nobody said
-    for precision, message in (
-        ("bf16", "fp32 only: say --precision bf16,decoder=fp32"),
-        ("encoder=int8", "encoder cannot be int8"),
+    for part, precision, message in (
+        ("decoder_first", "bf16", "fp32 only: say --precision bf16,decoder=fp32"),
+        ("encoder", "encoder=bf16", "this autoencoder can be exported in fp32 only"),
+        ("encoder", "encoder=int8", "encoder cannot be int8"),
     ):
         with pytest.raises((ExportError, ValueError), match=message):
-            export_bundle(taken, tmp_path / "b", ("decoder_first",), precision=precision)
+            export_bundle(taken, tmp_path / "b", (part,), precision=precision)
     with pytest.raises(ExportError, match=r"tiny has no graph encoder \(a model of videos starts from noise alone"):
         export_bundle(open_source("tiny"), tmp_path / "b", ("encoder",))
