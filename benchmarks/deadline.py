@@ -1,7 +1,6 @@
 """How well `--deadline` is kept while other programs come and go on the same core. Not a test: machines differ.
 
-    tmd-export --model tim-tiny --random-weights 0 --out tim-noise       # or any bundle of a Transition Model
-    taskset -c 1 python benchmarks/deadline.py --bundle tim-noise
+    taskset -c 1 python benchmarks/deadline.py --bundle builtin:tim-tiny       # or any bundle of a Transition Model
 
 Two processes that do nothing but compute are stopped and set going again at random, every 0.1 to 1 s. Each line is one
 deadline: how many steps the runs took, how late their denoising ended (negative: early), how long their longest step
