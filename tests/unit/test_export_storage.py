@@ -25,8 +25,8 @@ from tmd_export.weights import build
 from tmd_ref.wan import WanConfig
 
 EXACT = re.compile(
-    r"norm|gamma|modulation|fusion\.gate|pos_embedding|(time|interval)_(emb|proj)|patch_embedding|head\.head|vae\.conv2"
-    r"|decoder\.(conv1|head)"
+    r"norm|gamma|modulation|fusion\.gate|pos_embedding|(time|interval)_(emb|proj)|patch_embedding|head\.head|vae\.conv[12]"
+    r"|(en|de)coder\.(conv1|head)"
 )
 
 

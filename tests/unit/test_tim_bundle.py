@@ -197,7 +197,7 @@ def test_released_files_are_a_source(released: Path, model: str, config: TiMConf
 
 def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for arguments, said in (
-        (("tim-tiny",), "no built-in weights"),
+        (("tim-t2i",), "no built-in weights"),
         (("tim-tiny", tmp_path, 1), "either"),
         (("tim-tiny", tmp_path), "has no tim.safetensors"),
         (("tim-tiny", None, 0, "decoder.pth"), "tim-tiny has a decoder of its own"),
