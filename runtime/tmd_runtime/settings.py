@@ -146,9 +146,11 @@ def resolve_settings(
     width, height = (video.width, video.height) if size is None else size
     warnings = list(sampling.warnings)
     if (frames, width, height) != (video.frames, video.width, video.height):
+        made, asked = (
+            (f"{video.frames} frames of ", f"{frames} of ") if manifest.model.kind != "tim" else ("stills of ", "")
+        )
         warnings.append(
-            f"the model was made for {video.frames} frames of {video.width}x{video.height}; "
-            f"{frames} of {width}x{height} may look worse."
+            f"the model was made for {made}{video.width}x{video.height}; {asked}{width}x{height} may look worse."
         )
     model = manifest.model
     nfe = effective_nfe(sampling.steps, sampling.inner_steps, model.head_blocks, model.num_layers)
