@@ -57,7 +57,8 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         decoder: Any = av.CodecContext.create(name, "r")
         decoder.options = {"max_pixels": str(_MOST_PIXELS)}
         frame = [*decoder.decode(av.Packet(data)), *decoder.decode(None)][0]
-        rgba = np.rot90(frame.to_ndarray(format="rgba"), frame.rotation // 90)
+        # In several threads FFmpeg writes over the first pixels of the next thread's rows, now and then.
+        rgba = np.rot90(frame.to_ndarray(format="rgba", threads=1), frame.rotation // 90)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise RuntimeFailure(
             f"{path} is damaged, or no {name} picture of at most {_MOST_PIXELS >> 20} megapixels ({error}): save it "
@@ -114,12 +115,13 @@ def fit(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
         cut = np.round(blocks.mean(axis=(1, 3), dtype=np.float32)).astype(np.uint8)
     import av
 
-    def scaled(plane: NDArray[np.uint8]) -> Any:
+    def resized(plane: NDArray[np.uint8]) -> Any:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(plane), format="gray")
-        return frame.reformat(width=width, height=height, format="gray", interpolation="LANCZOS").to_ndarray()
+        scaled = frame.reformat(width=width, height=height, format="gray", interpolation="LANCZOS", threads=1)
+        return scaled.to_ndarray()
 
     # Each colour by itself: FFmpeg would scale a picture of colours by way of YUV.
-    return np.stack([scaled(cut[..., colour]) for colour in range(3)], axis=-1)
+    return np.stack([resized(cut[..., colour]) for colour in range(3)], axis=-1)
 
 
 def encode_picture(

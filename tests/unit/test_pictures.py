@@ -84,6 +84,16 @@ def test_common_photos_are_read_up_to_their_coarse_colours(tmp_path: Path) -> No
         assert np.abs(read_picture(tmp_path / "photo") - expected).max() <= 8
 
 
+def test_a_photo_is_read_alike_every_time(tmp_path: Path) -> None:
+    """FFmpeg's threads would write over each other's first pixels, in almost every reading of this size."""
+    smooth = np.asarray(Image.fromarray(PICTURE[30:]).resize((360, 240), Image.Resampling.BICUBIC))
+    data = file("JPEG", Image.fromarray(smooth), quality=95)
+    (tmp_path / "photo").write_bytes(data)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    for _ in range(50):
+        assert np.abs(read_picture(tmp_path / "photo") - expected).max() <= 8
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])  # 2, 4, 5 and 7 are mirrored, as no camera writes
 def test_a_photo_is_turned_as_the_camera_says(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
