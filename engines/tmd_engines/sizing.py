@@ -103,26 +103,31 @@ def estimate(
 ) -> Estimate:
     """Work and memory of one run of `frames` frames of `width` x `height` pixels; None takes the bundle's step counts.
 
-    `guidance_passes` is 2 with classifier-free guidance. `memory` "all" keeps every graph loaded, "low" has the text
-    encoder, then backbone and flow head, then the decoder. `from_picture`: the run starts from a picture, which the
-    graph `encoder` reads. Whether the model was trained for these steps is not asked.
+    `guidance_passes` is 2 with classifier-free guidance, of a Transition Model as two rows of one call. `memory` "all"
+    keeps every graph loaded, "low" has the text encoder, then backbone and flow head, then the decoder.
+    `from_picture`: the run starts from a picture, which the graph `encoder` reads. Whether the model was trained for
+    these steps is not asked.
     Raises ValueError for a size or count that the model cannot make, BundleError if a graph cannot be sized.
     """
     manifest = bundle.manifest
     sizes = graph_sizes(manifest, width, height, frames)
     steps, inner_steps = step_counts(manifest, steps, inner_steps)
+    is_tim = manifest.model.kind == "tim"
+    rows, passes = (guidance_passes, 1) if is_tim else (1, guidance_passes)
+    stored = manifest.text.null_embeds is not None and not getattr(manifest.sampler, "negative_prompt", None)
     calls = {
         "encoder": 1,
-        "text_encoder": guidance_passes,
-        "backbone": guidance_passes * (1 if manifest.model.kind == "tim" else steps),  # once per prompt
-        "flow_head": steps * (inner_steps or 1) * guidance_passes,
+        "text_encoder": 1 if stored else guidance_passes,
+        "backbone": 1 if is_tim else steps * passes,  # once per prompt
+        "flow_head": steps * (inner_steps or 1) * passes,
         "decoder": 1,
     }
     stages = {}
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
-            stages[stage] = _stage(bundle, stage, present, calls[stage], sizes)
+            batch = rows if stage in ("backbone", "flow_head") else 1
+            stages[stage] = _stage(bundle, stage, present, calls[stage], {**sizes, "batch": batch})
     model = manifest.model
     nfe = guidance_passes * steps * (1 + ((inner_steps or 1) - 1) * model.head_blocks / model.num_layers)
     return Estimate(stages, memory, nfe)
@@ -203,10 +208,11 @@ def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int]) -> int:
         every = [spec for spec in every if spec not in (*backbone.inputs, *backbone.outputs)]
     if stage != "decoder":
         return nbytes(every)
-    # The caches pass back and forth between two sets of buffers; latents come in one buffer for both graphs. The clip
-    # lies there in pieces, and once more when they are put together.
+    # The caches pass back and forth between two sets of buffers, where there is a second latent frame; latents come in
+    # one buffer for both graphs. The clip lies there in pieces, and once more when they are put together.
     caches = {spec.name.removesuffix("_next"): spec for spec in every if spec.name.startswith("cache_")}
     others = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
+    sets = 1 if sizes["frames"] == 1 else 2
     pixels = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
     clip = 3 * pixels * (1 + (sizes["frames"] - 1) * manifest.latents.temporal_stride)
-    return nbytes(others.values()) + 2 * nbytes(caches.values()) + 2 * clip
+    return nbytes(others.values()) + sets * nbytes(caches.values()) + 2 * clip

@@ -31,7 +31,7 @@ class ChunkDecoder:
         self._latents = first.empty("latents", **self._dims)
         self._first_frames = self._frames(first, 1)
         names = [name for name in first.outputs if name.startswith("cache_")]
-        self._caches = [{name: first.empty(name, **self._dims) for name in names} for _ in range(2)]
+        self._caches = [{name: first.empty(name, **self._dims) for name in names}]
         self._first = first.bind({"latents": self._latents}, {"frames": self._first_frames, **self._caches[0]})
         self._turns: list[Callable[[], object]] = []
         self._step_frames = self._first_frames
@@ -60,6 +60,7 @@ class ChunkDecoder:
                 "the graphs decoder_first and decoder_step of this bundle do not pass the same caches: they come from "
                 "different exports. Export the bundle again."
             )
+        self._caches.append({name: step.empty(name, **self._dims) for name in wanted})
         self._step_frames = self._frames(step, self._geometry.temporal_stride)
         for now, after in ((0, 1), (1, 0)):
             outputs = {f"{name}_next": buffer for name, buffer in self._caches[after].items()}

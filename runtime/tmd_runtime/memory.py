@@ -70,9 +70,12 @@ class MemoryChooser:
         pictured = settings.strength is not None
 
         def needed(width: int, height: int) -> Estimate:
-            return estimate(self._bundle, frames=settings.frames, width=width, height=height, from_picture=pictured)
+            return estimate(
+                self._bundle, frames=settings.frames, width=width, height=height,
+                guidance_passes=settings.passes, from_picture=pictured,
+            )  # fmt: skip
 
-        key = settings.frames, settings.width, settings.height, pictured
+        key = settings.frames, settings.width, settings.height, settings.passes, pictured
         if self._latest[0] != key:
             try:
                 found = needed(settings.width, settings.height)
@@ -82,7 +85,7 @@ class MemoryChooser:
                     found = replace(found, stages={**found.stages, **tiled})
             except BundleError:
                 found = None
-            self._latest = key, found  # steps and passes take time, not memory
+            self._latest = key, found  # steps take time, not memory
         return self._latest[1]
 
 

@@ -19,9 +19,8 @@ Decoder::Decoder(std::shared_ptr<LoadedGraph> first, const LatentInfo& geometry,
   if (latents_.dtype() != DType::f32 || latents_.count() != wanted)
     fail_run("the decoder of this bundle takes other latents than its manifest says. Export the bundle again.");
   first_frames_ = make_frames(*first_graph_, 1);
-  for (Buffers& set : caches_)
-    for (const TensorSpec& spec : first_graph_->info().outputs)
-      if (begins(spec.name, "cache_")) set[spec.name] = first_graph_->empty(spec.name, dims_);
+  for (const TensorSpec& spec : first_graph_->info().outputs)
+    if (begins(spec.name, "cache_")) caches_[0][spec.name] = first_graph_->empty(spec.name, dims_);
   Buffers outputs = caches_[0];
   outputs["frames"] = first_frames_;
   first_ = first_graph_->bind({{"latents", latents_}}, outputs);
@@ -56,6 +55,7 @@ void Decoder::bind_step(std::shared_ptr<LoadedGraph> step) {
         "the graphs decoder_first and decoder_step of this bundle do not pass the same caches: they come from "
         "different "
         "exports. Export the bundle again.");
+  for (const auto& [name, shape] : wanted) caches_[1][name] = step->empty(name, dims_);
   step_frames_ = make_frames(*step, geometry_.temporal_stride);
   for (int now = 0; now < 2; ++now) {
     Buffers inputs = caches_[now], outputs = {{"frames", step_frames_}};
