@@ -14,7 +14,7 @@ from tests.cpp_tools import RUN, USAGE, twin
 from tests.unit.bundle_tools import edit_manifest, reseal
 from tmd_engines import Bundle
 from tmd_engines.manifest import parse_manifest
-from tmd_runtime.built_in import BUILT_IN
+from tmd_runtime.built_in import BUILT_IN, BUNDLES
 from tmd_runtime.embedding import TokenEmbedding
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.noise import NoiseStream
@@ -91,7 +91,23 @@ FREE = manifest_with(rule="unipc", steps=50, shift=5.0, guidance=6.0, negative_p
 FIXED = manifest_with(rule="renoise", allowed_steps=[1, 2, 4], times=[0.99, 0.8, 0.6, 0.3], init_scale=2.0)
 
 
-@pytest.mark.parametrize("manifest", [STUDENT, FREE, FIXED], ids=["student", "free", "fixed"])
+def stills_with(classes: int | None = None, **sampler: Any) -> bytes:
+    document = json.loads((BUNDLES / "tim-tiny" / "manifest.json").read_text())
+    document["model"]["classes"] = classes
+    document["sampler"] |= sampler
+    return json.dumps(document).encode()
+
+
+STILLS = stills_with()
+GUIDED = stills_with(guidance=2.5, guidance_interval=[0.2, 0.8], rho=0.2, negative_prompt="blurry")
+CLASSES = stills_with(classes=10, guidance=1.5)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [STUDENT, FREE, FIXED, STILLS, GUIDED, CLASSES],
+    ids=["student", "free", "fixed", "stills", "guided", "classes"],
+)
 @pytest.mark.parametrize(
     "wishes",
     [
@@ -121,6 +137,30 @@ FIXED = manifest_with(rule="renoise", allowed_steps=[1, 2, 4], times=[0.99, 0.8,
         {"width": 65, "height": 64},
         {"width": 0, "height": 64},
         {"width": 1 << 24, "height": 64},
+        {"deadline": 0.0},
+        {"deadline": 2.5},
+        {"deadline": 86401.0},
+        {"deadline": 2.5, "steps": 12},
+        {"deadline": 2.5, "schedule": [1.0, 0.3, 0.0]},
+        {"schedule": [1.0, 0.7, 0.3, 0.0]},
+        {"schedule": [1.0, 0.0], "guidance": 3.0},
+        {"schedule": [1.0, 0.0], "steps": 1},
+        {"schedule": [0.9, 0.0]},
+        {"schedule": [1.0, 0.5]},
+        {"schedule": [1.0, 0.5, 0.5, 0.0]},
+        {"schedule": [1.0]},
+        {"strength": 0.6},
+        {"strength": 0.6, "schedule": [0.6, 0.1, 0.0]},
+        {"strength": 0.15, "guidance": 3.0},
+        {"strength": 0.0},
+        {"strength": 1.5},
+        {"rho": 0.5},
+        {"rho": 0.5, "steps": 2},
+        {"rho": 11.0},
+        {"label": 3},
+        {"label": 3, "steps": 7},
+        {"label": 3, "negative_prompt": "dark"},
+        {"label": 10},
     ],
     ids=str,
 )
@@ -140,7 +180,7 @@ def test_settings(manifest: bytes, wishes: dict[str, Any]) -> None:
     _, _, *latent = s.latent_shape
     assert answer["ok"] == [s.steps, s.inner_steps, s.frames, s.width, s.height, *latent]
     assert (tuple(answer["times"]), answer["nfe"], answer["guidance"]) == (s.times, s.nfe, s.guidance)
-    assert answer["negative_prompt"] == s.negative_prompt
+    assert (answer["negative_prompt"], answer["rho"]) == (s.negative_prompt, s.rho)
     assert answer["warnings"].splitlines() == list(s.warnings)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +13,6 @@ import pytest
 from tests.cpp_tools import BUNDLE, ROOT, program, twin
 from tests.unit.test_manifest import parse, put, valid_document
 from tmd_engines.manifest import GraphInfo, TensorSpec
-from tmd_runtime.built_in import BUILT_IN
 
 CORPUS = ("test_bundle.py", "test_bundle_graphs.py", "test_manifest.py")
 
@@ -29,24 +26,6 @@ def test_the_same_corpus_gets_the_same_verdicts() -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     counts = re.search(r"both sides accepted (\d+) and refused (\d+)", run.stdout)
     assert counts is not None and int(counts[1]) > 20 and int(counts[2]) > 300, run.stdout[-500:]
-
-
-def test_a_valid_bundle_of_a_kind_that_is_not_run_is_refused_when_it_is_opened(tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    shutil.copytree(BUILT_IN, bundle)
-    document = json.loads((bundle / "manifest.json").read_text())
-    document["model"] |= {
-        "kind": "tim",
-        "fusion": None,
-        "rope": "index",
-        "head_blocks": document["model"]["num_layers"],
-    }
-    document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5, "rho": 0.2}
-    (bundle / "manifest.json").write_text(json.dumps(document))
-    assert "ok" in twin().ask("bundle", path=str(bundle))
-    command = [str(program("tmd_generate")), str(bundle), "a red circle", str(tmp_path / "x.rgb")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 2 and "is a Transition Model, which this library does not run yet" in run.stderr
 
 
 def words_of(annotation: Any) -> set[str]:

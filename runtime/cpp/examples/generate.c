@@ -3,7 +3,7 @@
  *     tmd_generate BUNDLE "a red circle moving right on a black background" out.y4m
  *
  * out.y4m is what every player and encoder reads (full-range 4:4:4, so nothing is lost but the rounding of a colour
- * matrix); out.rgb takes the frames as they are, uint8 [F, H, W, 3]. */
+ * matrix); out.ppm takes a still, the first frame; out.rgb the frames as they are, uint8 [F, H, W, 3]. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,9 +11,10 @@
 #include <tmd/tmd.h>
 
 static const char usage[] =
-    "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
-    "                    [--size WxH] [--threads N] [--guidance X] [--memory auto|all|low] [--engine NAME]\n"
-    "                    [--engine-library FILE]\n";
+    "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.ppm|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
+    "                    [--size WxH] [--guidance X] [--deadline SECONDS] [--rho X] [--class N] [--threads N]\n"
+    "                    [--memory auto|all|low] [--engine NAME] [--engine-library FILE]\n"
+    "PROMPT is \"\" for a model of classes.\n";
 
 static int show_progress(void* user, const tmd_progress* progress) {
   (void)user;
@@ -49,13 +50,24 @@ static int write_y4m(FILE* file, const unsigned char* rgb, const tmd_plan* plan)
   return frame == plan->frames;
 }
 
-static int write_file(const char* path, const unsigned char* frames, const tmd_plan* plan) {
+static int ends_in(const char* path, const char* end) {
   const size_t length = strlen(path);
-  const int raw = length > 4 && strcmp(path + length - 4, ".rgb") == 0;
+  return length > strlen(end) && strcmp(path + length - strlen(end), end) == 0;
+}
+
+static int write_file(const char* path, const unsigned char* frames, const tmd_plan* plan) {
+  const size_t picture = 3 * (size_t)plan->width * (size_t)plan->height;
   FILE* file = fopen(path, "wb");
   int good;
   if (!file) return 0;
-  good = raw ? fwrite(frames, 1, plan->frames_size, file) == plan->frames_size : write_y4m(file, frames, plan);
+  if (ends_in(path, ".rgb")) {
+    good = fwrite(frames, 1, plan->frames_size, file) == plan->frames_size;
+  } else if (ends_in(path, ".ppm")) {
+    fprintf(file, "P6\n%d %d\n255\n", plan->width, plan->height);
+    good = fwrite(frames, 1, picture, file) == picture;
+  } else {
+    good = write_y4m(file, frames, plan);
+  }
   return fclose(file) == 0 && good;
 }
 
@@ -79,6 +91,9 @@ static int read_options(int count, char** words, tmd_open_options* open, tmd_run
     else if (!strcmp(name, "--size") && sscanf(value, "%dx%d", &run->width, &run->height) == 2) continue;
     else if (!strcmp(name, "--threads") && whole) open->threads = (int32_t)number;
     else if (!strcmp(name, "--guidance")) run->guidance = atof(value);
+    else if (!strcmp(name, "--deadline")) run->deadline = atof(value);
+    else if (!strcmp(name, "--rho")) run->rho = atof(value);
+    else if (!strcmp(name, "--class") && whole) run->label = (int32_t)number;
     else if (!strcmp(name, "--memory") && !strcmp(value, "auto")) open->memory = TMD_MEMORY_AUTO;
     else if (!strcmp(name, "--memory") && !strcmp(value, "all")) open->memory = TMD_MEMORY_ALL;
     else if (!strcmp(name, "--memory") && !strcmp(value, "low")) open->memory = TMD_MEMORY_LOW;
@@ -122,7 +137,8 @@ int main(int argc, char** argv) {
     status = TMD_ERROR_USAGE;
   } else {
     fprintf(stderr, "%s", tmd_warnings(tmd));
-    printf("%s: %d frames of %dx%d, seed %lld,", argv[3], plan.frames, plan.width, plan.height, (long long)result.seed);
+    printf("%s: %d frames of %dx%d, seed %lld, %d steps,", argv[3], plan.frames, plan.width, plan.height,
+           (long long)result.seed, result.steps);
     for (stage = 0; stage < TMD_STAGES; ++stage)
       printf(" %s %.3f s", tmd_stage_name(stage), result.seconds[stage]);
     printf("\n");

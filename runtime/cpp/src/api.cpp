@@ -56,6 +56,8 @@ tmd_description describe(tmd_context* context) {
   out.can_encode = has("text_encoder") && manifest.text.tokenizer ? 1 : 0;
   out.can_denoise = has("backbone") && has("flow_head");
   out.can_decode = has("decoder_first");
+  out.can_encode_image = has("encoder");
+  out.classes = narrow_int(manifest.model.classes);
   return out;
 }
 
@@ -115,6 +117,8 @@ const char* tmd_stage_name(int stage) {
       return "flow_head";
     case TMD_STAGE_DECODE:
       return "decode";
+    case TMD_STAGE_ENCODE:
+      return "encode";
   }
   return "unknown stage";
 }
@@ -166,9 +170,6 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
 
     auto shared = std::make_shared<Shared>();
     shared->bundle = Bundle::open(path);
-    if (shared->bundle.manifest.model.kind == "tim")
-      refuse_usage(quote(path, 300) +
-                   " is a Transition Model, which this library does not run yet: use tmd-run, or another bundle.");
     shared->engine = open_engine(engine);
     shared->memory = static_cast<tmd_memory>(wanted.memory);
     const std::string engine_name = shared->engine->name();

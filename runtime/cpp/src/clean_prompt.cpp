@@ -160,10 +160,14 @@ std::u32string fix_text(std::u32string_view text) {
 
 }  // namespace
 
-std::string clean_prompt(std::string_view prompt) {
+void check_prompt(std::string_view prompt) {
   if (prompt.size() > kMaxBytes)
     refuse_usage("the prompt has more than a million bytes: describe the video in a few words.");
   if (!is_utf8(prompt)) refuse_usage("the prompt is not UTF-8: convert it before it is handed over.");
+}
+
+std::string clean_prompt(std::string_view prompt) {
+  check_prompt(prompt);
   const std::u32string text = html_unescape(html_unescape(fix_text(decode_utf8(prompt))));
   std::u32string out;
   for (std::size_t at = 0; at < text.size();) {

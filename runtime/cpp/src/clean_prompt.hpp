@@ -10,7 +10,10 @@ namespace tmd::internal {
 // and collapses white space. Case and punctuation stay.
 //
 // Where Python's runtime would repair wrongly decoded text ("Ã©" for "é"), this throws Error(USAGE): see mojibake.hpp.
-// Also for what is no UTF-8, and above a million bytes.
+// Also where `check_prompt` does.
 std::string clean_prompt(std::string_view prompt);
+
+// Throws Error(USAGE) for what is no UTF-8, and above a million bytes.
+void check_prompt(std::string_view prompt);
 
 }  // namespace tmd::internal

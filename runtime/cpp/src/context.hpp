@@ -22,6 +22,8 @@ struct tmd_context {
   // Behind the pointers of a description.
   std::string source, engine_version;
   std::vector<std::int32_t> allowed_steps, allowed_inner_steps;
+  // Behind the pointer of the latest result.
+  std::vector<double> times;
 };
 
 namespace tmd::internal {

@@ -3,15 +3,16 @@
 
 #include "noise.hpp"
 #include "schedule.hpp"
+#include "transition_loop.hpp"
 #include "velocity_loop.hpp"
 
 namespace tmd::internal {
 namespace {
 
-class TransitionLoop : public Loop, private LoopBuffers {
+class DenoiseLoop : public Loop, private LoopBuffers {
  public:
-  TransitionLoop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
-                 std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens)
+  DenoiseLoop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone, std::shared_ptr<LoadedGraph> flow_head,
+              const Settings& settings, std::int64_t tokens)
       : LoopBuffers(manifest, std::move(backbone), std::move(flow_head), settings, tokens), sampler_(manifest.sampler) {
     prompt_ = backbone_graph_->empty("prompt_embeds", dims_);
     backbone_ = backbone_graph_->bind(
@@ -24,13 +25,13 @@ class TransitionLoop : public Loop, private LoopBuffers {
     for (std::size_t way = 0; way < 3; ++way) turns_[way] = bind_turn(way, s_, r_);
   }
 
-  void run(const float* embeds, const float*, const Settings& settings, Progress& progress, float* latents) override {
+  std::vector<double> run(const Start& start, const Settings& settings, Progress& progress, float* latents) override {
     const std::int64_t outer = settings.steps, inner = settings.inner_steps;
     const std::vector<double> t = shift_grid(outer, sampler_.shift, sampler_.t_max);
     const std::vector<double> s = shift_grid(inner, sampler_.inner_shift, sampler_.t_max);
     NoiseStream stream(static_cast<std::uint64_t>(settings.seed));
     const Stopwatch first_noise;
-    put_prompt(prompt_, embeds);
+    put_prompt(prompt_, start.embeds);
     draw(x_, stream, progress, first_noise);
     for (std::int64_t i = outer; i > 0; --i) {
       const auto at = static_cast<std::size_t>(i);
@@ -47,6 +48,7 @@ class TransitionLoop : public Loop, private LoopBuffers {
       update(y_[static_cast<std::size_t>(inner - 1) % 2], static_cast<float>(t[at] - t[at - 1]), progress);
     }
     std::memcpy(latents, x_.data(), x_.bytes());
+    return {};
   }
 
  private:
@@ -202,9 +204,11 @@ void LoopBuffers::check_features() const {
 
 std::unique_ptr<Loop> make_loop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
                                 std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens) {
+  if (manifest.model.kind == "tim")
+    return make_transition_loop(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
   if (manifest.sampler.rule != "transition")
     return make_velocity_loop(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
-  return std::make_unique<TransitionLoop>(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
+  return std::make_unique<DenoiseLoop>(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
 }
 
 }  // namespace tmd::internal

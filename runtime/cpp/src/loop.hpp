@@ -2,7 +2,9 @@
 // after that a step sets scalars and runs.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "engine.hpp"
 #include "progress.hpp"
@@ -10,20 +12,28 @@
 
 namespace tmd::internal {
 
+// What a run starts from.
+struct Start {
+  const float* embeds = nullptr;    // [tokens, dim]; a model of classes has settings.label
+  const float* negative = nullptr;  // for guidance
+  const float* picture = nullptr;   // latents, for kind "tim" with settings.strength
+  // For kind "tim": gets the latents of a jump to 0, before each step but the last.
+  std::function<void(const float*)> on_preview;
+};
+
 class Loop {
  public:
   virtual ~Loop() = default;
-  // Writes latents [C, T, h, w] for embeddings [tokens, dim]; `negative` is for guidance, else nullptr.
+  // Writes latents [C, T, h, w]. Returns the times that it went through, of kind "tim".
   // Throws Error(CANCELLED) if the callback says so, Error(RUN) if a stage gives NaN or Inf.
-  virtual void run(const float* embeds, const float* negative, const Settings& settings, Progress& progress,
-                   float* latents) = 0;
+  virtual std::vector<double> run(const Start& start, const Settings& settings, Progress& progress, float* latents) = 0;
 };
 
 // The loop of the manifest's rule for latents of the settings' shape and prompts of `tokens` tokens.
 std::unique_ptr<Loop> make_loop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
                                 std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens);
 
-// Both kinds of loop: what they bind alike, and small helpers.
+// The loops whose backbone sees x: what they bind alike, and small helpers.
 class LoopBuffers {
  protected:
   LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone, std::shared_ptr<LoadedGraph> flow_head,

@@ -45,8 +45,8 @@ ModelInfo read_model(const Field& field) {
   const Field fusion = object.maybe("fusion");
   if (!fusion.is_null()) fusion.one_of({"gated", "concat"});
   const Field rope = object.maybe("rope"), classes = object.maybe("classes");
-  if (!rope.is_null()) rope.one_of({"index", "grid"});
-  if (!classes.is_null()) count(classes);
+  if (!rope.is_null()) model.rope = rope.one_of({"index", "grid"});
+  if (!classes.is_null()) model.classes = count(classes);
   object.done();
 
   if (model.dim != model.num_heads * model.head_dim) object.refuse("dim is not num_heads x head_dim");
@@ -100,10 +100,12 @@ void read_flow_map(Object& object, SamplerInfo& sampler) {
   sampler.guidance = object.need("guidance").number(0, 1000);
   if (const Field interval = object.maybe("guidance_interval"); interval.present()) {
     const std::vector<Field> ends = interval.list(2, 2);
-    if (ends[0].number(0, 1) >= ends[1].number(0, 2, false)) interval.refuse("is empty");
+    const double low = ends[0].number(0, 1), high = ends[1].number(0, 2, false);
+    if (low >= high) interval.refuse("is empty");
+    sampler.guidance_interval[0] = low, sampler.guidance_interval[1] = high;
   }
   if (const Field prompt = object.maybe("negative_prompt"); !prompt.is_null()) sampler.negative_prompt = prompt.text();
-  if (const Field rho = object.maybe("rho"); rho.present()) rho.number(0, 10);
+  if (const Field rho = object.maybe("rho"); rho.present()) sampler.rho = rho.number(0, 10);
 }
 
 SamplerInfo read_sampler(const Field& field) {
@@ -170,8 +172,8 @@ TextInfo read_text(const Field& field) {
   text.dim = count(object.need("dim"));
   std::vector<std::int64_t> ids = {text.pad_id = object.need("pad_id").integer(0, kMaxTokenId)};
   const Field eos = object.need("eos_id"), bos = object.maybe("bos_id");
-  if (!eos.is_null()) ids.push_back(text.eos_id = eos.integer(0, kMaxTokenId));
-  if (!bos.is_null()) ids.push_back(bos.integer(0, kMaxTokenId));
+  if (!eos.is_null()) ids.push_back(*(text.eos_id = eos.integer(0, kMaxTokenId)));
+  if (!bos.is_null()) ids.push_back(*(text.bos_id = bos.integer(0, kMaxTokenId)));
   if (const Field word = object.maybe("tokenization"); word.present())
     text.tokenization = word.one_of({"wan", "plain"});
   if (const Field table = object.maybe("embedding"); !table.is_null()) text.embedding = read_table(table);

@@ -51,9 +51,12 @@ struct ModelInfo {
   std::string name, family, kind;
   std::int64_t dim = 0, num_layers = 0, head_blocks = 0, num_heads = 0, head_dim = 0;
   std::int64_t patch_size[3] = {1, 1, 1};  // frames, height, width
+  std::string rope;                        // of kind "tim": "index", "grid"
+  std::int64_t classes = 0;                // of a model of numbered classes, which takes no prompt
 };
 
-// Both kinds of sampler: "transition" uses inner_* and t_max, the others times, time_rounding, init_scale, guidance.
+// All kinds of sampler: "transition" uses inner_* and t_max, "flow_map" guidance, guidance_interval and rho, the others
+// times, time_rounding, init_scale and guidance.
 struct SamplerInfo {
   std::string rule;
   std::int64_t steps = 0, inner_steps = 1;
@@ -63,6 +66,7 @@ struct SamplerInfo {
   std::vector<double> times;  // empty: null
   std::string time_rounding = "none";
   double init_scale = 1.0, guidance = 1.0;
+  double guidance_interval[2] = {0.0, 1.0}, rho = 0.0;
   std::optional<std::string> negative_prompt;
 };
 
@@ -81,12 +85,14 @@ struct EmbeddingTable {
   std::int64_t rows = 0, dim = 0;
 };
 
-// With tokenization "plain", and with null_embeds, the model is a Transition Model, which is not run here.
+// Tokenization "wan": cleaned, `ids eos pad...`; "plain": as it is, `bos ids eos`, with the marks that there are.
 struct TextInfo {
   std::optional<std::string> tokenizer;
-  std::int64_t max_length = 0, dim = 0, pad_id = 0, eos_id = 1;
+  std::int64_t max_length = 0, dim = 0, pad_id = 0;
+  std::optional<std::int64_t> bos_id, eos_id;
   std::string tokenization = "wan";
-  std::optional<EmbeddingTable> embedding, null_embeds;
+  std::optional<EmbeddingTable> embedding;    // of the tokens
+  std::optional<EmbeddingTable> null_embeds;  // the empty prompt's, max_length x dim
 };
 
 struct Manifest {

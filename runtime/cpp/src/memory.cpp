@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "tiles.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -94,10 +95,17 @@ Need estimate_need(const Manifest& manifest, const LatentSize& size) {
                      {"width", size.width},
                      {"tokens", size.frames / patch[0] * (size.height / patch[1]) * (size.width / patch[2])},
                      {"text", manifest.text.max_length}};
+  Dims denoised = dims, decoded = dims;
+  denoised["batch"] = size.rows;
+  if (manifest.model.kind == "tim") {
+    decoded["height"] = Tiling(size.height, manifest.latents.spatial_stride).tile;
+    decoded["width"] = Tiling(size.width, manifest.latents.spatial_stride).tile;
+  }
   Need need;
-  for (const std::vector<const char*>& together :
-       {std::vector<const char*>{"text_encoder"}, {"backbone", "flow_head"}, {"decoder_first", "decoder_step"}}) {
-    const std::uint64_t bytes = stage_bytes(manifest, together, dims, size.frames == 1);
+  const std::pair<std::vector<const char*>, const Dims&> stages[] = {
+      {{"text_encoder"}, dims}, {{"backbone", "flow_head"}, denoised}, {{"decoder_first", "decoder_step"}, decoded}};
+  for (const auto& [together, sizes] : stages) {
+    const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);
     need.all = plus(need.all, bytes);
     need.low = std::max(need.low, bytes);
   }

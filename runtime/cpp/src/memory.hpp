@@ -15,11 +15,11 @@ struct Need {
   std::uint64_t low = 0;  // text encoder, then denoiser, then decoder
 };
 
-// Sizes of a run in latents.
+// Sizes of a run in latents; `rows` go through the graphs of kind "tim" at once.
 struct LatentSize {
-  std::int64_t frames, height, width;
+  std::int64_t frames, height, width, rows = 1;
   bool operator==(const LatentSize& other) const {
-    return frames == other.frames && height == other.height && width == other.width;
+    return frames == other.frames && height == other.height && width == other.width && rows == other.rows;
   }
 };
 

@@ -1,13 +1,14 @@
 #include "pipeline.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "files.hpp"
 
 namespace tmd::internal {
 namespace {
 
-constexpr std::int64_t kGraphs = 5;  // text_encoder, backbone, flow_head, decoder_first, decoder_step
+constexpr std::int64_t kGraphs = 6;  // encoder, text_encoder, backbone, flow_head, decoder_first, decoder_step
 
 std::string seconds_text(double seconds) {
   const auto thousandths = static_cast<long>(seconds * 1000);
@@ -98,19 +99,60 @@ std::vector<float> Pipeline::encode(std::string_view prompt, Progress& progress,
   return encode_tokens(tokens, progress, 1, expected);
 }
 
-const std::vector<float>& Pipeline::encode_negative(const std::string& prompt, Progress& progress) {
+const std::vector<float>& Pipeline::encode_negative(const std::string& prompt, Progress& progress, std::int64_t total) {
   if (!negative_ || negative_->first != prompt) {
     negative_.reset();
-    negative_.emplace(prompt, encode_tokens(tokenize(prompt, true), progress, 2, 2));
+    negative_.emplace(prompt, encode_tokens(tokenize(prompt, true), progress, total, total));
   }
   return negative_->second;
+}
+
+std::vector<float> Pipeline::null_embeds(std::int64_t tokens) const {
+  const std::optional<EmbeddingTable>& table = manifest().text.null_embeds;
+  if (!table) return {};
+  if (tokens > table->rows)
+    fail_run("the prompt has " + std::to_string(tokens) + " rows of embeddings, and this bundle reads at most " +
+             std::to_string(table->rows) + ".");
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(tokens));
+  std::iota(rows.begin(), rows.end(), 0);
+  return read_rows(shared_->bundle, *table, rows);
+}
+
+std::int64_t Pipeline::prompts(const Settings& settings) const {
+  if (manifest().model.classes) return 0;
+  const bool kept = negative_ && negative_->first == settings.negative_prompt;
+  return settings.passes() == 2 && !kept && !is_stored(settings) ? 2 : 1;
+}
+
+Condition Pipeline::condition(std::string_view prompt, const Settings& settings, Progress& progress,
+                              std::string& warnings, std::int32_t* dropped) {
+  Condition made;
+  if (manifest().model.classes) return made;
+  const std::int64_t total = prompts(settings), dim = manifest().text.dim;
+  const auto rows = [&](const std::vector<float>& embeds) { return static_cast<std::int64_t>(embeds.size()) / dim; };
+  made.embeds = encode(prompt, progress, total, warnings, dropped);
+  if (settings.passes() == 2)
+    made.negative = is_stored(settings) ? null_embeds(rows(made.embeds))
+                                        : encode_negative(settings.negative_prompt, progress, total);
+  made.tokens = std::max(rows(made.embeds), rows(made.negative));
+  // The shorter one is filled up with rows of the empty prompt: what the text encoder gives where it pads.
+  const std::vector<float> null =
+      made.negative.empty() || made.negative.size() == made.embeds.size() ? made.negative : null_embeds(made.tokens);
+  for (std::vector<float>* embeds : {&made.embeds, &made.negative})
+    if (!null.empty() && embeds->size() < null.size())
+      embeds->insert(embeds->end(), null.begin() + static_cast<std::ptrdiff_t>(embeds->size()), null.end());
+  if (!made.negative.empty() && made.negative.size() != made.embeds.size())
+    fail_run(
+        "the prompt and the negative prompt have embeddings of different lengths, and this bundle has no rows to "
+        "fill up with. Export it again.");
+  return made;
 }
 
 std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done,
                                            std::int64_t total) {
   const std::shared_ptr<LoadedGraph> encoder = graph("text_encoder", "read a prompt", progress);
   const Stopwatch encoding;
-  const Dims dims = {{"batch", 1}, {"text", manifest().text.max_length}};
+  const Dims dims = {{"batch", 1}, {"text", static_cast<std::int64_t>(tokens.ids.size())}};
   Buffers inputs;
   const auto put = [&](const char* name, const auto& values) {
     Buffer buffer = encoder->empty(name, dims);
@@ -121,9 +163,11 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
     buffer.upload();
     inputs[name] = buffer;
   };
-  put("attention_mask", tokens.mask);
+  // A causal encoder of a prompt without padding has no mask.
+  for (const TensorSpec& spec : encoder->info().inputs)
+    if (spec.name == "attention_mask") put("attention_mask", tokens.mask);
   if (manifest().text.embedding) {
-    put("token_embeds", embed_tokens(shared_->bundle, tokens.ids));
+    put("token_embeds", read_rows(shared_->bundle, *manifest().text.embedding, tokens.ids));
   } else {
     put("input_ids", tokens.ids);
   }
@@ -139,8 +183,45 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
   return values;
 }
 
-std::vector<float> Pipeline::denoise(const float* embeds, const float* negative, std::int64_t tokens,
-                                     const Settings& settings, Progress& progress) {
+std::vector<float> Pipeline::encode_image(const std::uint8_t* rgb, std::int64_t width, std::int64_t height,
+                                          Progress& progress) {
+  const std::shared_ptr<LoadedGraph> encoder = graph("encoder", "start from a picture", progress);
+  const Stopwatch encoding;
+  const std::int64_t stride = manifest().latents.spatial_stride, channels = manifest().latents.channels;
+  const Tiling rows(height / stride, stride), columns(width / stride, stride);
+  const Dims dims = {{"batch", 1}, {"frames", 1}, {"height", rows.tile}, {"width", columns.tile}};
+  const Buffer frames = encoder->empty("frames", dims), latents = encoder->empty("latents", dims);
+  const std::int64_t places = rows.tile * columns.tile;
+  const Shape picture = {1, 1, rows.tile * stride, columns.tile * stride, 3};
+  if (frames.dtype() != DType::u8 || frames.shape() != picture || latents.dtype() != DType::f32 ||
+      latents.count() != static_cast<std::size_t>(channels * places))
+    fail_run("the encoder of this bundle has other pictures or latents than its manifest says. Export it again.");
+  const std::unique_ptr<Step> step = encoder->bind({{"frames", frames}}, {{"latents", latents}});
+  std::vector<float> whole(static_cast<std::size_t>(rows.side * columns.side * channels));  // [h, w, C]
+  join_tiles<float>(rows, columns, 1, channels, whole.data(), [&](std::int64_t top, std::int64_t left, float* part) {
+    const auto line = static_cast<std::size_t>(columns.tile * stride * 3);
+    for (std::int64_t y = 0; y < rows.tile * stride; ++y)
+      std::memcpy(frames.as<std::uint8_t>() + static_cast<std::size_t>(y) * line,
+                  rgb + ((top * stride + y) * width + left * stride) * 3, line);
+    frames.upload();
+    step->run();
+    latents.download();
+    for (std::int64_t c = 0; c < channels; ++c)
+      for (std::int64_t k = 0; k < places; ++k) part[k * channels + c] = latents.as<float>()[c * places + k];
+  });
+  std::vector<float> found(whole.size());
+  const std::int64_t all = rows.side * columns.side;
+  for (std::int64_t k = 0; k < all; ++k)
+    for (std::int64_t c = 0; c < channels; ++c)
+      found[static_cast<std::size_t>(c * all + k)] = whole[static_cast<std::size_t>(k * channels + c)];
+  check_finite(TMD_STAGE_ENCODE, found.data(), found.size());
+  progress.add(TMD_STAGE_ENCODE, encoding.seconds());
+  release({"encoder"});
+  return found;
+}
+
+std::vector<float> Pipeline::denoise(const Start& start, std::int64_t tokens, const Settings& settings,
+                                     Progress& progress, std::vector<double>* way) {
   release({"text_encoder"});
   const std::vector<std::int64_t> key = {settings.latent_frames, settings.latent_height, settings.latent_width, tokens};
   if (!loop_ || loop_key_ != key) {
@@ -154,7 +235,7 @@ std::vector<float> Pipeline::denoise(const float* embeds, const float* negative,
   }
   std::vector<float> latents(static_cast<std::size_t>(settings.channels * settings.latent_frames *
                                                       settings.latent_height * settings.latent_width));
-  loop_->run(embeds, negative, settings, progress, latents.data());
+  *way = loop_->run(start, settings, progress, latents.data());
   return latents;
 }
 
@@ -162,21 +243,59 @@ void Pipeline::decode(const float* latents, std::int64_t frames, std::int64_t he
                       const Decoder::Pieces& pieces, Progress& progress) {
   if (one_after_the_other_) loop_.reset();
   release({"backbone", "flow_head"});
-  const std::vector<std::int64_t> key = {height, width};
+  const std::int64_t stride = manifest().latents.spatial_stride;
+  const Tiling rows(height, stride), columns(width, stride);
+  const bool whole = !in_tiles(frames) || rows.starts.size() * columns.starts.size() == 1;
+  const std::vector<std::int64_t> key = {whole ? height : rows.tile, whole ? width : columns.tile};
   if (!decoder_ || decoder_key_ != key) {
     const auto first = graph("decoder_first", "turn latents into frames", progress);
     const Stopwatch load;
     decoder_.reset();
-    decoder_ = std::make_unique<Decoder>(first, manifest().latents, height, width);
+    decoder_ = std::make_unique<Decoder>(first, manifest().latents, key[0], key[1]);
     decoder_key_ = key;
     progress.add(TMD_STAGE_LOAD, load.seconds());
   }
   check_finite(TMD_STAGE_FLOW_HEAD, latents,
                static_cast<std::size_t>(manifest().latents.channels * frames * height * width));
   const auto load_step = [&] { return graph("decoder_step", "turn latents into more than one frame", progress); };
-  decoder_->run(latents, frames, load_step, pieces, progress);
+  if (whole) {
+    decoder_->run(latents, frames, load_step, pieces, progress);
+  } else {
+    decode_tiles(latents, rows, columns, pieces, progress);
+  }
   if (one_after_the_other_) decoder_.reset();
   release({"decoder_first", "decoder_step"});
+}
+
+void Pipeline::decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns,
+                            const Decoder::Pieces& pieces, Progress& progress) {
+  const std::int64_t stride = manifest().latents.spatial_stride, channels = manifest().latents.channels;
+  const auto total = static_cast<std::int64_t>(rows.starts.size() * columns.starts.size());
+  std::vector<float> cut(static_cast<std::size_t>(channels * rows.tile * columns.tile));
+  std::vector<std::uint8_t> picture(static_cast<std::size_t>(rows.side * columns.side * stride * stride * 3));
+  std::int64_t done = 0;
+  const auto make = [&](std::int64_t top, std::int64_t left, std::uint8_t* part) {
+    const Stopwatch step;
+    for (std::int64_t c = 0; c < channels; ++c)
+      for (std::int64_t y = 0; y < rows.tile; ++y)
+        std::copy_n(latents + ((c * rows.side) + top + y) * columns.side + left, columns.tile,
+                    &cut[static_cast<std::size_t>((c * rows.tile + y) * columns.tile)]);
+    Progress silent(nullptr, nullptr, 1);
+    const Decoder::Pieces keep = [&](const std::uint8_t* rgb, std::int64_t, std::int64_t) {
+      std::copy_n(rgb, rows.tile * columns.tile * stride * stride * 3, part);
+    };
+    decoder_->run(cut.data(), 1, nullptr, keep, silent);
+    progress.add(TMD_STAGE_DECODE, silent.seconds(TMD_STAGE_DECODE));
+    progress.report(TMD_STAGE_DECODE, ++done, total, step.seconds());
+  };
+  join_tiles<std::uint8_t>(rows, columns, stride, 3, picture.data(), make);
+  pieces(picture.data(), 0, 1);
+}
+
+std::int64_t Pipeline::decode_steps(std::int64_t frames, std::int64_t height, std::int64_t width) const {
+  const std::int64_t stride = manifest().latents.spatial_stride;
+  if (!in_tiles(frames)) return frames;
+  return static_cast<std::int64_t>(Tiling(height, stride).starts.size() * Tiling(width, stride).starts.size());
 }
 
 }  // namespace tmd::internal

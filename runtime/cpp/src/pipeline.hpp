@@ -13,6 +13,7 @@
 #include "loop.hpp"
 #include "memory.hpp"
 #include "settings.hpp"
+#include "tiles.hpp"
 #include "tokenizer.hpp"
 
 namespace tmd::internal {
@@ -34,6 +35,13 @@ struct Shared {
   std::map<std::string, std::weak_ptr<LoadedGraph>> graphs_;
 };
 
+// What a run is told to draw: embeddings [tokens, dim], `negative` of the same shape with guidance, else empty; nothing
+// of a model of classes.
+struct Condition {
+  std::vector<float> embeds, negative;
+  std::int64_t tokens = 1;
+};
+
 class Pipeline {
  public:
   Pipeline(std::shared_ptr<Shared> shared, const Log* log) : shared_(std::move(shared)), log_(log) {}
@@ -46,21 +54,39 @@ class Pipeline {
   bool one_after_the_other() const { return one_after_the_other_; }
 
   Tokens tokenize(std::string_view prompt, bool may_be_empty = false) const;
-  // Embeddings [tokens, dim] of a prompt; `expected` prompts are read in this call. Adds to `warnings`.
+  // Embeddings [tokens, dim] of a prompt, which is one of `expected`. Adds to `warnings`.
   std::vector<float> encode(std::string_view prompt, Progress& progress, std::int64_t expected, std::string& warnings,
                             std::int32_t* dropped);
-  // The same for a negative prompt, which may be empty; the latest one is kept.
-  const std::vector<float>& encode_negative(const std::string& prompt, Progress& progress);
-  std::vector<float> denoise(const float* embeds, const float* negative, std::int64_t tokens, const Settings& settings,
-                             Progress& progress);
+  // Everything that a run of these settings needs to know of its prompts.
+  Condition condition(std::string_view prompt, const Settings& settings, Progress& progress, std::string& warnings,
+                      std::int32_t* dropped);
+  // How many prompts `condition` encodes.
+  std::int64_t prompts(const Settings& settings) const;
+  // The empty prompt's embeddings [tokens, dim] beside a prompt of as many; empty if the bundle has none.
+  std::vector<float> null_embeds(std::int64_t tokens) const;
+  // Latents of a picture, uint8 [height, width, 3], in multiples of the latents' pixels, -> [C, h, w].
+  std::vector<float> encode_image(const std::uint8_t* rgb, std::int64_t width, std::int64_t height, Progress& progress);
+  // `way` gets the times that a Transition Model went through.
+  std::vector<float> denoise(const Start& start, std::int64_t tokens, const Settings& settings, Progress& progress,
+                             std::vector<double>* way);
   void decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
               const Decoder::Pieces& pieces, Progress& progress);
+  // How many steps `decode` reports.
+  std::int64_t decode_steps(std::int64_t frames, std::int64_t height, std::int64_t width) const;
   // Gives graphs and buffers back.
   void unload();
 
  private:
   std::shared_ptr<LoadedGraph> graph(const std::string& name, const char* purpose, Progress& progress);
+  const std::vector<float>& encode_negative(const std::string& prompt, Progress& progress, std::int64_t total);
+  // Whether the embeddings of the negative prompt lie in the bundle.
+  bool is_stored(const Settings& settings) const {
+    return settings.negative_prompt.empty() && manifest().text.null_embeds;
+  }
+  bool in_tiles(std::int64_t frames) const { return manifest().model.kind == "tim" && frames == 1; }
   std::vector<float> encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done, std::int64_t total);
+  void decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns, const Decoder::Pieces& pieces,
+                    Progress& progress);
   void release(std::initializer_list<const char*> graphs);
 
   std::shared_ptr<Shared> shared_;
@@ -68,7 +94,7 @@ class Pipeline {
   bool one_after_the_other_ = false;
   std::optional<LatentSize> prepared_;
   std::map<std::string, std::shared_ptr<LoadedGraph>> graphs_;
-  std::optional<std::pair<std::string, std::vector<float>>> negative_;
+  std::optional<std::pair<std::string, std::vector<float>>> negative_;  // the latest negative prompt, which is kept
   // Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
   std::unique_ptr<Loop> loop_;
   std::vector<std::int64_t> loop_key_;

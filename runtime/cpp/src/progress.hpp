@@ -1,6 +1,7 @@
 // Seconds per stage of one call, and the callback's voice in it.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <string>
@@ -26,6 +27,8 @@ class Progress {
 
   void add(tmd_stage stage, double seconds) { seconds_[stage] += seconds; }
   double seconds(tmd_stage stage) const { return seconds_[stage]; }
+  // So many steps more, or less, than was said will be reported.
+  void expect(std::int64_t more) { expected_ += more; }
 
   // A step is over, its time is added already. Throws Error(CANCELLED) if the callback wants no more.
   void report(tmd_stage stage, std::int64_t step, std::int64_t total, double seconds) {
@@ -37,7 +40,9 @@ class Progress {
     progress.step = static_cast<std::int32_t>(step);
     progress.total = static_cast<std::int32_t>(total);
     progress.seconds = seconds;
-    progress.fraction = expected_ > done_ ? static_cast<double>(done_) / static_cast<double>(expected_) : 1.0;
+    fraction_ =
+        std::max(fraction_, expected_ > done_ ? static_cast<double>(done_) / static_cast<double>(expected_) : 1.0);
+    progress.fraction = fraction_;
     if (callback_(user_, &progress) != 0)
       throw Error(TMD_CANCELLED, "the run was stopped by its callback after step " + std::to_string(step) + " of " +
                                      std::to_string(total) + " of the stage " + tmd_stage_name(stage) + ".");
@@ -47,7 +52,8 @@ class Progress {
   tmd_progress_fn callback_;
   void* user_;
   std::int64_t expected_, done_ = 0;
-  double seconds_[TMD_STAGES] = {};
+  double fraction_ = 0;
+  double seconds_[TMD_STAGE_ENCODE + 1] = {};
 };
 
 // Throws Error(RUN) naming the stage if `count` values hold NaN or Inf.

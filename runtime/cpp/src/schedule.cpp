@@ -1,5 +1,6 @@
 #include "schedule.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -81,6 +82,23 @@ void rope_tables(const std::int64_t (&grid)[3], std::int64_t head_dim, float* co
           }
         }
       }
+    }
+  }
+}
+
+void tim_rope_tables(std::int64_t grid_h, std::int64_t grid_w, std::int64_t head_dim, const std::string& rope,
+                     float* cosine, float* sine) {
+  if (head_dim % 4 || std::min(grid_h, grid_w) < 1 || std::max(grid_h, grid_w) > kRopePositions)
+    fail_run("a token grid of " + std::to_string(grid_h) + "x" + std::to_string(grid_w) + " with heads of " +
+             std::to_string(head_dim) + " has no rotary table: each axis needs 1 to 1024 positions.");
+  const std::int64_t half = head_dim / 2, pairs = half / 2, side = rope == "index" ? grid_h : grid_w;
+  for (std::int64_t token = 0; token < grid_h * grid_w; ++token) {
+    for (std::int64_t i = 0; i < half; ++i) {
+      const auto position = static_cast<double>(i < pairs ? token % side : token / side);
+      const double exponent = -2.0 * static_cast<double>(i % pairs) / static_cast<double>(half);
+      const double angle = position * std::pow(kRopeBase, exponent);
+      cosine[token * half + i] = static_cast<float>(std::cos(angle));
+      sine[token * half + i] = static_cast<float>(std::sin(angle));
     }
   }
 }

@@ -25,4 +25,9 @@ double told_time(double t, const std::string& rounding);
 // grid.
 void rope_tables(const std::int64_t (&grid)[3], std::int64_t head_dim, float* cosine, float* sine);
 
+// The same of a Transition Model's two-axis embedding, [grid_h * grid_w, head_dim / 2]: token k has the positions
+// (k mod grid_h, k div grid_h) for `rope` "index", and (column, row) for "grid". Throws Error(RUN) as above.
+void tim_rope_tables(std::int64_t grid_h, std::int64_t grid_w, std::int64_t head_dim, const std::string& rope,
+                     float* cosine, float* sine);
+
 }  // namespace tmd::internal

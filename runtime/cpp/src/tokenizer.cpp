@@ -11,6 +11,8 @@
 #include "clean_prompt.hpp"
 #include "error.hpp"
 #include "files.hpp"
+#include "unicode.hpp"
+#include "utf8.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -63,6 +65,13 @@ std::vector<int> without_bytes(const sentencepiece::SentencePieceProcessor& proc
   return known;
 }
 
+// Whether all of UTF-8 `text` is white space.
+bool is_blank(const std::string& text) {
+  for (const char32_t c : decode_utf8(text))
+    if (!is_space(c)) return false;
+  return true;
+}
+
 }  // namespace
 
 struct Tokenizer::Model {
@@ -71,9 +80,8 @@ struct Tokenizer::Model {
 
 std::string Tokens::warning() const {
   if (!dropped) return "";
-  const std::size_t kept = ids.size() - 1;
-  return "the prompt is too long: its last " + std::to_string(dropped) + " of " +
-         std::to_string(kept + static_cast<std::size_t>(dropped)) + " tokens are ignored. Shorten it.";
+  return "the prompt is too long: its last " + std::to_string(dropped) + " of " + std::to_string(kept + dropped) +
+         " tokens are ignored. Shorten it.";
 }
 
 Tokenizer::Tokenizer(const Bundle& bundle) : text_(bundle.manifest.text) {
@@ -100,27 +108,34 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
 Tokens Tokenizer::operator()(std::string_view prompt, bool may_be_empty) const {
-  const std::string clean = clean_prompt(prompt);
+  const bool plain = text_.tokenization == "plain";
+  if (plain) check_prompt(prompt);
+  const std::string text = plain ? std::string(prompt) : clean_prompt(prompt);
   std::vector<int> ids;
   const sentencepiece::util::Status status =
-      model_->processor.Encode(absl::string_view(clean.data(), clean.size()), &ids);
+      model_->processor.Encode(absl::string_view(text.data(), text.size()), &ids);
   if (!status.ok()) fail_run("the tokenizer of this bundle failed. Copy the bundle again, or export it anew.");
-  ids = without_bytes(model_->processor, ids);
-  if (ids.empty() && !may_be_empty) refuse_usage("the prompt is empty: describe the video in a few words.");
+  if (!plain) ids = without_bytes(model_->processor, ids);
+  if ((ids.empty() || is_blank(text)) && !may_be_empty)
+    refuse_usage("the prompt is empty: describe the video in a few words.");
   const auto length = static_cast<std::size_t>(text_.max_length);
-  const std::size_t kept = std::min(ids.size(), length - 1);
+  const std::size_t marks = (text_.bos_id ? 1 : 0) + (text_.eos_id ? 1 : 0);
+  const std::size_t kept = std::min(ids.size(), length - marks);
   Tokens tokens;
-  tokens.ids.assign(length, text_.pad_id);
-  std::copy_n(ids.begin(), kept, tokens.ids.begin());
-  tokens.ids[kept] = text_.eos_id;
-  tokens.mask.assign(length, 0);
-  std::fill_n(tokens.mask.begin(), kept + 1, 1);
+  if (text_.bos_id) tokens.ids.push_back(*text_.bos_id);
+  tokens.ids.insert(tokens.ids.end(), ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(kept));
+  if (text_.eos_id) tokens.ids.push_back(*text_.eos_id);
+  tokens.mask.assign(tokens.ids.size(), 1);
+  if (!plain) {
+    tokens.ids.resize(length, text_.pad_id);
+    tokens.mask.resize(length, 0);
+  }
+  tokens.kept = static_cast<std::int32_t>(kept);
   tokens.dropped = static_cast<std::int32_t>(ids.size() - kept);
   return tokens;
 }
 
-std::vector<float> embed_tokens(const Bundle& bundle, const std::vector<std::int64_t>& ids) {
-  const EmbeddingTable& table = *bundle.manifest.text.embedding;
+std::vector<float> read_rows(const Bundle& bundle, const EmbeddingTable& table, const std::vector<std::int64_t>& ids) {
   const std::string path = bundle.folder + "/" + table.file;
   const auto dim = static_cast<std::size_t>(table.dim), item = item_size(table.dtype), row_bytes = dim * item;
   const File file = open_regular(bundle.folder, table.file);

@@ -1,4 +1,4 @@
-// Prompt text -> token ids, as Wan's UMT5 saw them in training; and token ids -> rows of an embedding table.
+// Prompt text -> token ids, as the bundle's text encoder saw them in training; and token ids -> rows of a table.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 namespace tmd::internal {
 
 struct Tokens {
-  std::vector<std::int64_t> ids, mask;  // [max_length]
-  std::int32_t dropped = 0;             // tokens that did not fit
+  std::vector<std::int64_t> ids, mask;  // [max_length]; of tokenization "plain" as many as there are
+  std::int32_t kept = 0, dropped = 0;   // tokens of the text that are among them, and that did not fit
 
   // What the user should know about this prompt, in one sentence, or "".
   std::string warning() const;
@@ -29,7 +29,7 @@ class Tokenizer {
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
-  // Cleaned and tokenized; throws Error(USAGE) if nothing is left (unless it may be), or if clean_prompt refuses.
+  // Throws Error(USAGE) if there is no text (unless that may be), if it is not UTF-8, or if clean_prompt refuses it.
   Tokens operator()(std::string_view prompt, bool may_be_empty = false) const;
 
  private:
@@ -38,8 +38,8 @@ class Tokenizer {
   TextInfo text_;
 };
 
-// `token_embeds` [ids, dim] float32 from the bundle's table, read row by row and not mapped: a row is a few kilobytes
-// of a file of gigabytes. Throws Error(RUN) for an id without a row or a file that was changed.
-std::vector<float> embed_tokens(const Bundle& bundle, const std::vector<std::int64_t>& ids);
+// Rows [ids, dim] as float32 from a table of the bundle, read row by row and not mapped: a row is a few kilobytes of a
+// file of gigabytes. Throws Error(RUN) for an id without a row or a file that was changed.
+std::vector<float> read_rows(const Bundle& bundle, const EmbeddingTable& table, const std::vector<std::int64_t>& ids);
 
 }  // namespace tmd::internal

@@ -23,14 +23,14 @@ class VelocityLoop : public Loop, private LoopBuffers {
     passes_.push_back(bind_pass());
   }
 
-  void run(const float* embeds, const float* negative, const Settings& settings, Progress& progress,
-           float* latents) override {
-    const std::size_t count = x_.count(), passes = negative ? 2 : 1;
+  std::vector<double> run(const Start& start, const Settings& settings, Progress& progress, float* latents) override {
+    const bool guided = start.negative != nullptr;
+    const std::size_t count = x_.count(), passes = guided ? 2 : 1;
     if (passes_.size() < passes) passes_.push_back(bind_pass());
     NoiseStream stream(static_cast<std::uint64_t>(settings.seed));
     const Stopwatch noise;
-    put_prompt(passes_[0].prompt, embeds);
-    if (negative) put_prompt(passes_[1].prompt, negative);
+    put_prompt(passes_[0].prompt, start.embeds);
+    if (guided) put_prompt(passes_[1].prompt, start.negative);
     float* x = x_.as<float>();
     stream.normal(x, count);
     if (sampler_.init_scale != 1) {
@@ -49,13 +49,14 @@ class VelocityLoop : public Loop, private LoopBuffers {
       const Stopwatch update;
       for (std::size_t pass = 0; pass < passes; ++pass) passes_[pass].velocity.download();
       float* v = passes_[0].velocity.as<float>();
-      if (negative) guide(v, passes_[1].velocity.as<float>(), static_cast<float>(settings.guidance), count);
+      if (guided) guide(v, passes_[1].velocity.as<float>(), static_cast<float>(settings.guidance), count);
       rule_->step(at, x, v);
       x_.upload();
       progress.add(rule_->draws() ? TMD_STAGE_NOISE : TMD_STAGE_FLOW_HEAD, update.seconds());
       check_finite(TMD_STAGE_FLOW_HEAD, x, count);
     }
     std::memcpy(latents, x, x_.bytes());
+    return {};
   }
 
  private:

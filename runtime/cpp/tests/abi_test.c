@@ -44,7 +44,9 @@ AT(tmd_description, text_dim, 140);
 AT(tmd_description, can_encode, 144);
 AT(tmd_description, can_denoise, 148);
 AT(tmd_description, can_decode, 152);
-SIZE(tmd_description, 160);
+AT(tmd_description, can_encode_image, 156);
+AT(tmd_description, classes, 160);
+SIZE(tmd_description, 168);
 
 AT(tmd_progress, stage, 8);
 AT(tmd_progress, step, 12);
@@ -65,7 +67,15 @@ AT(tmd_run_options, negative_prompt, 56);
 AT(tmd_run_options, on_progress, 64);
 AT(tmd_run_options, on_frames, 72);
 AT(tmd_run_options, user, 80);
-SIZE(tmd_run_options, 88);
+AT(tmd_run_options, label, 88);
+AT(tmd_run_options, schedule_count, 92);
+AT(tmd_run_options, schedule, 96);
+AT(tmd_run_options, deadline, 104);
+AT(tmd_run_options, rho, 112);
+AT(tmd_run_options, strength, 120);
+AT(tmd_run_options, init_latents, 128);
+AT(tmd_run_options, on_preview, 136);
+SIZE(tmd_run_options, 144);
 
 AT(tmd_plan, steps, 8);
 AT(tmd_plan, inner_steps, 12);
@@ -86,7 +96,12 @@ SIZE(tmd_plan, 80);
 AT(tmd_result, seed, 8);
 AT(tmd_result, seconds, 16);
 AT(tmd_result, dropped_tokens, 64);
-SIZE(tmd_result, 72);
+AT(tmd_result, tokens, 68);
+AT(tmd_result, steps, 72);
+AT(tmd_result, times_count, 76);
+AT(tmd_result, times, 80);
+AT(tmd_result, encode_seconds, 88);
+SIZE(tmd_result, 96);
 #endif
 
 #define IS(name, value) _Static_assert((name) == (value), #name " has another value")
@@ -112,6 +127,7 @@ IS(TMD_STAGE_NOISE, 2);
 IS(TMD_STAGE_BACKBONE, 3);
 IS(TMD_STAGE_FLOW_HEAD, 4);
 IS(TMD_STAGE_DECODE, 5);
+IS(TMD_STAGE_ENCODE, 6);
 IS(TMD_STAGES, 6);
 IS(TMD_DEFAULT, -1);
 IS(TMD_RANDOM_SEED, -1);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -221,6 +222,81 @@ TEST_CASE("the order of freeing does not matter, and a clone keeps what it needs
   CHECK(first->generate(kPrompt, seeded()).frames == expected().frames);
   first.reset();
   CHECK(clone.generate(kPrompt, seeded()).frames == expected().frames);
+}
+
+TEST_CASE("a Transition Model: a still in any number of steps, seen on the way, from noise or from a picture") {
+  tmd::Context context(TMD_TEST_STILLS, one_thread());
+  const tmd::Description d = context.describe();
+  CHECK(std::string(d.kind) == "tim");
+  CHECK((d.can_encode_image && d.allowed_steps == nullptr && d.classes == 0));
+  tmd::RunOptions options = seeded();
+  options.steps = 3;
+  std::vector<std::vector<std::uint8_t>> seen;
+  options.previews = [&](const tmd::Piece& piece) {
+    seen.emplace_back(piece.frames, piece.frames + piece.count * piece.width * piece.height * 3);
+    return true;
+  };
+  const tmd::Video still = context.generate(kPrompt, options);
+  CHECK(still.times == std::vector<double>{1.0, 1 - 1.0 / 3, 1 - 2.0 / 3, 0.0});
+  CHECK((still.result.steps == 3 && still.plan.frames == 1 && seen.size() == 2 && seen[0] != still.frames));
+  options.steps = 1;
+  CHECK(context.generate(kPrompt, options).frames == seen[0]);  // a jump from the start is the run of one step
+
+  options.steps = 3;
+  options.previews = nullptr;
+  const tmd::Latents latents = context.denoise(context.encode(kPrompt), options);
+  CHECK((latents.times == still.times && context.decode(latents).frames == still.frames));
+
+  // The picture's own latents, hardly changed; a different one where everything changes.
+  const std::vector<float> init = context.encode_image(still.frames.data(), still.plan.width, still.plan.height);
+  options.init_latents = init.data();
+  options.strength = 0.05;
+  const auto distance = [&](const tmd::Video& video) {
+    double sum = 0;
+    for (std::size_t k = 0; k < video.frames.size(); ++k) sum += std::abs(int(video.frames[k]) - int(still.frames[k]));
+    return sum / double(video.frames.size());
+  };
+  const double near = distance(context.generate("a green square on a gray background", options));
+  options.strength = 1;
+  CHECK(near < 20);
+  CHECK(distance(context.generate("a green square on a gray background", options)) > 2 * near);
+
+  tmd::RunOptions hurried = seeded();
+  hurried.deadline = 1e-6;
+  CHECK(context.generate(kPrompt, hurried).times == std::vector<double>{1.0, 0.0});
+  hurried.deadline = 0.1;
+  const tmd::Video taken = context.generate(kPrompt, hurried);
+  tmd::RunOptions again = seeded();
+  again.schedule = taken.times.data();
+  again.schedule_count = std::int32_t(taken.times.size());
+  CHECK((taken.result.steps > 1 && context.generate(kPrompt, again).frames == taken.frames));
+
+  // It can be stopped, also by its previews, and clones give the same.
+  tmd::RunOptions stopped = seeded();
+  stopped.previews = [](const tmd::Piece&) { return false; };
+  CHECK(context.try_generate(kPrompt, stopped).status == TMD_CANCELLED);
+  stopped.previews = [](const tmd::Piece&) -> bool { throw std::out_of_range("mine"); };
+  CHECK_THROWS_AS(context.generate(kPrompt, stopped), std::out_of_range);
+  tmd::RunOptions plain = seeded();
+  plain.steps = 3;
+  tmd::Context clone = context.clone();
+  std::future<tmd::Video> other = std::async(std::launch::async, [&] { return clone.generate(kPrompt, plain); });
+  CHECK(context.generate(kPrompt, plain).frames == still.frames);
+  CHECK(other.get().frames == still.frames);
+}
+
+TEST_CASE("what is for Transition Models is refused by others") {
+  const auto status = [](auto set) {
+    tmd::RunOptions options = seeded();
+    set(options);
+    return shared().try_plan(options).status;
+  };
+  const double times[] = {1, 0};
+  CHECK(status([&](tmd::RunOptions& o) { o.schedule = times, o.schedule_count = 2; }) == TMD_ERROR_USAGE);
+  CHECK(status([](tmd::RunOptions& o) { o.deadline = 1; }) == TMD_ERROR_USAGE);
+  CHECK(status([](tmd::RunOptions& o) { o.rho = 0.5; }) == TMD_ERROR_USAGE);
+  CHECK(status([](tmd::RunOptions& o) { o.strength = 0.5; }) == TMD_ERROR_USAGE);
+  CHECK(status([](tmd::RunOptions& o) { o.label = 1; }) == TMD_ERROR_USAGE);
 }
 
 TEST_CASE("files that are missing or damaged are one sentence") {

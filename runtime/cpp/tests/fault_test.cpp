@@ -5,6 +5,7 @@
 // for from this program's text count, which the static library is part of.
 #include <tmd/tmd.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
@@ -131,6 +132,18 @@ int main() {
         return status;
       },
       0);
+  // A Transition Model, with a preview and a picture to start from.
+  std::vector<float> init(16 * 8 * 8);
+  const auto encode = [&] { return tmd_encode_image(tmd, frames.data(), 64, 64, init.data(), init.size(), nullptr); };
+  if (tmd_open(tmd, TMD_TEST_STILLS, &open) != TMD_OK) return 1;
+  inject("encode a picture", encode, 0.2);
+  run.frames = TMD_DEFAULT;
+  run.steps = 3;
+  run.rho = 0.5;
+  run.strength = 0.7;
+  run.init_latents = init.data();
+  run.on_preview = [](void*, const std::uint8_t*, std::int32_t, std::int32_t, std::int32_t, std::int32_t) { return 0; };
+  inject("generate a still, warm", generate, 0.1);
   tmd_free(tmd);
   return failures != 0;
 }

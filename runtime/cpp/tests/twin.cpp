@@ -12,6 +12,7 @@
 #include "clean_prompt.hpp"
 #include "context.hpp"
 #include "cpu.hpp"
+#include "deadline.hpp"
 #include "memory.hpp"
 #include "mojibake.hpp"
 #include "noise.hpp"
@@ -53,7 +54,159 @@ std::vector<float> floats(const std::string& hex) {
 
 std::string hex(const std::vector<float>& values) { return to_hex(values.data(), values.size() * sizeof(float)); }
 
+// Options of a run from those wishes that a test has; strings and arrays stay in `kept`.
+struct Wishes {
+  explicit Wishes(const json& given) : kept(given) {
+    tmd_run_options_init(&options);
+    options.seed = 1;
+    const auto take = [&](const char* name, auto& place) {
+      if (kept.contains(name)) place = kept.at(name);
+    };
+    take("seed", options.seed), take("steps", options.steps), take("inner_steps", options.inner_steps);
+    take("frames", options.frames), take("width", options.width), take("height", options.height);
+    take("guidance", options.guidance), take("shift", options.shift), take("label", options.label);
+    take("rho", options.rho), take("deadline", options.deadline), take("strength", options.strength);
+    negative = kept.value("negative_prompt", "");
+    if (kept.contains("negative_prompt")) options.negative_prompt = negative.c_str();
+    schedule = kept.value("schedule", std::vector<double>());
+    if (kept.contains("schedule")) options.schedule = schedule.data();
+    options.schedule_count = static_cast<std::int32_t>(schedule.size());
+    init = floats(kept.value("init_latents", ""));
+    if (!init.empty()) options.init_latents = init.data();
+  }
+  Wishes(const Wishes&) = delete;
+
+  json kept;
+  tmd_run_options options;
+  std::string negative;
+  std::vector<double> schedule;
+  std::vector<float> init;
+};
+
+// Throws what a function of the interface answers with.
+void check(tmd_context* context, tmd_status status) {
+  if (status != TMD_OK) throw Error(status, tmd_error(context));
+}
+
+// The context of the bundle and engine that were asked for last.
+tmd_context* opened_for(const json& question) {
+  static std::unique_ptr<tmd_context, void (*)(tmd_context*)> context(nullptr, tmd_free);
+  static json key;
+  const json wanted = {question.at("bundle"), question.at("engine"), question.value("memory", 0)};
+  if (context && key == wanted) return context.get();
+  tmd_context* made = nullptr;
+  tmd_create(&made);
+  context.reset(made);
+  key = nullptr;
+  tmd_open_options options;
+  tmd_open_options_init(&options);
+  const std::string path = wanted[0], engine = wanted[1], library = question.value("library", "");
+  options.engine = engine.c_str();
+  options.engine_library = library.empty() ? nullptr : library.c_str();
+  options.threads = 1;
+  options.memory = wanted[2];
+  check(made, tmd_open(made, path.c_str(), &options));
+  key = wanted;
+  return made;
+}
+
+// A whole run through the public interface.
+json run(const json& question) {
+  tmd_context* context = opened_for(question);
+  Wishes wishes(question.at("wishes"));
+  struct Seen {
+    std::vector<std::string> previews;
+    std::vector<double> fractions;
+  } seen;
+  wishes.options.user = &seen;
+  if (question.value("previews", false))
+    wishes.options.on_preview = [](void* user, const std::uint8_t* rgb, std::int32_t, std::int32_t count,
+                                   std::int32_t width, std::int32_t height) {
+      static_cast<Seen*>(user)->previews.push_back(to_hex(rgb, static_cast<std::size_t>(count * width * height * 3)));
+      return 0;
+    };
+  wishes.options.on_progress = [](void* user, const tmd_progress* progress) {
+    static_cast<Seen*>(user)->fractions.push_back(progress->fraction);
+    return 0;
+  };
+  tmd_plan plan;
+  tmd_plan_init(&plan);
+  check(context, tmd_plan_run(context, &wishes.options, &plan));
+  tmd_result result;
+  tmd_result_init(&result);
+  std::vector<std::uint8_t> frames(plan.frames_size);
+  const std::string prompt = question.value("prompt", "");
+  check(context, tmd_generate(context, question.contains("prompt") ? prompt.c_str() : nullptr, &wishes.options,
+                              frames.data(), frames.size(), &result));
+  json times = json::array();
+  for (std::int32_t k = 0; k < result.times_count; ++k) times.push_back(result.times[k]);
+  return {{"ok", to_hex(frames.data(), frames.size())},
+          {"times", times},
+          {"steps", result.steps},
+          {"seconds", std::vector<double>(result.seconds, result.seconds + TMD_STAGES)},
+          {"dropped", result.dropped_tokens},
+          {"previews", seen.previews},
+          {"fractions", seen.fractions},
+          {"warnings", tmd_warnings(context)}};
+}
+
+// The stages one by one, with embeddings and latents in between.
+json stages(const json& question) {
+  tmd_context* context = opened_for(question);
+  tmd_description of;
+  tmd_description_init(&of);
+  check(context, tmd_describe(context, &of));
+  Wishes wishes(question.at("wishes"));
+  tmd_plan plan;
+  tmd_plan_init(&plan);
+  check(context, tmd_plan_run(context, &wishes.options, &plan));
+  std::vector<float> embeds(plan.embeds_count), latents(plan.latents_count);
+  tmd_result result;
+  tmd_result_init(&result);
+  if (!of.classes) {
+    const std::string prompt = question.at("prompt");
+    check(context, tmd_encode(context, prompt.c_str(), embeds.data(), embeds.size(), &result));
+  }
+  check(context, tmd_denoise(context, of.classes ? nullptr : embeds.data(), nullptr, result.tokens, &wishes.options,
+                             latents.data(), latents.size(), nullptr));
+  std::vector<std::uint8_t> frames(plan.frames_size);
+  check(context, tmd_decode(context, latents.data(), plan.latent_frames, plan.latent_height, plan.latent_width, nullptr,
+                            frames.data(), frames.size(), nullptr));
+  return {{"ok", to_hex(frames.data(), frames.size())}, {"latents", hex(latents)}, {"tokens", result.tokens}};
+}
+
+json encode_image(const json& question) {
+  tmd_context* context = opened_for(question);
+  tmd_description of;
+  tmd_description_init(&of);
+  check(context, tmd_describe(context, &of));
+  const std::string rgb = from_hex(question.at("rgb"));
+  const std::int32_t width = question.at("width"), height = question.at("height");
+  std::vector<float> latents(
+      static_cast<std::size_t>(of.channels * (width / of.spatial_stride) * (height / of.spatial_stride)));
+  tmd_result result;
+  tmd_result_init(&result);
+  check(context, tmd_encode_image(context, reinterpret_cast<const std::uint8_t*>(rgb.data()), width, height,
+                                  latents.data(), latents.size(), &result));
+  return {{"ok", hex(latents)}, {"seconds", result.encode_seconds}};
+}
+
+// Every step that a deadline lets a run take, with the seconds left and the costs that a test says.
+json steps_in_time(const json& question) {
+  const std::vector<double> times = question.at("times"), left = question.at("left"), now = question.at("now"),
+                            later = question.at("later");
+  std::vector<double> way = {times.front()};
+  auto most = static_cast<std::int64_t>(times.size()) - 1;
+  for (std::size_t k = 0; way.back() > 0; ++k, --most)
+    way.push_back(next_time(times, question.at("fixed"), way.back(), most, left.at(k), now.at(k), later.at(k)));
+  return {{"ok", way}};
+}
+
 json answer(const json& question) {
+  if (question.at("do") == "run") return run(question);
+  if (question.at("do") == "stages") return stages(question);
+  if (question.at("do") == "encode_image") return encode_image(question);
+  if (question.at("do") == "steps_in_time") return steps_in_time(question);
   const std::string what = question.at("do");
   if (what == "bundle") {
     Bundle::open(question.at("path"));
@@ -117,12 +270,22 @@ json answer(const json& question) {
     const Tokens tokens = (*tokenizer)(question.at("text").get<std::string>(), question.value("may_be_empty", false));
     return {{"ok", tokens.ids}, {"mask", tokens.mask}, {"dropped", tokens.dropped}};
   }
-  if (what == "embeds") return {{"ok", hex(embed_tokens(Bundle::open(question.at("bundle")), question.at("ids")))}};
+  if (what == "embeds") {
+    const Bundle bundle = Bundle::open(question.at("bundle"));
+    return {{"ok", hex(read_rows(bundle, *bundle.manifest.text.embedding, question.at("ids")))}};
+  }
   if (what == "rope") {
     const std::int64_t grid[3] = {question.at("grid")[0], question.at("grid")[1], question.at("grid")[2]};
     const std::int64_t head_dim = question.at("head_dim");
     std::vector<float> cosine(static_cast<std::size_t>(grid[0] * grid[1] * grid[2] * (head_dim / 2))), sine(cosine);
     rope_tables(grid, head_dim, cosine.data(), sine.data());
+    return {{"ok", hex(cosine)}, {"sine", hex(sine)}};
+  }
+  if (what == "tim_rope") {
+    const std::int64_t height = question.at("grid")[0], width = question.at("grid")[1];
+    const std::int64_t head_dim = question.at("head_dim");
+    std::vector<float> cosine(static_cast<std::size_t>(height * width * (head_dim / 2))), sine(cosine);
+    tim_rope_tables(height, width, head_dim, question.at("rope"), cosine.data(), sine.data());
     return {{"ok", hex(cosine)}, {"sine", hex(sine)}};
   }
   if (what == "grid") return {{"ok", shift_grid(question.at("steps"), question.at("shift"), question.at("t_max"))}};
@@ -141,24 +304,15 @@ json answer(const json& question) {
     return {{"ok", hex(x)}};
   }
   if (what == "settings") {
-    tmd_run_options options;
-    tmd_run_options_init(&options);
-    options.seed = 1;
-    const json& wishes = question.at("wishes");
-    const auto take = [&](const char* name, auto& place) {
-      if (wishes.contains(name)) place = wishes.at(name);
-    };
-    take("steps", options.steps), take("inner_steps", options.inner_steps), take("frames", options.frames);
-    take("width", options.width), take("height", options.height);
-    take("guidance", options.guidance), take("shift", options.shift);
-    const std::string negative = wishes.value("negative_prompt", "");
-    if (wishes.contains("negative_prompt")) options.negative_prompt = negative.c_str();
-    const Settings s = resolve_settings(parse_manifest(from_hex(question.at("manifest")), "manifest.json"), options);
+    const Wishes wishes(question.at("wishes"));
+    const Manifest manifest = parse_manifest(from_hex(question.at("manifest")), "manifest.json");
+    const Settings s = resolve_settings(manifest, wishes.options);
     return {
         {"ok", {s.steps, s.inner_steps, s.frames, s.width, s.height, s.latent_frames, s.latent_height, s.latent_width}},
         {"times", s.times},
         {"nfe", s.nfe},
         {"guidance", s.guidance},
+        {"rho", s.rho},
         {"negative_prompt", s.negative_prompt},
         {"warnings", s.warnings}};
   }

@@ -41,7 +41,8 @@
  *
  * Numbers: lengths in bytes are size_t; counts are int32_t; TMD_DEFAULT (-1) means "what the bundle says".
  * Layout: row-major, no padding. Frames uint8 [F, H, W, 3], RGB. Latents float32 [C, T, h, w]. Embeddings float32
- * [tokens, dim]. T is (F - 1) / temporal_stride + 1; h and w are H and W over spatial_stride.
+ * [tokens, dim]. T is (F - 1) / temporal_stride + 1; h and w are H and W over spatial_stride. A Transition Model (kind
+ * "tim") makes stills: F and T are 1.
  */
 #ifndef TMD_TMD_H
 #define TMD_TMD_H
@@ -162,12 +163,12 @@ typedef struct tmd_description {
   size_t struct_size;
   const char* name;               /* of the model, "tiny" */
   const char* family;             /* its architecture, "wan2.1-t2v" */
-  const char* kind;               /* "tmd": with inner steps; "wan": without */
-  const char* rule;               /* update rule: "transition", "euler", "renoise", "unipc" */
+  const char* kind;               /* "tmd": with inner steps; "wan": without; "tim": stills, in jumps of any length */
+  const char* rule;               /* update rule: "transition", "euler", "renoise", "unipc", "flow_map" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
   const char* engine;             /* "openvino", "onnxruntime" or "tensorrt" */
   const char* engine_version;     /* as the engine's library names itself */
-  int32_t steps, inner_steps;     /* defaults; inner_steps is 1 for kind "wan" */
+  int32_t steps, inner_steps;     /* defaults; inner_steps is 1 except for kind "tmd" */
   const int32_t* allowed_steps;   /* allowed_steps_count of them, ascending; NULL: any from 1 to 1000 */
   int32_t allowed_steps_count;
   const int32_t* allowed_inner_steps;
@@ -176,8 +177,10 @@ typedef struct tmd_description {
   int32_t channels, temporal_stride, spatial_stride; /* of the latents */
   int32_t width_multiple, height_multiple;           /* sizes must be multiples of these; frames 1 plus a multiple of
                                                       * temporal_stride */
-  int32_t text_tokens, text_dim;  /* embeddings are [text_tokens, text_dim] */
+  int32_t text_tokens, text_dim;  /* embeddings are [text_tokens, text_dim], of some models shorter: see tmd_encode */
   int32_t can_encode, can_denoise, can_decode; /* whether the bundle has the graphs for it, 0 or 1 */
+  int32_t can_encode_image;       /* the same */
+  int32_t classes;                /* of a model of numbered classes, which takes no prompt; else 0 */
 } tmd_description;
 
 TMD_API void tmd_description_init(tmd_description* description);
@@ -191,14 +194,15 @@ typedef enum tmd_stage {
   TMD_STAGE_LOAD = 0,      /* a graph was loaded by the engine */
   TMD_STAGE_TEXT = 1,
   TMD_STAGE_NOISE = 2,     /* has a time, and no progress of its own */
-  TMD_STAGE_BACKBONE = 3,  /* outer steps */
-  TMD_STAGE_FLOW_HEAD = 4, /* inner steps; for kind "wan" the second half of a step */
-  TMD_STAGE_DECODE = 5     /* latent frames */
+  TMD_STAGE_BACKBONE = 3,  /* outer steps; for kind "tim" once, what depends on the prompt alone */
+  TMD_STAGE_FLOW_HEAD = 4, /* inner steps; for kind "wan" the second half of a step, for kind "tim" the whole */
+  TMD_STAGE_DECODE = 5,    /* latent frames, or tiles of a large still */
+  TMD_STAGE_ENCODE = 6     /* a picture to latents; in errors only */
 } tmd_stage;
 
-#define TMD_STAGES 6
+#define TMD_STAGES 6 /* that have a place in tmd_result.seconds */
 
-/* "load", "text", "noise", "backbone", "flow_head", "decode"; static, never NULL. */
+/* "load", "text", "noise", "backbone", "flow_head", "decode", "encode"; static, never NULL. */
 TMD_API const char* tmd_stage_name(int stage);
 
 typedef struct tmd_progress {
@@ -227,12 +231,26 @@ typedef struct tmd_run_options {
   int32_t inner_steps;   /* inner steps of each, or TMD_DEFAULT */
   int32_t frames;        /* or TMD_DEFAULT */
   int32_t width, height; /* pixels; both or neither TMD_DEFAULT */
-  double guidance;       /* kind "wan": weight of classifier-free guidance, 1 for one pass; below 0: the bundle's */
+  double guidance;       /* kinds "wan", "tim": weight of classifier-free guidance, 1: none; below 0: the bundle's */
   double shift;          /* kind "wan" with a free time grid: its warp, 1 or more; below 0: the bundle's */
-  const char* negative_prompt; /* kind "wan" with guidance; NULL: the bundle's */
+  const char* negative_prompt; /* kinds "wan", "tim" with guidance; NULL: the bundle's */
   tmd_progress_fn on_progress; /* NULL: none */
   tmd_frames_fn on_frames;     /* NULL: none; called by tmd_generate and tmd_decode */
-  void* user;                  /* handed to both */
+  void* user;                  /* handed to all three */
+  /* for kind "tim" only */
+  int32_t label;               /* the class to draw, of a model of classes; else TMD_DEFAULT */
+  int32_t schedule_count;      /* of schedule */
+  const double* schedule;      /* times that fall from 1 (or strength) to 0, in the place of steps; NULL: equal steps */
+  double deadline;             /* seconds from the first noise to the last latents: as many steps as fit, at most
+                                * `steps` (1000), the last one a jump to 0; below 0: none */
+  double rho;                  /* share of its noise that a step between the first and the last renews; below 0: the
+                                * bundle's */
+  double strength;             /* with init_latents: the time at which a run from a picture begins, 0.3 changes little
+                                * of it, 1 everything; below 0: none */
+  const float* init_latents;   /* the picture, plan.latents_count floats from tmd_encode_image; NULL: from noise alone */
+  tmd_frames_fn on_preview;    /* gets before each step but the last what the run would give if it ended there, with one
+                                * more evaluation and a decoding; needs the decoder beside the model, so not
+                                * TMD_MEMORY_LOW, and no deadline. NULL: none; called by tmd_generate, tmd_denoise */
 } tmd_run_options;
 
 TMD_API void tmd_run_options_init(tmd_run_options* options);
@@ -258,28 +276,37 @@ typedef struct tmd_result {
   int64_t seed;
   double seconds[TMD_STAGES]; /* per tmd_stage; TMD_STAGE_LOAD is 0 in a warm run */
   int32_t dropped_tokens;     /* tokens of the prompt that did not fit */
+  int32_t tokens;             /* rows that tmd_encode wrote; else 0 */
+  int32_t steps;              /* steps that were taken: with a deadline, as many as there was time for */
+  int32_t times_count;        /* of times */
+  const double* times;        /* kind "tim": the way of the run, as a schedule that repeats it; valid until the next call
+                               * on the context. NULL: of another kind */
+  double encode_seconds;      /* of tmd_encode_image */
 } tmd_result;
 
 TMD_API void tmd_result_init(tmd_result* result);
 
 /* Prompt to frames. `frames` takes plan.frames_size bytes (`frames_size` is what it has) and is written when the whole
- * video is there; NULL with frames_size 0: frames go to options->on_frames only. result NULL: not wanted. */
+ * video is there; NULL with frames_size 0: frames go to options->on_frames only. result NULL: not wanted. A model of
+ * classes takes options->label, and NULL for the prompt. */
 TMD_API tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_options* options,
                                 uint8_t* frames, size_t frames_size, tmd_result* result);
 
 /* ---- the stages, one by one ---------------------------------------------------------------------------------- */
 
-/* Prompt to token ids, end mark and padding included: int64 [text_tokens]. `dropped` (NULL: not wanted) tokens did not
- * fit. Needs a tokenizer in the bundle, and no engine. */
+/* Prompt to token ids, marks and padding included: int64 [text_tokens]. `dropped` (NULL: not wanted) tokens did not fit.
+ * Needs a tokenizer in the bundle, and no engine. */
 TMD_API tmd_status tmd_tokenize(tmd_context* context, const char* prompt, int64_t* ids, size_t ids_count,
                                 int32_t* dropped);
 
-/* Prompt to embeddings, float32 [text_tokens, text_dim]; embeds_count is the number of floats that `embeds` has. */
+/* Prompt to embeddings, float32 [text_tokens, text_dim]; embeds_count is the number of floats that `embeds` has. Of a
+ * model whose prompts keep their own length result->tokens rows are written, and the others stay as they are. */
 TMD_API tmd_status tmd_encode(tmd_context* context, const char* prompt, float* embeds, size_t embeds_count,
                               tmd_result* result);
 
-/* Embeddings [tokens, text_dim] to latents of plan.latents_count floats. `negative_embeds` (same shape) is for kind
- * "wan" with guidance, else NULL. Latents are normalised: mean 0, deviation 1 per channel. */
+/* Embeddings [tokens, text_dim] to latents of plan.latents_count floats. `negative_embeds` (same shape) is for guidance,
+ * else NULL; NULL with guidance: the empty prompt's, where the bundle has them. A model of classes takes no embeddings:
+ * NULL and 0 tokens. Latents are normalised: mean 0, deviation 1 per channel. */
 TMD_API tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* negative_embeds, int32_t tokens,
                                const tmd_run_options* options, float* latents, size_t latents_count,
                                tmd_result* result);
@@ -289,6 +316,11 @@ TMD_API tmd_status tmd_denoise(tmd_context* context, const float* embeds, const 
 TMD_API tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent_frames, int32_t latent_height,
                               int32_t latent_width, const tmd_run_options* options, uint8_t* frames,
                               size_t frames_size, tmd_result* result);
+
+/* A picture, uint8 [height, width, 3], to the latents that a run with a strength starts from: float32 [channels, 1,
+ * height / spatial_stride, width / spatial_stride]. Both lengths are multiples of spatial_stride: scale it before. */
+TMD_API tmd_status tmd_encode_image(tmd_context* context, const uint8_t* rgb, int32_t width, int32_t height,
+                                    float* latents, size_t latents_count, tmd_result* result);
 
 /* Gives back the memory of loaded graphs and buffers; weights that a clone uses stay. The next run loads again. */
 TMD_API tmd_status tmd_unload(tmd_context* context);

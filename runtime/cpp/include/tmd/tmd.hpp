@@ -58,6 +58,7 @@ struct RunOptions : tmd_run_options {
   RunOptions() { tmd_run_options_init(this); }
   std::function<bool(const tmd_progress&)> progress;  // false stops the run; empty: none
   std::function<bool(const Piece&)> pieces;           // false stops the run; empty: none
+  std::function<bool(const Piece&)> previews;         // kind "tim"; false stops the run; empty: none
 };
 
 struct Plan : tmd_plan {
@@ -76,12 +77,14 @@ struct Video {
   std::vector<std::uint8_t> frames;  // RGB [plan.frames, plan.height, plan.width, 3]; empty if nobody wanted them whole
   Plan plan;
   Result result;
+  std::vector<double> times;  // kind "tim": the way of the run
 };
 
 struct Latents {
   std::vector<float> values;  // [plan.channels, plan.latent_frames, plan.latent_height, plan.latent_width]
   Plan plan;
   Result result;
+  std::vector<double> times;  // kind "tim": the way of the run
 };
 
 // One thread at a time; move-only.
@@ -137,8 +140,10 @@ class Context {
       tmd_status status = tmd_plan_run(get(), &calls.options, &video.plan);
       if (status != TMD_OK) return status;
       if (whole) video.frames.resize(video.plan.frames_size);
-      return tmd_generate(get(), prompt.c_str(), &calls.options, whole ? video.frames.data() : nullptr,
-                          video.frames.size(), &video.result);
+      status = tmd_generate(get(), prompt.c_str(), &calls.options, whole ? video.frames.data() : nullptr,
+                            video.frames.size(), &video.result);
+      keep_times(video);
+      return status;
     });
   }
 
@@ -149,11 +154,32 @@ class Context {
       const tmd_status status = tmd_describe(get(), &description);
       if (status != TMD_OK) return status;
       embeds.resize(static_cast<std::size_t>(description.text_tokens) * static_cast<std::size_t>(description.text_dim));
-      return tmd_encode(get(), prompt.c_str(), embeds.data(), embeds.size(), nullptr);
+      Result result;
+      const tmd_status encoded = tmd_encode(get(), prompt.c_str(), embeds.data(), embeds.size(), &result);
+      embeds.resize(static_cast<std::size_t>(result.tokens) * static_cast<std::size_t>(description.text_dim));
+      return encoded;
     });
   }
 
-  // Embeddings [tokens, text_dim]; `negative` is empty, or as large, for guidance.
+  // A picture, uint8 [height, width, 3], to the latents for RunOptions::init_latents.
+  std::vector<float> encode_image(const std::uint8_t* rgb, std::int32_t width, std::int32_t height) {
+    return take(try_encode_image(rgb, width, height));
+  }
+  Expected<std::vector<float>> try_encode_image(const std::uint8_t* rgb, std::int32_t width,
+                                                std::int32_t height) noexcept {
+    return guarded<std::vector<float>>([&](std::vector<float>& latents) {
+      Description of;
+      const tmd_status status = tmd_describe(get(), &of);
+      if (status != TMD_OK) return status;
+      const auto length = [&](std::int32_t pixels) {
+        return static_cast<std::size_t>(pixels < 0 ? 0 : pixels / of.spatial_stride);
+      };
+      latents.resize(static_cast<std::size_t>(of.channels) * length(width) * length(height));
+      return tmd_encode_image(get(), rgb, width, height, latents.data(), latents.size(), nullptr);
+    });
+  }
+
+  // Embeddings [tokens, text_dim]; `negative` is empty, or as large, for guidance. Both empty for a model of classes.
   Latents denoise(const std::vector<float>& embeds, const RunOptions& options = RunOptions(),
                   const std::vector<float>& negative = {}) {
     return take(try_denoise(embeds, options, negative));
@@ -169,8 +195,11 @@ class Context {
       if (!negative.empty() && negative.size() != embeds.size()) return TMD_ERROR_USAGE;
       latents.values.resize(latents.plan.latents_count);
       const auto tokens = static_cast<std::int32_t>(embeds.size() / static_cast<std::size_t>(description.text_dim));
-      return tmd_denoise(get(), embeds.data(), negative.empty() ? nullptr : negative.data(), tokens, &calls.options,
-                         latents.values.data(), latents.values.size(), &latents.result);
+      status =
+          tmd_denoise(get(), embeds.empty() ? nullptr : embeds.data(), negative.empty() ? nullptr : negative.data(),
+                      tokens, &calls.options, latents.values.data(), latents.values.size(), &latents.result);
+      keep_times(latents);
+      return status;
     });
   }
 
@@ -202,6 +231,7 @@ class Context {
       options.user = this;
       options.on_progress = given.progress ? &Calls::on_progress : nullptr;
       options.on_frames = given.pieces ? &Calls::on_frames : nullptr;
+      options.on_preview = given.previews ? &Calls::on_preview : nullptr;
     }
     template <typename Call>
     int stop_unless(const Call& call) noexcept {
@@ -221,10 +251,23 @@ class Context {
       auto* self = static_cast<Calls*>(user);
       return self->stop_unless([&] { return self->functions.pieces({frames, first, count, width, height}); });
     }
+    static int on_preview(void* user, const std::uint8_t* frames, std::int32_t first, std::int32_t count,
+                          std::int32_t width, std::int32_t height) {
+      auto* self = static_cast<Calls*>(user);
+      return self->stop_unless([&] { return self->functions.previews({frames, first, count, width, height}); });
+    }
     tmd_run_options options;
     const RunOptions& functions;
     std::exception_ptr* place;
   };
+
+  // The pointer in the result lives until the next call only.
+  template <typename Made>
+  static void keep_times(Made& made) {
+    if (!made.result.times) return;
+    made.times.assign(made.result.times, made.result.times + made.result.times_count);
+    made.result.times = nullptr;
+  }
 
   explicit Context(tmd_context* made) noexcept : context_(made) {}
 
