@@ -92,7 +92,7 @@ def plot(found: dict[str, Values], folder: Path) -> None:
         axis.axhline(factor * next(iter(found.values()))[0][0][column], ls=":", c="gray", label="VAE alone")
         axis.set_xscale("log", base=2)
         axis.set(xlabel="steps (one evaluation each)", title=title, xticks=steps, xticklabels=steps)
-    axes[0].legend()
+    axes[1].legend()
     figure.savefig(folder / "tim.png", dpi=90)
 
 
