@@ -212,6 +212,7 @@ class Job:
                     rule=settings.rule,
                     guidance=settings.guidance,
                     size=(settings.width, settings.height),
+                    details=taken.details,
                 )
                 save_latents(latents_file, latents)
 

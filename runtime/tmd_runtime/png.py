@@ -25,23 +25,12 @@ def describe(made: Settings | Latents, model: str, prompt: str) -> dict[str, str
 
     The negative prompt is not among them: a file of embeddings may have brought another one than the settings say.
     """
-    from .settings import Settings
-
     texts = {"model": model, "prompt": prompt, "seed": str(made.seed), "steps": str(made.steps)}
     if made.inner_steps != 1:
         texts["inner_steps"] = str(made.inner_steps)
     if made.guidance != 1:
         texts["guidance"] = f"{made.guidance:g}"
-    if isinstance(made, Settings):
-        if made.label is not None:
-            texts["class"] = str(made.label)
-        if made.rho:
-            texts["rho"] = f"{made.rho:g}"
-        if made.strength is not None:
-            texts["strength"] = f"{made.strength:g}"
-        if made.scheduled or made.deadline is not None:
-            texts["schedule"] = ",".join(map(repr, made.times))
-    return {keyword: text for keyword, text in texts.items() if text}
+    return {keyword: text for keyword, text in (texts | made.details).items() if text}
 
 
 def png(image: NDArray[np.uint8], texts: Mapping[str, str] | None = None) -> bytes:

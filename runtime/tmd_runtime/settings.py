@@ -70,6 +70,20 @@ class Settings:
         """Runs of the model per step."""
         return 1 if self.guidance == 1 else 2
 
+    @property
+    def details(self) -> dict[str, str]:
+        """What only Transition Models can be told, in words for files: class, rho, strength and schedule."""
+        said: dict[str, str] = {}
+        if self.label is not None:
+            said["class"] = str(self.label)
+        if self.rho:
+            said["rho"] = f"{self.rho:g}"
+        if self.strength is not None:
+            said["strength"] = f"{self.strength:g}"
+        if self.scheduled or self.deadline is not None:
+            said["schedule"] = ",".join(map(repr, self.times))
+        return said
+
 
 @dataclass(frozen=True)
 class _Sampling:

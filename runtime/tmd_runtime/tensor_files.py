@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDS_FORMAT = "tmd-embeds-1"
 LATENTS_FORMAT = "tmd-latents-1"
+DETAILS = ("class", "rho", "strength", "schedule")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Embeddings:
 class Latents:
     """A denoised video before decoding: `latents` float32 `[1, C, T, h, w]`, normalised, and the run that made them.
 
-    `size` is (width, height) in pixels, `model` the name in the manifest of the bundle.
+    `size` is (width, height) in pixels, `model` the name in the manifest of the bundle, `details` are those of the
+    settings.
     """
 
     latents: NDArray[np.float32] = field(repr=False)
@@ -52,6 +54,7 @@ class Latents:
     rule: str
     guidance: float
     size: tuple[int, int]
+    details: dict[str, str] = field(default_factory=dict)
 
 
 def encoder_sha256(manifest: Manifest) -> str | None:
@@ -122,7 +125,7 @@ def save_latents(path: str | Path, latents: Latents) -> None:
     numbers = {name: str(getattr(latents, name)) for name in ("seed", "steps", "inner_steps", "nfe", "guidance")}
     metadata = {"format": LATENTS_FORMAT, "model": latents.model, "prompt": latents.prompt, "rule": latents.rule}
     size = {"width": str(latents.size[0]), "height": str(latents.size[1])}
-    _save(Path(path), {"latents": latents.latents[0]}, {**metadata, **numbers, **size})
+    _save(Path(path), {"latents": latents.latents[0]}, {**latents.details, **metadata, **numbers, **size})
 
 
 def load_latents(path: str | Path, manifest: Manifest) -> Latents:
@@ -150,6 +153,7 @@ def load_latents(path: str | Path, manifest: Manifest) -> Latents:
             rule=metadata["rule"],
             guidance=float(metadata["guidance"]),
             size=(int(metadata["width"]), int(metadata["height"])),
+            details={name: metadata[name] for name in DETAILS if name in metadata},
         )
     except (KeyError, ValueError) as error:
         raise RuntimeFailure(

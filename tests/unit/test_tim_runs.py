@@ -363,6 +363,23 @@ def test_a_png_says_how_to_make_it_again(run: Callable[..., Result]) -> None:
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "wishes"),
+    [
+        ("guided", ("--prompt", "x", "--schedule", "1,0.6,0.2,0", "--rho", 0.5)),
+        ("guided", ("--prompt", "x", "--deadline", 30, "--steps", 3)),
+        ("classes", ("--class", 3, "--steps", 2)),
+    ],
+)
+def test_a_png_of_saved_latents_says_the_same(
+    run: Callable[..., Result], name: str, wishes: tuple[object, ...]
+) -> None:
+    run(name, *wishes, "--seed", 2, "--save-latents", "l.safetensors", "--out", "a.png")
+    run(name, "--latents", "l.safetensors", "--out", "again.png")
+    assert texts("again.png") == texts("a.png") and {"schedule", "class"} & set(texts("a.png"))
+    assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
+
+
 def test_every_png_of_a_video_says_it_too(run: Callable[..., Result]) -> None:
     wishes = ("--prompt", "x", "--seed", 1, "--save-latents", "l.safetensors")
     said = {"model": "synthetic", "prompt": "x", "seed": "1", "steps": "2", "inner_steps": "2"}
