@@ -34,16 +34,16 @@ struct Cache {
   }
   ~Cache() { fs::remove_all(folder); }
 
-  // An entry as tmd-engine build leaves it, for the default size of the built-in bundle; `content` in place of the
-  // plan.
-  void put(const std::string& graph, const char* content = nullptr, const char* device = "Fake GPU") const {
-    const Bundle bundle = Bundle::open(TMD_TEST_BUNDLE);
+  // An entry as tmd-engine build leaves it, for the default size of a bundle; `content` in place of the plan.
+  void put(const std::string& graph, const char* content = nullptr, const char* device = "Fake GPU",
+           const std::string& folder_of_bundle = TMD_TEST_BUNDLE, std::int64_t rows = 1) const {
+    const Bundle bundle = Bundle::open(folder_of_bundle);
     const Manifest& m = bundle.manifest;
     const std::int64_t frames = (m.video.frames - 1) / m.latents.temporal_stride + 1,
                        height = m.video.height / m.latents.spatial_stride,
                        width = m.video.width / m.latents.spatial_stride;
     const bool decodes = graph.compare(0, 7, "decoder") == 0;
-    const Dims dims = {{"batch", 1},
+    const Dims dims = {{"batch", rows},
                        {"frames", decodes ? 1 : frames},
                        {"height", height},
                        {"width", width},
@@ -53,7 +53,7 @@ struct Cache {
     for (const TensorSpec& spec : bundle.graph(graph, "be run").inputs) shapes[spec.name] = spec.resolve(dims);
     PlanKey key = plan_key(bundle, bundle.graph(graph, "be run"), shapes, {kVersion, device, "9.0", false});
     key["lowered"] = std::string(64, 'a');
-    const std::string plan = content ? content : TMD_TEST_BUNDLE "\n" + graph;
+    const std::string plan = content ? content : folder_of_bundle + "\n" + graph;
     std::string line;
     for (const auto& [name, value] : key) line += (line.empty() ? "\"" : ", \"") + name + "\": \"" + value + "\"";
     std::ofstream(folder / "tensorrt" / plan_file_name(key))
@@ -88,11 +88,11 @@ int launches() {
   return count();
 }
 
-std::vector<std::uint8_t> on_the_cpu(const tmd::RunOptions& run) {
+std::vector<std::uint8_t> on_the_cpu(const tmd::RunOptions& run, const char* bundle = TMD_TEST_BUNDLE) {
   tmd::OpenOptions options;
   options.engine = "onnxruntime";
   options.threads = 1;
-  return tmd::Context(TMD_TEST_BUNDLE, options).generate(kPrompt, run).frames;
+  return tmd::Context(bundle, options).generate(kPrompt, run).frames;
 }
 
 }  // namespace
@@ -146,6 +146,31 @@ TEST_CASE("clones take turns on one stream and give the same frames") {
       return same;
     }));
   for (auto& run : runs) CHECK(run.get());
+}
+
+TEST_CASE("stills of a Transition Model, without and with guidance, previews and a picture to start from") {
+  const Cache cache;
+  for (const char* graph : {"text_encoder", "backbone", "flow_head", "decoder_first", "encoder"})
+    for (const std::int64_t rows : {1, 2}) cache.put(graph, nullptr, "Fake GPU", TMD_TEST_STILLS, rows);
+  tmd::Context context(TMD_TEST_STILLS, Options(cache));
+  const std::vector<std::uint8_t> plain = on_the_cpu(seeded(3), TMD_TEST_STILLS);
+  CHECK(context.generate(kPrompt, seeded(3)).frames == plain);
+  tmd::RunOptions guided = seeded(3);
+  guided.guidance = 2;
+  guided.rho = 0.4;
+  const std::vector<std::uint8_t> expected = on_the_cpu(guided, TMD_TEST_STILLS);
+  int previews = 0;
+  guided.previews = [&](const tmd::Piece&) { return ++previews > 0; };
+  CHECK(context.generate(kPrompt, guided).frames == expected);
+  CHECK((previews == 2 && expected != plain));
+  tmd::OpenOptions cpu;
+  cpu.engine = "onnxruntime";
+  cpu.threads = 1;
+  CHECK(context.encode_image(plain.data(), 64, 64) ==
+        tmd::Context(TMD_TEST_STILLS, cpu).encode_image(plain.data(), 64, 64));
+  tmd::RunOptions hurried = seeded();
+  hurried.deadline = 0.2;
+  CHECK(context.generate(kPrompt, hurried).times.back() == 0);
 }
 
 TEST_CASE("what is missing or refused is one sentence that says what to do") {
