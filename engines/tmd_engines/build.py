@@ -12,7 +12,7 @@ from .bundle import Bundle
 from .engine import choose, load
 from .errors import EngineError
 from .graph_file import parse_graph
-from .sizing import graph_sizes
+from .sizing import autoencoder_sizes, graph_sizes
 from .tensorrt_engine import lowered_graph, workspace_limit
 
 if TYPE_CHECKING:
@@ -22,17 +22,27 @@ if TYPE_CHECKING:
     from .manifest import GraphInfo
 
 _COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
-_PER_FRAME = ("decoder_first", "decoder_step")  # these take one latent frame at a time
+_AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
+_ROWS = ("backbone", "flow_head")
 
 
-def input_shapes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a graph's inputs in a run of this size, with a prompt of full length.
+def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> list[dict[str, int]]:
+    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set, or two
+    for a Transition Model with guidance, which has steps of one row and of two.
 
     Raises ValueError for a size that the model cannot make.
     """
-    sizes = graph_sizes(bundle.manifest, width, height, frames)
-    if graph in _PER_FRAME:
-        sizes = {**sizes, "frames": 1}
+    manifest = bundle.manifest
+    sizes = graph_sizes(manifest, width, height, frames)
+    if graph in _AUTOENCODER:
+        return [{**autoencoder_sizes(manifest, sizes), "frames": 1}]
+    if graph in _ROWS and manifest.sampler.rule == "flow_map" and manifest.sampler.guidance != 1:
+        return [sizes, {**sizes, "batch": 2}]
+    return [sizes]
+
+
+def input_shapes(bundle: Bundle, graph: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a graph's inputs."""
     return {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info(graph).inputs}
 
 
@@ -50,21 +60,20 @@ def build(
     size that the model cannot make.
     """
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
-    shapes = {graph: input_shapes(bundle, graph, *size) for graph in chosen}
+    sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
     if any(name == "tensorrt" for name, _ in chosen.values()):
         from .tensorrt_engine import import_tensorrt
 
         version = import_tensorrt()[0].version()
         for graph, (name, _) in chosen.items():
             if name == "tensorrt":
-                _lowered(bundle, graph, shapes[graph], version)
+                for each in sizes[graph]:
+                    _lowered(bundle, graph, input_shapes(bundle, graph, each), version)
     for graph, (name, where) in chosen.items():
-        sizes = graph_sizes(bundle.manifest, *size)
-        if graph in _PER_FRAME:
-            sizes = {**sizes, "frames": 1}
         with load(bundle, graph, name, where, threads, progress) as loaded:
-            sides = loaded.inputs, loaded.outputs
-            loaded.bind(*({each: loaded.empty(each, **sizes) for each in side} for side in sides))
+            for run in sizes[graph]:
+                sides = loaded.inputs, loaded.outputs
+                loaded.bind(*({each: loaded.empty(each, **run) for each in side} for side in sides))
         yield graph, name, where
 
 
@@ -85,7 +94,8 @@ def write_for_trtexec(
         raise EngineError(f"{folder} is the bundle itself, whose graphs must stay as they are: name another folder.")
     workspace = workspace_limit()
     for graph, info in bundle.manifest.graphs.items():
-        shapes = input_shapes(bundle, graph, *size)
+        every = [input_shapes(bundle, graph, sizes) for sizes in run_sizes(bundle, graph, *size)]
+        shapes = every[-1]
         model = _lowered(bundle, graph, shapes, version)
         target = folder / info.file
         try:
@@ -95,9 +105,10 @@ def write_for_trtexec(
                 shutil.copyfile(bundle.folder / info.data, folder / info.data)  # onnx refuses links
         except OSError as error:
             raise EngineError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
-        told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
         command = ["trtexec", f"--onnx={target}", "--stronglyTyped", "--noTF32"]
-        command += [f"--{which}Shapes={told}" for which in ("min", "opt", "max")]
+        for which, row in (("min", every[0]), ("opt", shapes), ("max", shapes)):
+            told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in row.items())
+            command.append(f"--{which}Shapes={told}")
         if workspace is not None:
             command.append(f"--memPoolSize=workspace:{workspace >> 20}M")
         command += [f"--timingCacheFile={folder / 'timing.cache'}", f"--saveEngine={target.with_suffix('.plan')}"]

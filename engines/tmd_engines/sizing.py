@@ -19,6 +19,7 @@ from .graph_cost import flops, peak_activation_bytes, weight_bytes
 from .graph_file import parse_graph
 from .graph_shapes import infer_shapes
 from .system_memory import available_bytes
+from .tiling import tile_size, tile_starts
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -46,8 +47,9 @@ _TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head"), ("decod
 class StageEstimate:
     """One stage: `flops` of one call, how many `calls`, its `parameters`, and bytes.
 
-    The decoder's call is the whole clip. `weight_bytes` are the weights as the engine holds them, `activation_bytes`
-    what it needs while it runs and keeps for the next run, `io_bytes` the buffers of the runtime around it.
+    The decoder's call is the whole clip, or one tile of a large still. `weight_bytes` are the weights as the engine
+    holds them, `activation_bytes` what it needs while it runs and keeps for the next run, `io_bytes` the buffers of the
+    runtime around it.
     """
 
     flops: int
@@ -115,19 +117,24 @@ def estimate(
     is_tim = manifest.model.kind == "tim"
     rows, passes = (guidance_passes, 1) if is_tim else (1, guidance_passes)
     stored = manifest.text.null_embeds is not None and not getattr(manifest.sampler, "negative_prompt", None)
+    tiles = _tiles(manifest, sizes)
     calls = {
-        "encoder": 1,
+        "encoder": tiles,
         "text_encoder": 1 if stored else guidance_passes,
         "backbone": 1 if is_tim else steps * passes,  # once per prompt
         "flow_head": steps * (inner_steps or 1) * passes,
-        "decoder": 1,
+        "decoder": tiles,
     }
     stages = {}
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
-            batch = rows if stage in ("backbone", "flow_head") else 1
-            stages[stage] = _stage(bundle, stage, present, calls[stage], {**sizes, "batch": batch})
+            if stage in ("backbone", "flow_head"):
+                asked = {**sizes, "batch": rows}
+            else:
+                asked = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
+            picture = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
+            stages[stage] = _stage(bundle, stage, present, calls[stage], asked, picture)
     model = manifest.model
     nfe = guidance_passes * steps * (1 + ((inner_steps or 1) - 1) * model.head_blocks / model.num_layers)
     return Estimate(stages, memory, nfe)
@@ -168,7 +175,23 @@ def graph_sizes(manifest: Manifest, width: int, height: int, frames: int) -> dic
     }
 
 
-def _stage(bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int]) -> StageEstimate:
+def autoencoder_sizes(manifest: Manifest, sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes` as encoder and decoder see them: of a large still, those of a tile."""
+    if manifest.model.kind != "tim":
+        return sizes
+    height, width = tile_size(sizes["height"], sizes["width"], manifest.latents.spatial_stride)
+    return {**sizes, "height": height, "width": width}
+
+
+def _tiles(manifest: Manifest, sizes: dict[str, int]) -> int:
+    seen, stride = autoencoder_sizes(manifest, sizes), manifest.latents.spatial_stride
+    return prod(len(tile_starts(sizes[side], seen[side], stride)) for side in ("height", "width"))
+
+
+def _stage(
+    bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int], picture: int
+) -> StageEstimate:
+    """`sizes` are those of one call, `picture` the pixels of one frame of the whole."""
     work = parameters = weights = activations = 0
     for name in names:
         info = bundle.graph_info(name)
@@ -181,7 +204,9 @@ def _stage(bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict
         if runs:  # a single picture needs no decoder_step
             weights += weight_bytes(graph)
             activations += peak_activation_bytes(graph)
-    return StageEstimate(work, calls, parameters, weights, activations, _io_bytes(bundle.manifest, stage, sizes))
+    return StageEstimate(
+        work, calls, parameters, weights, activations, _io_bytes(bundle.manifest, stage, sizes, picture)
+    )
 
 
 def _resolve(spec: TensorSpec, sizes: Mapping[str, int], where: str) -> tuple[int, ...]:
@@ -194,7 +219,7 @@ def _resolve(spec: TensorSpec, sizes: Mapping[str, int], where: str) -> tuple[in
         ) from None
 
 
-def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int]) -> int:
+def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int], picture: int) -> int:
     """Buffers of the runtime: inputs and outputs of the graphs, counted once where one graph's are another's."""
 
     def nbytes(specs: Iterable[TensorSpec]) -> int:
@@ -213,6 +238,5 @@ def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int]) -> int:
     caches = {spec.name.removesuffix("_next"): spec for spec in every if spec.name.startswith("cache_")}
     others = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
     sets = 1 if sizes["frames"] == 1 else 2
-    pixels = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
-    clip = 3 * pixels * (1 + (sizes["frames"] - 1) * manifest.latents.temporal_stride)
+    clip = 3 * picture * (1 + (sizes["frames"] - 1) * manifest.latents.temporal_stride)
     return nbytes(others.values()) + sets * nbytes(caches.values()) + 2 * clip

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import RuntimeFailure
-from .tiles import TILE_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -69,20 +68,13 @@ class MemoryChooser:
 
         pictured = settings.strength is not None
 
-        def needed(width: int, height: int) -> Estimate:
-            return estimate(
-                self._bundle, frames=settings.frames, width=width, height=height,
-                guidance_passes=settings.passes, from_picture=pictured,
-            )  # fmt: skip
-
         key = settings.frames, settings.width, settings.height, settings.passes, pictured
         if self._latest[0] != key:
             try:
-                found = needed(settings.width, settings.height)
-                if settings.rule == "flow_map" and max(settings.width, settings.height) > TILE_PIXELS:
-                    tile = needed(min(settings.width, TILE_PIXELS), min(settings.height, TILE_PIXELS)).stages
-                    tiled = {name: stage for name, stage in tile.items() if name in ("encoder", "decoder")}
-                    found = replace(found, stages={**found.stages, **tiled})
+                found = estimate(
+                    self._bundle, width=settings.width, height=settings.height, frames=settings.frames,
+                    guidance_passes=settings.passes, from_picture=pictured,
+                )  # fmt: skip
             except BundleError:
                 found = None
             self._latest = key, found  # steps take time, not memory

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmd_engines.tiling import tile_size
+
 from .errors import RuntimeFailure, UsageFailure
 from .loop import check_finite
-from .tiles import encode_tiles, tile_size
+from .tiles import encode_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tmd_engines.tiling import tile_size
+
 from .built_in import locate
 from .checks import check_embeds, check_latents, check_preview, check_start, memory_failure, missing_graph
 from .conditions import Conditions
@@ -29,7 +31,7 @@ from .memory import MODES, STAGES, Memory, MemoryChooser
 from .picture import encode_picture, start_size
 from .result import Result
 from .settings import Settings, Wishes, resolve_settings
-from .tiles import decode_tiles, tile_size
+from .tiles import decode_tiles
 from .transition_loop import TransitionLoop
 from .velocity_loop import VelocityLoop
 

@@ -1,7 +1,7 @@
-"""A still that is too large for the memory of its decoder, or of its encoder, taken tile by tile.
+"""A still that is too large for the memory of its decoder, or of its encoder, taken tile by tile (tmd_engines.tiling).
 
-All tiles have one size, so that a graph is bound once. Where two overlap, one fades into the other: a decoder that
-looks at the whole of its picture (DC-AE) gives each tile a slightly different look, and seams would show.
+Where two tiles overlap, one fades into the other: a decoder that looks at the whole of its picture (DC-AE) gives each
+tile a slightly different look, and seams would show.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tmd_engines.tiling import tile_starts
 
 from .loop import Timings
 
@@ -20,30 +22,13 @@ if TYPE_CHECKING:
 
     from .decoder import ChunkDecoder
 
-TILE_PIXELS = 1024  # 5 GB for DC-AE's decoder on ONNX Runtime; 1536 would be about twice that (docs/tim.md)
-OVERLAP_PIXELS = 256
-
-
-def tile_size(height: int, width: int, stride: int) -> tuple[int, int]:
-    """Height and width of a tile, in latents, for a picture of that many latents of `stride` pixels."""
-    return min(height, TILE_PIXELS // stride), min(width, TILE_PIXELS // stride)
-
-
-def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin that cover `side`, each at least `overlap` into the one before. In latents."""
-    if side <= tile:
-        return [0]
-    count = -(-(side - overlap) // (tile - overlap))
-    return [round(k * (side - tile) / (count - 1)) for k in range(count)]
-
 
 def decode_tiles(
     decoder: ChunkDecoder, latents: NDArray[Any], tile: tuple[int, int], stride: int, timings: Timings
 ) -> NDArray[np.uint8]:
     """uint8 `[1, H, W, 3]` of a still's latents `[1, C, 1, h, w]`, with a decoder bound to tiles of `tile` latents."""
     height, width = latents.shape[3:]
-    overlap = OVERLAP_PIXELS // stride
-    tops, lefts = (tile_starts(*sides, overlap) for sides in ((height, tile[0]), (width, tile[1])))
+    tops, lefts = tile_starts(height, tile[0], stride), tile_starts(width, tile[1], stride)
     picture = np.empty((height * stride, width * stride, 3), np.uint8)
     silent = Timings(seconds=timings.seconds)
     for row, top in enumerate(tops):
@@ -69,8 +54,7 @@ def encode_tiles(
 ) -> NDArray[np.float32]:
     """Latents `[1, C, 1, h, w]` of a `picture` `[H, W, 3]`; `encode` makes those of a part of `tile` latents."""
     height, width = (side // stride for side in picture.shape[:2])
-    overlap = OVERLAP_PIXELS // stride
-    tops, lefts = (tile_starts(*sides, overlap) for sides in ((height, tile[0]), (width, tile[1])))
+    tops, lefts = tile_starts(height, tile[0], stride), tile_starts(width, tile[1], stride)
     whole = np.empty((height, width, channels), np.float32)
     for row, top in enumerate(tops):
         strip = np.empty((tile[0], width, channels), np.float32)

@@ -15,7 +15,7 @@ import tmd_engines
 from tests.cpp_tools import twin
 from tests.synthetic import GRAPHS
 from tmd_engines import Bundle
-from tmd_engines.build import input_shapes
+from tmd_engines.build import input_shapes, run_sizes
 from tmd_engines.plan_cache import PlanCache, cache_folder
 from tmd_engines.tensorrt_engine import plan_key
 from tmd_runtime.built_in import BUILT_IN
@@ -55,16 +55,17 @@ def python_key(graph: str, settings: Any, version: str = "10.16.1.11", **more: A
     info = bundle.graph_info(graph)
     hashes = " ".join(bundle.manifest.files[name].sha256 for name in (info.file, info.data) if name)
     title = f"{bundle.manifest.model.name} {graph}"
-    shapes = input_shapes(bundle, graph, *SIZE)
+    shapes = input_shapes(bundle, graph, run_sizes(bundle, graph, *SIZE)[0])
     return plan_key(title, hashes, b"lowered", version, Gpu(), info.precision, shapes, settings(**more))
 
 
 def cpp_key(graph: str, version: str = "10.16.1.11", streaming: bool = False) -> dict[str, str]:
+    bundle = Bundle.open(BUILT_IN)
     key: dict[str, str] = twin().ask(
         "plan_key",
         bundle=str(BUILT_IN),
         graph=graph,
-        shapes={name: list(shape) for name, shape in input_shapes(Bundle.open(BUILT_IN), graph, *SIZE).items()},
+        shapes=input_shapes(bundle, graph, run_sizes(bundle, graph, *SIZE)[0]),
         version=version,
         device=Gpu().name,
         capability="9.0",

@@ -19,10 +19,10 @@ from tests.synthetic_tim import CLASSES, write_tim_bundle
 from tests.unit.bundle_tools import edit_manifest, reseal
 from tmd_engines import Bundle
 from tmd_engines.sizing import estimate
+from tmd_engines.tiling import TILE_PIXELS
 from tmd_runtime.built_in import BUNDLES
 from tmd_runtime.deadline import steps_in_time
 from tmd_runtime.schedule import tim_rope_tables
-from tmd_runtime.tiles import TILE_PIXELS
 from tmd_runtime.tokenizer import Tokenizer
 
 PROMPT = "a red circle moving right"

@@ -198,8 +198,8 @@ def test_a_run_from_a_picture_is_one_from_its_latents(pipeline: Pipeline) -> Non
 def test_a_large_picture_is_encoded_in_tiles(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = drawn(96, 176)
     whole = latents_of(picture, pipeline)
-    monkeypatch.setattr("tmd_runtime.tiles.TILE_PIXELS", 64)
-    monkeypatch.setattr("tmd_runtime.tiles.OVERLAP_PIXELS", 16)
+    monkeypatch.setattr("tmd_engines.tiling.TILE_PIXELS", 64)
+    monkeypatch.setattr("tmd_engines.tiling.OVERLAP_PIXELS", 16)
     # An encoder that sees nothing beyond its 8 x 8 pixels: tiles must put each where it belongs, fading or not.
     np.testing.assert_allclose(latents_of(picture, pipeline), whole, rtol=0, atol=1e-5)
 

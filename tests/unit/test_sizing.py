@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.synthetic_tim import write_tim_bundle
 from tests.unit.bundle_tools import edit_graph
 from tmd_engines import Bundle, BundleError
 from tmd_engines.graph_cost import ARENA, flops, peak_activation_bytes, weight_bytes
@@ -169,6 +170,26 @@ def test_decoder_buffers_are_two_sets_of_caches_and_the_clip_twice(synthetic_bun
     found = estimate(Bundle.open(synthetic_bundle), width=64, height=96, frames=17).stages["decoder"]
     latents, caches, pixels = 16 * 8 * 12 * 4, 32 * 8 * 12 * 4, 64 * 96 * 3
     assert found.io_bytes == latents + 2 * caches + (1 + 4) * pixels + 2 * 17 * pixels
+
+
+def test_stills_have_rows_for_guidance_and_tiles_for_the_autoencoder(tmp_path: Path) -> None:
+    bundle = Bundle.open(write_tim_bundle(tmp_path / "tim", pictures=True))
+
+    def stages(width: int, passes: int = 1) -> dict[str, StageEstimate]:
+        asked = {"width": width, "height": 1024, "frames": 1, "guidance_passes": passes}
+        return estimate(bundle, **asked, from_picture=True).stages
+
+    one, guided = stages(1024), stages(1024, passes=2)
+    assert guided["flow_head"].calls == one["flow_head"].calls == 4
+    assert 1.9 < guided["flow_head"].flops / one["flow_head"].flops < 2.1
+    assert 1.9 < guided["flow_head"].activation_bytes / one["flow_head"].activation_bytes < 2.1
+    assert guided["decoder"] == one["decoder"] and guided["text_encoder"].calls == 2
+    large = stages(3072)  # four tiles of 1024, of which 256 overlap
+    for stage in ("encoder", "decoder"):
+        assert (one[stage].calls, large[stage].calls) == (1, 4)
+        assert large[stage].flops == one[stage].flops and large[stage].activation_bytes == one[stage].activation_bytes
+    assert large["decoder"].io_bytes - one["decoder"].io_bytes == 2 * 3 * 1024 * 2048  # the picture alone is larger
+    assert large["flow_head"].activation_bytes > 2 * one["flow_head"].activation_bytes
 
 
 def test_decoder_work_grows_by_the_frame_and_its_memory_by_the_clip_alone():

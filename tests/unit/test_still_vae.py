@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from tests.unit import test_tim
 from tmd_engines import Bundle, load
 from tmd_engines.build import write_for_trtexec
+from tmd_engines.tiling import tile_starts
 from tmd_export import ExportError, export_bundle, open_source
 from tmd_export.still_vae import CONFIG, WEIGHTS, StillVAE
 from tmd_export.tim_source import RandomTiM
 from tmd_runtime.pipeline import Pipeline
-from tmd_runtime.tiles import tile_starts
 
 # The blocks of dc-ae-f32c32-sana-1.1 and of sd-vae-ft-ema in their order, at a small width, with one or two of each.
 DCAE: dict[str, Any] = {
@@ -178,8 +178,8 @@ def test_tensorrt_is_given_what_its_parser_takes_and_the_same_values(bundle: Bun
 
 def test_a_large_still_is_decoded_in_tiles(kind: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = bundle.manifest.latents.spatial_stride
-    monkeypatch.setattr("tmd_runtime.tiles.TILE_PIXELS", 4 * unit)
-    monkeypatch.setattr("tmd_runtime.tiles.OVERLAP_PIXELS", unit)
+    monkeypatch.setattr("tmd_engines.tiling.TILE_PIXELS", 4 * unit)
+    monkeypatch.setattr("tmd_engines.tiling.OVERLAP_PIXELS", unit)
     latents = np.random.default_rng(0).standard_normal((1, 16, 1, 5, 9)).astype(np.float32)
     heard: list[tuple[int, int]] = []
     with Pipeline(bundle, "onnxruntime") as pipeline:
@@ -200,11 +200,12 @@ def test_a_large_still_is_decoded_in_tiles(kind: str, bundle: Bundle, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("side", "tile", "overlap", "starts"),
-    [(4, 48, 8, [0]), (48, 48, 8, [0]), (49, 48, 8, [0, 1]), (128, 48, 8, [0, 40, 80]), (129, 48, 8, [0, 27, 54, 81])],
+    ("side", "tile", "starts"),
+    [(4, 48, [0]), (48, 48, [0]), (49, 48, [0, 1]), (128, 48, [0, 40, 80]), (129, 48, [0, 27, 54, 81])],
 )
-def test_tiles_cover_a_side(side: int, tile: int, overlap: int, starts: list[int]) -> None:
-    assert tile_starts(side, tile, overlap) == starts
+def test_tiles_cover_a_side(side: int, tile: int, starts: list[int]) -> None:
+    stride, overlap = 32, 8  # pixels per latent, and latents in 256 pixels
+    assert tile_starts(side, tile, stride) == starts
     assert all(later - earlier <= tile - overlap for earlier, later in pairwise(starts))
     assert starts[-1] + tile >= side
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tmd_engines import EngineError
+from tests.synthetic_tim import write_tim_bundle
+from tmd_engines import Bundle, EngineError
+from tmd_engines.build import run_sizes, write_for_trtexec
 from tmd_engines.build_progress import BuildProgress
 from tmd_engines.device_engine import BuildStep
 from tmd_engines.plan_cache import PlanCache
@@ -130,6 +132,23 @@ def test_second_process_waits_for_the_plan_that_the_first_one_makes(tmp_path: Pa
             other.wait(0.5)
         plans.store({"a": "1"}, b"made by the first")
     assert other.communicate(timeout=20)[0] == "b'made by the first'\n"
+
+
+def test_a_transition_model_is_compiled_for_steps_with_guidance_too_and_for_tiles(tmp_path: Path) -> None:
+    """Its flow head has one row in the first step, and two in the others; a large still is decoded in tiles."""
+    plain, guided = (
+        Bundle.open(write_tim_bundle(tmp_path / f"{guidance}", guidance=guidance, pictures=True)) for guidance in (1, 3)
+    )
+    for bundle, rows in ((plain, [1]), (guided, [1, 2])):
+        for graph in ("backbone", "flow_head"):
+            assert [sizes["batch"] for sizes in run_sizes(bundle, graph, 2048, 1024, 1)] == rows
+        for graph in ("encoder", "decoder_first"):
+            (sizes,) = run_sizes(bundle, graph, 2048, 1024, 1)
+            assert (sizes["batch"], sizes["height"], sizes["width"]) == (1, 128, 128)
+        assert len(run_sizes(bundle, "text_encoder", 2048, 1024, 1)) == 1
+    lines = {graph: line for graph, line, _ in write_for_trtexec(guided, tmp_path / "trt", (10, 3), (64, 64, 1))}
+    for which, rows in (("min", 1), ("opt", 2), ("max", 2)):
+        assert f"--{which}Shapes=x:{rows}x16x1x8x8,t:{rows},r:{rows},guidance:{rows}x{rows}," in lines["flow_head"]
 
 
 def test_progress_counts_phases_inside_phases_and_never_goes_back() -> None:
