@@ -87,12 +87,6 @@ class TransitionLoop:
         there. `times` tells afterwards which way the run took. Raises Cancelled if the callback says so, RuntimeFailure
         if a stage gives NaN or Inf.
         """
-        begun, t = perf_counter(), settings.times[0]
-        stream = NoiseStream(settings.seed)
-        with timings.stage("noise"):
-            x = stream.normal(self._shape).astype(np.float32)
-            if init is not None:
-                x = (t * x + (1 - t) * init).astype(np.float32)
         given = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
 
         def rows_at(t: float) -> int:
@@ -100,11 +94,19 @@ class TransitionLoop:
 
         kinds = sorted({rows_at(t) for t in settings.times[:-1]})
         for rows in kinds:
+            self._bind(rows, timings)
+        begun, t = perf_counter(), settings.times[0]
+        stream = NoiseStream(settings.seed)
+        with timings.stage("noise"):
+            x = stream.normal(self._shape).astype(np.float32)
+            if init is not None:
+                x = (t * x + (1 - t) * init).astype(np.float32)
+        for rows in kinds:
             self._ask(rows, given, settings.guidance, timings)
         timings.report("backbone", 1, 1, timings.seconds.get("backbone", 0.0))
         ways: Iterator[tuple[float, float]] = pairwise(settings.times)
         if settings.deadline is not None:
-            end = begun + settings.deadline + self._measure(kinds, timings)
+            end = begun + settings.deadline + self._measure(kinds, settings.deadline, timings)
             ways = steps_in_time(
                 settings.times,
                 settings.scheduled,
@@ -129,10 +131,14 @@ class TransitionLoop:
         self.times = tuple(times)
         return x
 
+    def _bind(self, rows: int, timings: Timings) -> None:
+        """The buffers of so many rows; an engine may compile for them here."""
+        if rows not in self._bound:
+            with timings.stage("load"):
+                self._bound[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
+
     def _ask(self, rows: int, given: list[NDArray[Any]], g: float, timings: Timings) -> None:
         """What `flow_head` needs of the prompt, and how the rows mix."""
-        if rows not in self._bound:
-            self._bound[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
         bound = self._bound[rows]
         start = perf_counter()
         # whole buffers: they may lie on a device
@@ -141,12 +147,21 @@ class TransitionLoop:
         bound.make_context()
         timings.add("backbone", perf_counter() - start)
 
-    def _measure(self, kinds: list[int], timings: Timings) -> float:
+    def _measure(self, kinds: list[int], deadline: float, timings: Timings) -> float:
         """Seconds that went into steps whose time was not known. They count as `load`: only a first run has them."""
+        zeros = np.zeros(self._shape, np.float32)
+
+        def cost(rows: int) -> float:
+            start = perf_counter()
+            self._step(zeros, 1.0, 0.0, rows)
+            return perf_counter() - start
+
         start = perf_counter()
         for rows in kinds:
             if not self._costs.knows(rows):
-                self._timed_step(np.zeros(self._shape, np.float32), 1.0, 0.0, rows)
+                first = cost(rows)
+                # The very first one may be slow for reasons that do not come back, and here it would decide.
+                self._costs.add(rows, cost(rows) if first > deadline / 10 else first)
         seconds = perf_counter() - start
         timings.add("load", seconds)
         return seconds

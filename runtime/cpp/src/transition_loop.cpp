@@ -42,6 +42,11 @@ class TransitionLoop : public Loop {
   }
 
   std::vector<double> run(const Start& start, const Settings& settings, Progress& progress, float* latents) override {
+    const auto rows_at = [&](double time) { return settings.guided(time) ? std::size_t{2} : std::size_t{1}; };
+    bool needed[2] = {false, false};
+    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k) needed[rows_at(settings.times[k]) - 1] = true;
+    for (const std::size_t rows : {std::size_t{1}, std::size_t{2}})
+      if (needed[rows - 1]) bind(rows, progress);
     const Stopwatch begun;
     double t = settings.times.front();
     NoiseStream stream(static_cast<std::uint64_t>(settings.seed));
@@ -50,9 +55,6 @@ class TransitionLoop : public Loop {
     if (start.picture) blend(x, start.picture, t);
     progress.add(TMD_STAGE_NOISE, begun.seconds());
 
-    const auto rows_at = [&](double time) { return settings.guided(time) ? std::size_t{2} : std::size_t{1}; };
-    bool needed[2] = {false, false};
-    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k) needed[rows_at(settings.times[k]) - 1] = true;
     double backbone = 0;
     for (const std::size_t rows : {std::size_t{1}, std::size_t{2}})
       if (needed[rows - 1]) backbone += ask(rows, start, settings);
@@ -60,7 +62,7 @@ class TransitionLoop : public Loop {
     progress.report(TMD_STAGE_BACKBONE, 1, 1, backbone);
 
     double end = settings.deadline.value_or(0);
-    if (settings.deadline) end += measure(needed, progress);
+    if (settings.deadline) end += measure(needed, *settings.deadline, progress);
     const auto dearest = [&] {
       double most = 0;
       for (std::size_t k = 0; k < 2; ++k)
@@ -104,9 +106,10 @@ class TransitionLoop : public Loop {
       fail_run("a graph of this bundle has tensors of another size or type than its manifest says. Export it again.");
   }
 
-  Rows& bound(std::size_t rows) {
-    Rows& found = rows_[rows - 1];
-    if (found.step) return found;
+  // The buffers of so many rows; an engine may compile for them here.
+  void bind(std::size_t rows, Progress& progress) {
+    if (rows_[rows - 1].step) return;
+    const Stopwatch load;
     Rows made;
     Dims dims = dims_;
     dims["batch"] = static_cast<std::int64_t>(rows);
@@ -129,12 +132,13 @@ class TransitionLoop : public Loop {
                                         {"rope_cos", rope_cos_},
                                         {"rope_sin", rope_sin_}},
                                        {{"x_next", made.x_next}});
-    return found = std::move(made);
+    rows_[rows - 1] = std::move(made);
+    progress.add(TMD_STAGE_LOAD, load.seconds());
   }
 
   // What the flow head needs of the prompt, and how the rows mix. Returns the seconds.
   double ask(std::size_t rows, const Start& start, const Settings& settings) {
-    Rows& at = bound(rows);
+    Rows& at = rows_[rows - 1];
     const Stopwatch asking;
     if (classes_) {
       at.asked.as<std::int64_t>()[0] = settings.label;
@@ -156,14 +160,19 @@ class TransitionLoop : public Loop {
   }
 
   // Seconds that went into steps whose time was not known. They count as loading: only a first run has them.
-  double measure(const bool (&needed)[2], Progress& progress) {
+  double measure(const bool (&needed)[2], double deadline, Progress& progress) {
     const Stopwatch all;
     const std::vector<float> zeros(count_);
-    for (std::size_t rows = 1; rows <= 2; ++rows) {
-      if (!needed[rows - 1] || costs_[rows - 1].known()) continue;
+    const auto cost = [&](std::size_t rows) {
       const Stopwatch step;
       jump(zeros, 1.0, 0.0, rows);
-      costs_[rows - 1].add(step.seconds());
+      return step.seconds();
+    };
+    for (std::size_t rows = 1; rows <= 2; ++rows) {
+      if (!needed[rows - 1] || costs_[rows - 1].known()) continue;
+      const double first = cost(rows);
+      // The very first one may be slow for reasons that do not come back, and here it would decide.
+      costs_[rows - 1].add(first > deadline / 10 ? cost(rows) : first);
     }
     progress.add(TMD_STAGE_LOAD, all.seconds());
     return all.seconds();
