@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 import tmd_runtime
 from tests.cpp_tools import RUN, USAGE, engine_options, onnxruntime_library, twin
-from tests.synthetic import TEXT_DIM, TEXT_LENGTH
+from tests.synthetic import TEXT_DIM, TEXT_LENGTH, velocity_sampler, write_synthetic_bundle
 from tests.synthetic_tim import CLASSES, write_tim_bundle
 from tests.unit.bundle_tools import edit_manifest, reseal
 from tmd_engines import Bundle
 from tmd_engines.sizing import estimate
 from tmd_engines.tiling import TILE_PIXELS
-from tmd_runtime.built_in import BUNDLES
+from tmd_runtime.built_in import BUILT_IN, BUNDLES
 from tmd_runtime.deadline import steps_in_time
 from tmd_runtime.schedule import tim_rope_tables
 from tmd_runtime.tokenizer import Tokenizer
@@ -130,6 +130,23 @@ def test_previews_are_bit_equal_and_change_nothing(
     expected = pipelines["guided"](PROMPT, seed=5, steps=3, on_preview=seen.append)
     answer = ask("run", bundles["guided"], engine, prompt=PROMPT, wishes={"seed": 5, "steps": 3}, previews=True)
     assert len(answer["previews"]) == len(seen) == 2
+    for found, wanted in zip(answer["previews"], seen, strict=True):
+        np.testing.assert_array_equal(pixels(found, wanted.shape), wanted)
+    np.testing.assert_array_equal(pixels(answer["ok"], expected.frames.shape), expected.frames)
+
+
+@pytest.mark.parametrize("rule", ["transition", "unipc", "renoise"])
+def test_previews_of_videos_are_bit_equal(tmp_path: Path, engine: str, rule: str) -> None:
+    if rule == "transition":
+        bundle, wishes = BUILT_IN, {"seed": 5, "steps": 2, "inner_steps": 2, "frames": 9}
+    else:
+        sampler = velocity_sampler(rule=rule, steps=3, guidance=2.0)
+        bundle, wishes = write_synthetic_bundle(tmp_path / "bundle", sampler=sampler), {"seed": 5}
+    seen: list[NDArray[np.uint8]] = []
+    with tmd_runtime.load(bundle, engine=engine, threads=1) as pipeline:
+        expected = pipeline(PROMPT, on_preview=seen.append, **wishes)  # type: ignore[arg-type]
+    answer = ask("run", bundle, engine, prompt=PROMPT, wishes=wishes, previews=True)
+    assert len(answer["previews"]) == len(seen) == expected.steps - 1
     for found, wanted in zip(answer["previews"], seen, strict=True):
         np.testing.assert_array_equal(pixels(found, wanted.shape), wanted)
     np.testing.assert_array_equal(pixels(answer["ok"], expected.frames.shape), expected.frames)

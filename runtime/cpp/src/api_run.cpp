@@ -83,7 +83,7 @@ Start start_of(Pipeline& pipeline, const tmd_run_options& options, const Setting
                              narrow(settings.height)) != 0)
         throw Error(TMD_CANCELLED, "the run was stopped by on_preview.");
     };
-    pipeline.decode(latents, 1, settings.latent_height, settings.latent_width, show, silent);
+    pipeline.decode(latents, settings.latent_frames, settings.latent_height, settings.latent_width, show, silent);
     for (const tmd_stage stage : {TMD_STAGE_LOAD, TMD_STAGE_DECODE}) progress.add(stage, silent.seconds(stage));
   };
   return start;

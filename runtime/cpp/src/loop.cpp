@@ -45,7 +45,10 @@ class DenoiseLoop : public Loop, private LoopBuffers {
         const double flow_head = transition(s, (outer - i) * inner, outer * inner, progress);
         if (features_.on_device()) record(s, backbone / (backbone + flow_head));
       }
-      update(y_[static_cast<std::size_t>(inner - 1) % 2], static_cast<float>(t[at] - t[at - 1]), progress);
+      const Buffer& y = y_[static_cast<std::size_t>(inner - 1) % 2];
+      y.download();
+      if (start.on_preview && i > 1) start.on_preview(data_estimate(y.as<float>(), t[at]).data());
+      update(y, static_cast<float>(t[at] - t[at - 1]), progress);
     }
     std::memcpy(latents, x_.data(), x_.bytes());
     return {};
@@ -143,7 +146,6 @@ class DenoiseLoop : public Loop, private LoopBuffers {
 
   void update(const Buffer& y, float width, Progress& progress) {
     const Stopwatch update;
-    y.download();
     float* x = x_.as<float>();
     const float* velocity = y.as<float>();
     // Two roundings, as in Python: the product is a float before it is subtracted.
@@ -191,6 +193,17 @@ LoopBuffers::LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> 
   rope_tables(grid, manifest.model.head_dim, rope_cos_.as<float>(), rope_sin_.as<float>());
   rope_cos_.upload();
   rope_sin_.upload();
+}
+
+std::vector<float> LoopBuffers::data_estimate(const float* v, double t) const {
+  const auto factor = static_cast<float>(t);
+  const float* x = x_.as<float>();
+  std::vector<float> data(x_.count());
+  for (std::size_t k = 0; k < data.size(); ++k) {
+    const float product = factor * v[k];
+    data[k] = x[k] - product;
+  }
+  return data;
 }
 
 void LoopBuffers::put_prompt(const Buffer& prompt, const float* embeds) const {

@@ -17,7 +17,7 @@ struct Start {
   const float* embeds = nullptr;    // [tokens, dim]; a model of classes has settings.label
   const float* negative = nullptr;  // for guidance
   const float* picture = nullptr;   // latents, for kind "tim" with settings.strength
-  // For kind "tim": gets the latents of a jump to 0, before each step but the last.
+  // Gets in each step but the last the latents that the run would end with if it were the last.
   std::function<void(const float*)> on_preview;
 };
 
@@ -39,6 +39,8 @@ class LoopBuffers {
   LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone, std::shared_ptr<LoadedGraph> flow_head,
               const Settings& settings, std::int64_t tokens);
 
+  // x - t v: where the velocity leads at time 0.
+  std::vector<float> data_estimate(const float* v, double t) const;
   void put_prompt(const Buffer& prompt, const float* embeds) const;
   // Throws Error(RUN) if the backbone gave NaN or Inf. Not asked of a device, where it would cost a copy of all
   // features: NaN in them is NaN in x, which is looked at after every step.

@@ -97,7 +97,6 @@ void refuse_jumps(const tmd_run_options& options) {
   refuse(options.deadline >= 0, "a deadline");
   refuse(options.strength >= 0 || options.init_latents, "to start from a picture");
   refuse(options.rho >= 0, "rho");
-  refuse(options.on_preview != nullptr, "a preview");
 }
 
 void check_label(const ModelInfo& model, std::int32_t label) {

@@ -50,9 +50,15 @@ class VelocityLoop : public Loop, private LoopBuffers {
       for (std::size_t pass = 0; pass < passes; ++pass) passes_[pass].velocity.download();
       float* v = passes_[0].velocity.as<float>();
       if (guided) guide(v, passes_[1].velocity.as<float>(), static_cast<float>(settings.guidance), count);
+      double spent = 0;  // in the preview
+      if (start.on_preview && i + 1 < settings.steps) {
+        const Stopwatch preview;
+        start.on_preview(data_estimate(v, settings.times[at]).data());
+        spent = preview.seconds();
+      }
       rule_->step(at, x, v);
       x_.upload();
-      progress.add(rule_->draws() ? TMD_STAGE_NOISE : TMD_STAGE_FLOW_HEAD, update.seconds());
+      progress.add(rule_->draws() ? TMD_STAGE_NOISE : TMD_STAGE_FLOW_HEAD, update.seconds() - spent);
       check_finite(TMD_STAGE_FLOW_HEAD, x, count);
     }
     std::memcpy(latents, x, x_.bytes());

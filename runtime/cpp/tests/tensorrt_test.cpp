@@ -117,6 +117,11 @@ TEST_CASE("frames are those of the engine behind it, and outer steps after the f
   CHECK(launched() == 1);  // another number of inner steps is recorded anew
   CHECK(context.generate(kPrompt, seeded(1, 1)).frames == on_the_cpu(seeded(1, 1)));
   CHECK(launched() == 0);
+  tmd::RunOptions watched = seeded(2, 2);
+  int previews = 0;
+  watched.previews = [&](const tmd::Piece& piece) { return previews += piece.first == 0, true; };
+  CHECK(context.generate(kPrompt, watched).frames == on_the_cpu(seeded(2, 2)));
+  CHECK(previews == 1);
 }
 
 TEST_CASE("a run can be stopped in every stage, recorded steps too, and the context goes on") {

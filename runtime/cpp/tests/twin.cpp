@@ -120,9 +120,11 @@ json run(const json& question) {
   } seen;
   wishes.options.user = &seen;
   if (question.value("previews", false))
-    wishes.options.on_preview = [](void* user, const std::uint8_t* rgb, std::int32_t, std::int32_t count,
+    wishes.options.on_preview = [](void* user, const std::uint8_t* rgb, std::int32_t first, std::int32_t count,
                                    std::int32_t width, std::int32_t height) {
-      static_cast<Seen*>(user)->previews.push_back(to_hex(rgb, static_cast<std::size_t>(count * width * height * 3)));
+      auto& previews = static_cast<Seen*>(user)->previews;
+      if (first == 0) previews.emplace_back();
+      previews.back() += to_hex(rgb, static_cast<std::size_t>(count * width * height * 3));
       return 0;
     };
   wishes.options.on_progress = [](void* user, const tmd_progress* progress) {

@@ -248,9 +248,11 @@ typedef struct tmd_run_options {
   double strength;             /* with init_latents: the time at which a run from a picture begins, 0.3 changes little
                                 * of it, 1 everything; below 0: none */
   const float* init_latents;   /* the picture, plan.latents_count floats from tmd_encode_image; NULL: from noise alone */
-  tmd_frames_fn on_preview;    /* gets before each step but the last what the run would give if it ended there, with one
-                                * more evaluation and a decoding; needs the decoder beside the model, so not
-                                * TMD_MEMORY_LOW, and no deadline. NULL: none; called by tmd_generate, tmd_denoise */
+  /* for all kinds */
+  tmd_frames_fn on_preview;    /* gets in each step but the last what the run would give if it ended there, in pieces that
+                                * begin at picture 0 anew; costs a decoding, and for kind "tim" an evaluation. Needs the
+                                * decoder beside the model, so not TMD_MEMORY_LOW, and no deadline. NULL: none; called by
+                                * tmd_generate and tmd_denoise */
 } tmd_run_options;
 
 TMD_API void tmd_run_options_init(tmd_run_options* options);

@@ -58,7 +58,7 @@ struct RunOptions : tmd_run_options {
   RunOptions() { tmd_run_options_init(this); }
   std::function<bool(const tmd_progress&)> progress;  // false stops the run; empty: none
   std::function<bool(const Piece&)> pieces;           // false stops the run; empty: none
-  std::function<bool(const Piece&)> previews;         // kind "tim"; false stops the run; empty: none
+  std::function<bool(const Piece&)> previews;         // false stops the run; empty: none
 };
 
 struct Plan : tmd_plan {
