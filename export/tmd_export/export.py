@@ -86,6 +86,8 @@ def export_bundle(
     """
     chosen = ordered(source.default_parts if parts is None else parts)
     precisions = {part: parse_precision(precision)[part] for part in chosen}
+    if source.model_entry().get("classes") and precisions.get("backbone") in QUANTIZED:
+        precisions["backbone"] = "bf16"  # a table of the classes, in which there is no product
     if text_encoder_weights not in (None, "int8"):
         raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
     if text_encoder_weights and "text_encoder" in precisions:

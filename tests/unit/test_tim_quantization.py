@@ -119,6 +119,14 @@ def test_large_pictures_are_calibrated_on_small_ones(
     }) == size  # fmt: skip
 
 
+def test_the_table_of_classes_is_not_quantized(tmp_path: Any) -> None:
+    source = RandomTiM("small", 0, CLASSES)
+    bundle = export_bundle(source, tmp_path / "b", PARTS, precision="int8", keep_layers=False).bundle
+    assert {name: graph.precision for name, graph in bundle.manifest.graphs.items()} == {
+        "backbone": "bf16", "flow_head": "int8",
+    }  # fmt: skip
+
+
 def test_prompts_without_a_text_encoder_are_refused(tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
