@@ -13,6 +13,7 @@ from tests.synthetic import (
     CHANNELS,
     DIM,
     TEXT_DIM,
+    TEXT_LENGTH,
     GraphBuilder,
     _add_time,
     _patchify,
@@ -78,7 +79,15 @@ def encoder() -> GraphBuilder:
     return g
 
 
-def write_tim_bundle(folder: str | Path, classes: bool = False, guidance: float = 1.0, pictures: bool = False) -> Path:
+def write_plain_bundle(folder: str | Path) -> Path:
+    """One with guidance whose prompts keep their length, and that holds the embeddings of the empty prompt, as those
+    with Gemma for a text encoder; returns its path."""
+    return write_tim_bundle(folder, guidance=3.0, plain=True)
+
+
+def write_tim_bundle(
+    folder: str | Path, classes: bool = False, guidance: float = 1.0, pictures: bool = False, plain: bool = False
+) -> Path:
     """Writes a complete, valid bundle of kind "tim" under the new folder `folder`, with `pictures` one that can start
     from them; returns its path."""
     from tmd_engines import BundleWriter
@@ -96,4 +105,9 @@ def write_tim_bundle(folder: str | Path, classes: bool = False, guidance: float 
         document["video"] = {"frames": 1, "width": 64, "height": 64, "fps": 1}
         if classes:
             document["text"] |= {"tokenizer": None}
+        if plain:
+            rows = np.random.default_rng(5).normal(size=(TEXT_LENGTH, TEXT_DIM)).astype("<f4")
+            (writer.folder / "null.bin").write_bytes(rows.tobytes())
+            table = {"file": "null.bin", "dtype": "float32", "rows": TEXT_LENGTH, "dim": TEXT_DIM}
+            document["text"] |= {"tokenization": "plain", "bos_id": 2, "eos_id": None, "null_embeds": table}
         return writer.commit(document).folder

@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .engine import Engine
 from .errors import EngineError, one_line, quote
 from .graph_file import all_tensors, parse_graph
 from .plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder
+
+if TYPE_CHECKING:
+    from .manifest import TensorSpec
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -50,8 +53,9 @@ def compile_properties(threads: int | None) -> dict[str, str]:
 class OpenVinoEngine(Engine):
     """One graph, compiled once per combination of input shapes. Buffers are numpy arrays; nothing is copied.
 
-    Static shapes are worth a compilation: 1.2 to 1.8 times as fast as one graph for all sizes (docs/speed.md). The
-    latest compiled graph is kept, and those of older sizes as long as a step uses them.
+    Static shapes are worth a compilation: 1.2 to 1.8 times as fast as one graph for all sizes (docs/speed.md). Only the
+    length of prompts that keep their own is left open, which costs nothing (docs/tim.md). The latest compiled graph is
+    kept, and those of older sizes as long as a step uses them.
     """
 
     def __init__(self, bundle: Bundle, graph: str, device: str, threads: int | None) -> None:
@@ -68,6 +72,8 @@ class OpenVinoEngine(Engine):
         self._properties = compile_properties(threads)
         self._model = _read_model(openvino, bundle, graph)
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
+        text = bundle.manifest.text
+        self._longest = text.max_length if text.tokenization == "plain" else None
         self._key = _base_key(openvino, [file.sha256 for file in files], self._properties)
         # Beside the weights in their file, an entry holds a second copy of them.
         small = sum(file.size for file in files) <= MAX_ENTRY_BYTES
@@ -85,18 +91,19 @@ class OpenVinoEngine(Engine):
         if self._model is None:
             raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
         check_buffers(self, inputs, outputs)
-        shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        sizes = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        shapes = tuple(map(self._opened, self.inputs.values(), sizes))
         compiled = self._compiled.get(shapes)
         if compiled is None:
             self._latest = None  # two compiled copies of a large model do not fit side by side
-            compiled = self._compiled[shapes] = self._compile(shapes)
+            compiled = self._compiled[shapes] = self._compile(shapes, sizes)
         self._latest = compiled
         try:
             request = compiled.create_infer_request()
             for name, array in (*inputs.items(), *outputs.items()):
                 request.set_tensor(name, self._openvino.Tensor(_writable(array), shared_memory=True))
         except Exception as error:
-            self._fail("cannot bind", shapes, error)
+            self._fail("cannot bind", sizes, error)
         step = _BoundStep(self.graph, request, (dict(inputs), dict(outputs), compiled))
         self._steps.add(step)
         return step
@@ -108,8 +115,14 @@ class OpenVinoEngine(Engine):
         self._steps.clear()
         self._latest = self._model = None
 
-    def _compile(self, shapes: Shapes) -> Any:
-        """The graph for these input shapes, from the cache if it is there."""
+    def _opened(self, spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that an input is compiled for: -1 where any number of text tokens will do."""
+        if self._longest is None:
+            return shape
+        return tuple(-1 if symbol == "text" else size for (_, symbol), size in zip(spec.factors(), shape, strict=True))
+
+    def _compile(self, shapes: Shapes, sizes: Shapes) -> Any:
+        """The graph for these input shapes, from the cache if it is there; `sizes` are without open lengths."""
         key = {**self._key, "shapes": str(shapes)}
         plan = self._plans.load(key)
         if plan:
@@ -119,15 +132,17 @@ class OpenVinoEngine(Engine):
                 plan = None  # an entry that OpenVINO does not take is rebuilt
         try:
             model = self._model.clone()
-            model.reshape({name: list(shape) for name, shape in zip(self.inputs, shapes, strict=True)})
+            open_length = self._openvino.Dimension(1, self._longest or -1)
+            partial = [[open_length if size < 0 else size for size in shape] for shape in shapes]
+            model.reshape(dict(zip(self.inputs, partial, strict=True)))
             compiled = _core().compile_model(model, "CPU", self._properties)
         except Exception as error:
-            self._fail("cannot compile", shapes, error)
+            self._fail("cannot compile", sizes, error)
         if plan is None and self._plans.usable:
-            self._plans.store(key, self._checked_plan(compiled, shapes))
+            self._plans.store(key, self._checked_plan(compiled, sizes))
         return compiled
 
-    def _checked_plan(self, compiled: Any, shapes: Shapes) -> bytes:
+    def _checked_plan(self, compiled: Any, sizes: Shapes) -> bytes:
         """The compiled graph as bytes if it computes the same after reading it back, otherwise nothing.
 
         The check is needed: OpenVINO 2026.4 loses settings of its rotary embedding on the way and then computes
@@ -141,7 +156,7 @@ class OpenVinoEngine(Engine):
                 name: rng.normal(size=shape).astype(spec.dtype)
                 if np.dtype(spec.dtype).kind == "f"
                 else rng.integers(0, 2, shape).astype(spec.dtype)
-                for (name, spec), shape in zip(self.inputs.items(), shapes, strict=True)
+                for (name, spec), shape in zip(self.inputs.items(), sizes, strict=True)
             }
             expected, found = (list(each(inputs).values()) for each in (compiled, again))
         except Exception:
@@ -149,10 +164,10 @@ class OpenVinoEngine(Engine):
         same = all(one.tobytes() == other.tobytes() for one, other in zip(expected, found, strict=True))
         return plan if same else b""
 
-    def _fail(self, what: str, shapes: Shapes, error: Exception) -> NoReturn:
-        sizes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.inputs, shapes, strict=True))
+    def _fail(self, what: str, sizes: Shapes, error: Exception) -> NoReturn:
+        said = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.inputs, sizes, strict=True))
         raise EngineError(
-            f"OpenVINO {what} graph {self.graph} for {quote(sizes, 300)[1:-1]}: {one_line(error)}"
+            f"OpenVINO {what} graph {self.graph} for {quote(said, 300)[1:-1]}: {one_line(error)}"
         ) from error
 
 

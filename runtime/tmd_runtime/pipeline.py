@@ -349,16 +349,21 @@ class Pipeline:
             check_embeds(prompt_embeds, negative_embeds, self.manifest.text.dim)
         with self._stage("backbone"):
             key = (settings.latent_shape, 1 if labelled else prompt_embeds.shape[1])
-            if self._loop is None or self._loop[0] != key:
+            before = self._loop
+            if before is None or before[0] != key:
                 engines = self._graph("backbone", timings), self._graph("flow_head", timings)
+                if settings.rule != "flow_map" or (before and before[0][0] != key[0]):
+                    before = None  # only for a prompt of another length it holds what an engine compiled for the size
                 self._loop = None
                 loops: dict[str, type[Any]] = {"transition": DenoiseLoop, "flow_map": TransitionLoop}
                 kind = loops.get(settings.rule, VelocityLoop)
                 self._loop = key, kind(*engines, self.manifest, *key)
+            assert self._loop is not None
             loop = self._loop[1]
             if isinstance(loop, TransitionLoop):
                 latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
                 settings = settings.through(loop.times)
+                del before
             else:
                 latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview)
             self.latest = settings

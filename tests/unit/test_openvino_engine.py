@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+import tmd_runtime
+from tests.synthetic_tim import write_plain_bundle
 from tests.unit.bundle_tools import edit_graph, edit_manifest
 from tests.unit.engine_tools import Buffers, buffers, plain_session
 from tmd_engines import Bundle, EngineError, engine, load, openvino_engine
@@ -142,12 +144,45 @@ def test_second_run_computes_the_same_bits(bundle: Bundle, cache: Path, graph: s
     assert all(np.array_equal(cold[name], warm[name]) for name in cold)
 
 
+def test_prompts_of_any_length_share_one_compiled_graph(tmp_path: Path, cache: Path, done: list[str]) -> None:
+    bundle = Bundle.open(write_plain_bundle(tmp_path / "plain"))
+    rng = np.random.default_rng(0)
+    for graph in ("text_encoder", "backbone", "flow_head"):
+        with load(bundle, graph, "onnxruntime") as wanted, load(bundle, graph, "openvino") as found:
+            for text in (3, 32, 1, 7):
+                sizes = {"batch": 2, "frames": 1, "height": 4, "width": 6, "tokens": 6, "text": text}
+                given = {name: rng.integers(0, 2, spec.resolve(**sizes)).astype(spec.dtype) if "int" in spec.dtype
+                         else rng.standard_normal(spec.resolve(**sizes), np.float32)
+                         for name, spec in found.inputs.items()}  # fmt: skip
+                made = [{name: each.empty(name, **sizes) for name in each.outputs} for each in (wanted, found)]
+                wanted.run(given, made[0])
+                found.run(given, made[1])
+                for name, values in made[0].items():
+                    np.testing.assert_allclose(made[1][name], values, rtol=0, atol=1e-5)
+    assert done.count("compile_model") == 3, "one for each graph"
+
+
+def test_a_prompt_of_another_length_compiles_nothing(tmp_path: Path, cache: Path, done: list[str]) -> None:
+    with tmd_runtime.load(write_plain_bundle(tmp_path / "plain"), engine="openvino", threads=1) as pipeline:
+        pipeline("a red circle", seed=1, steps=2)
+        assert (
+            done.count("compile_model") == 6
+        )  # text encoder and decoder; backbone and flow head for steps without guidance and with
+        done.clear()
+        for prompt in ("a small blue square growing slowly", "star", "a red circle"):
+            assert pipeline(prompt, seed=1, steps=2).frames.std() > 1
+        assert "compile_model" not in done and "import_model" not in done
+        pipeline("a red circle", seed=1, steps=2, size=(96, 64))
+        assert "compile_model" in done
+
+
 def test_plan_that_computes_something_else_is_never_used(
     bundle: Bundle, cache: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Bundle.open(bundle.folder)
     with load(other, "decoder_first", "openvino", threads=1) as loaded:
-        wrong = loaded._compile(tuple(array.shape for array in buffers(loaded)[0].values()))  # type: ignore[attr-defined]
+        sizes = tuple(array.shape for array in buffers(loaded)[0].values())
+        wrong = loaded._compile(sizes, sizes)  # type: ignore[attr-defined]
     for path in cache.glob("*.plan"):
         path.unlink()
     real = openvino_engine.OpenVinoEngine._checked_plan

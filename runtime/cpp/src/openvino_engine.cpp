@@ -71,8 +71,9 @@ class OpenVinoStep : public Step {
   std::unique_ptr<ov_infer_request_t, std::function<void(ov_infer_request_t*)>> request_;
 };
 
-// One graph, compiled once per combination of input shapes. The latest compiled one is kept, and those of older sizes
-// as long as a step uses them.
+// One graph, compiled once per combination of input shapes; the length of prompts that keep their own is left open, as
+// tmd_engines/openvino_engine.py says. The latest compiled one is kept, and those of older sizes as long as a step uses
+// them.
 class OpenVinoGraph : public LoadedGraph {
  public:
   OpenVinoGraph(Library library, const Bundle& bundle, const GraphInfo& info, std::int32_t threads)
@@ -89,6 +90,7 @@ class OpenVinoGraph : public LoadedGraph {
 
  private:
   using Shapes = std::map<std::string, Shape>;
+  static constexpr std::int64_t kAnyLength = -1;  // in the shapes that a graph is compiled for
 
   ov_model_t* read_model() const {
     // By its path: OpenVINO finds a data file only beside a graph that it reads itself.
@@ -104,6 +106,10 @@ class OpenVinoGraph : public LoadedGraph {
   Compiled compiled_for(const Buffers& inputs) {
     Shapes shapes;
     for (const auto& [name, buffer] : inputs) shapes[name] = buffer.shape();
+    if (bundle_.manifest.text.tokenization == "plain")
+      for (const TensorSpec& spec : info_.inputs)
+        for (std::size_t k = 0; k < spec.shape.size(); ++k)
+          if (spec.shape[k].symbol == "text") shapes[spec.name][k] = kAnyLength;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto before = known_.find(shapes);
     Compiled compiled = before == known_.end() ? nullptr : before->second.lock();
@@ -130,9 +136,13 @@ class OpenVinoGraph : public LoadedGraph {
       for (ov_partial_shape_t& shape : partial) library_->ov_partial_shape_free(&shape);
     });
     for (const auto& [name, shape] : shapes) {
+      std::vector<ov_dimension_t> dimensions;
+      for (const std::int64_t size : shape)
+        dimensions.push_back(size == kAnyLength ? ov_dimension_t{1, bundle_.manifest.text.max_length}
+                                                : ov_dimension_t{size, size});
       ov_partial_shape_t one{};
       library_->check(
-          library_->ov_partial_shape_create_static(static_cast<std::int64_t>(shape.size()), shape.data(), &one), what);
+          library_->ov_partial_shape_create(static_cast<std::int64_t>(shape.size()), dimensions.data(), &one), what);
       names.push_back(name.c_str());
       partial.push_back(one);
     }

@@ -23,7 +23,7 @@ namespace tmd::internal {
   X(ov_core_compile_model)                  \
   X(ov_model_reshape)                       \
   X(ov_model_free)                          \
-  X(ov_partial_shape_create_static)         \
+  X(ov_partial_shape_create)                \
   X(ov_partial_shape_free)                  \
   X(ov_compiled_model_create_infer_request) \
   X(ov_compiled_model_free)                 \

@@ -224,7 +224,11 @@ std::vector<float> Pipeline::denoise(const Start& start, std::int64_t tokens, co
                                      Progress& progress, std::vector<double>* way) {
   release({"text_encoder"});
   const std::vector<std::int64_t> key = {settings.latent_frames, settings.latent_height, settings.latent_width, tokens};
+  std::unique_ptr<Loop> before;
   if (!loop_ || loop_key_ != key) {
+    // Of a prompt of another length: holds, until this run is bound, what an engine compiled for the size.
+    if (loop_ && manifest().model.kind == "tim" && std::equal(key.begin(), key.end() - 1, loop_key_.begin()))
+      before = std::move(loop_);
     const auto backbone = graph("backbone", "denoise", progress);
     const auto flow_head = graph("flow_head", "denoise", progress);
     const Stopwatch load;
