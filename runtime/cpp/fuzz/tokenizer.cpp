@@ -8,6 +8,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   using namespace tmd::internal;
   TextInfo text;
   text.max_length = 16;
+  text.eos_id = 1;
   try {
     const Tokenizer tokenizer({reinterpret_cast<const char*>(data), size}, text, "tokenizer.model");
     const Tokens tokens = tokenizer("a red circle, \xC3\xA9\xE4\xB8\x80 0123");
