@@ -141,7 +141,8 @@ def check(name: str, found: Accuracy, precision: str) -> None:
     elif exact and found.levels_changed > MAX_LEVEL_SHARE * found.levels_total:
         problem = f"{found.levels_changed} of {found.levels_total} values of its frames are a level off"
     if problem:
-        remedy = "Use the versions in constraints.txt." if exact else f"Choose --precision {name}=fp32."
+        instead = "bf16" if least == MIN_COSINE_QUANTIZED else "fp32"
+        remedy = "Use the versions in constraints.txt." if exact else f"Choose --precision {name}={instead}."
         raise ExportError(f"{name} on ONNX Runtime differs from the reference: {problem}. {remedy}")
 
 

@@ -55,14 +55,14 @@ def test_the_runtime_computes_what_the_reference_computes(pipeline: Pipeline, st
 
 def test_more_steps_draw_more_shapes_right(pipeline: Pipeline) -> None:
     """A coarse check that the shipped weights are the trained ones; docs/tim.md has the measured table."""
-    scenes, captions = held_out(48, seed=11)
+    scenes, captions = held_out(208, seed=7)
     shape = {}
-    for steps in (1, 32):
+    for steps in (1, 8):
         stills = [pipeline(text, seed=seed, steps=steps).frames[0] for seed, text in enumerate(captions)]
         found = score(scenes, np.stack(stills))
-        assert found["color"] >= 0.85 and found["background"] >= 0.95, (steps, found)
+        assert found["color"] >= 0.9 and found["background"] >= 0.98, (steps, found)
         shape[steps] = found["shape"]
-    assert shape[32] >= 0.55 and shape[32] >= shape[1] + 0.1, shape
+    assert shape[8] >= 0.85 and shape[8] >= shape[1] + 0.04, shape
 
 
 def test_every_graph_was_verified_and_the_bundle_stays_below_10_mb() -> None:
