@@ -46,7 +46,9 @@ class DenoiseLoop : public Loop, private LoopBuffers {
         if (features_.on_device()) record(s, backbone / (backbone + flow_head));
       }
       const Buffer& y = y_[static_cast<std::size_t>(inner - 1) % 2];
+      const Stopwatch crossing;
       y.download();
+      progress.add(TMD_STAGE_FLOW_HEAD, crossing.seconds());
       if (start.on_preview && i > 1) start.on_preview(data_estimate(y.as<float>(), t[at]).data());
       update(y, static_cast<float>(t[at] - t[at - 1]), progress);
     }
@@ -168,7 +170,9 @@ class DenoiseLoop : public Loop, private LoopBuffers {
 
 LoopBuffers::LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
                          std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens)
-    : backbone_graph_(std::move(backbone)), flow_head_graph_(std::move(flow_head)) {
+    : backbone_graph_(std::move(backbone)),
+      flow_head_graph_(std::move(flow_head)),
+      embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)) {
   const std::int64_t grid[3] = {settings.latent_frames / manifest.model.patch_size[0],
                                 settings.latent_height / manifest.model.patch_size[1],
                                 settings.latent_width / manifest.model.patch_size[2]};
@@ -207,6 +211,8 @@ std::vector<float> LoopBuffers::data_estimate(const float* v, double t) const {
 }
 
 void LoopBuffers::put_prompt(const Buffer& prompt, const float* embeds) const {
+  if (prompt.dtype() != DType::f32 || prompt.count() != embeds_count_)
+    fail_run("the backbone of this bundle takes other embeddings than its manifest says. Export it again.");
   std::memcpy(prompt.data(), embeds, prompt.bytes());
   prompt.upload();
 }

@@ -41,6 +41,7 @@ class LoopBuffers {
 
   // x - t v: where the velocity leads at time 0.
   std::vector<float> data_estimate(const float* v, double t) const;
+  // Throws Error(RUN) if the graph wants other embeddings than [tokens, dim].
   void put_prompt(const Buffer& prompt, const float* embeds) const;
   // Throws Error(RUN) if the backbone gave NaN or Inf. Not asked of a device, where it would cost a copy of all
   // features: NaN in them is NaN in x, which is looked at after every step.
@@ -48,6 +49,7 @@ class LoopBuffers {
 
   std::shared_ptr<LoadedGraph> backbone_graph_, flow_head_graph_;
   Dims dims_;
+  std::size_t embeds_count_;
   Buffer x_, t_, rope_cos_, rope_sin_, features_, context_;
 };
 

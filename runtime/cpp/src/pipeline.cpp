@@ -172,7 +172,9 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
     put("input_ids", tokens.ids);
   }
   const Buffer embeds = encoder->empty("prompt_embeds", dims);
-  if (embeds.dtype() != DType::f32) fail_run("the text encoder of this bundle gives no float32. Export it again.");
+  if (embeds.dtype() != DType::f32 ||
+      embeds.count() != tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim))
+    fail_run("the text encoder of this bundle gives other embeddings than its manifest says. Export it again.");
   encoder->bind(inputs, {{"prompt_embeds", embeds}})->run();
   embeds.download();
   check_finite(TMD_STAGE_TEXT, embeds.as<float>(), embeds.count());

@@ -165,7 +165,10 @@ json stages(const json& question) {
   std::vector<float> embeds(plan.embeds_count), latents(plan.latents_count);
   tmd_result result;
   tmd_result_init(&result);
-  if (!of.classes) {
+  if (question.contains("tokens")) {  // zeros in the place of a prompt's embeddings
+    result.tokens = question.at("tokens");
+    embeds.assign(static_cast<std::size_t>(result.tokens * of.text_dim), 0.0f);
+  } else if (!of.classes) {
     const std::string prompt = question.at("prompt");
     check(context, tmd_encode(context, prompt.c_str(), embeds.data(), embeds.size(), &result));
   }
