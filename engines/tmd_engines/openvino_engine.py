@@ -122,9 +122,14 @@ class OpenVinoEngine(Engine):
         return tuple(-1 if symbol == "text" else size for (_, symbol), size in zip(spec.factors(), shape, strict=True))
 
     def _compile(self, shapes: Shapes, sizes: Shapes) -> Any:
-        """The graph for these input shapes, from the cache if it is there; `sizes` are without open lengths."""
+        """The graph for these input shapes, from the cache if it is there; `sizes` are without open lengths.
+
+        A graph for any length is not kept: the check of a plan is one of a single length, and at 1 a rotary embedding
+        that is lost does not show.
+        """
         key = {**self._key, "shapes": str(shapes)}
-        plan = self._plans.load(key)
+        fixed = shapes == sizes
+        plan = self._plans.load(key) if fixed else None
         if plan:
             try:
                 return _core().import_model(plan, "CPU", self._properties)
@@ -138,7 +143,7 @@ class OpenVinoEngine(Engine):
             compiled = _core().compile_model(model, "CPU", self._properties)
         except Exception as error:
             self._fail("cannot compile", sizes, error)
-        if plan is None and self._plans.usable:
+        if plan is None and fixed and self._plans.usable:
             self._plans.store(key, self._checked_plan(compiled, sizes))
         return compiled
 

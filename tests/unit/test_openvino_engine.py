@@ -160,6 +160,7 @@ def test_prompts_of_any_length_share_one_compiled_graph(tmp_path: Path, cache: P
                 for name, values in made[0].items():
                     np.testing.assert_allclose(made[1][name], values, rtol=0, atol=1e-5)
     assert done.count("compile_model") == 3, "one for each graph"
+    assert "import_model" not in done and not list(cache.glob("*.plan")), "a plan is checked at one length only"
 
 
 def test_a_prompt_of_another_length_compiles_nothing(tmp_path: Path, cache: Path, done: list[str]) -> None:
@@ -167,6 +168,7 @@ def test_a_prompt_of_another_length_compiles_nothing(tmp_path: Path, cache: Path
         pipeline("a red circle", seed=1, steps=2)
         # text encoder and decoder; backbone and flow head for steps without guidance and with
         assert done.count("compile_model") == 6
+        assert len(list(cache.glob("*.plan"))) == 1, "the decoder's"
         done.clear()
         for prompt in ("a small blue square growing slowly", "star", "a red circle"):
             assert pipeline(prompt, seed=1, steps=2).frames.std() > 1
