@@ -20,7 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-from tmd_runtime.loop import DenoiseLoop, StepInfo, Timings
+from tmd_runtime.clock import StepInfo, Timings
+from tmd_runtime.sampling.tmd import DenoiseLoop
 from tmd_runtime.settings import Settings
 
 GATE_MICROSECONDS = 50

@@ -16,9 +16,9 @@ import click
 import numpy as np
 
 from tmd_engines import Bundle
-from tmd_engines.openvino_engine import OpenVinoEngine
-from tmd_engines.sizing import graph_sizes
-from tmd_runtime.cli import Size
+from tmd_engines.cost.sizing import graph_sizes
+from tmd_engines.openvino.engine import OpenVinoEngine
+from tmd_runtime.command.cli import Size
 
 
 def profile(bundle: Bundle, graph: str, sizes: dict[str, int], runs: int) -> tuple[float, Counter[str], Counter[str]]:

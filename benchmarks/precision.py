@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ms_ssim import ms_ssim
 from tmd_engines import Bundle
-from tmd_engines.bundle import format_size
-from tmd_engines.onnxruntime_engine import OnnxRuntimeEngine
+from tmd_engines.bundle.reader import format_size
+from tmd_engines.onnxruntime.engine import OnnxRuntimeEngine
 from tmd_export import export_bundle, open_source
 from tmd_export.quantization.calibration import FILE, read_calibration
 from tmd_export.quantization.inputs import latent_size, rope

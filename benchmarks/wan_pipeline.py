@@ -297,7 +297,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
         if checkpoint is None:
-            from tests.synthetic_checkpoints import write_full_size
+            from tests.helpers.synthetic_checkpoints import write_full_size
 
             checkpoint = write_full_size(folder / "Wan2.1-T2V-1.3B")
         print(machine())

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from .errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .bundle_writer import BundleWriter
-    from .engine import Engine, Step, load
-    from .manifest import SCHEMA_VERSION, Manifest, TensorSpec
+    from .bundle.manifest import SCHEMA_VERSION, Manifest, TensorSpec
+    from .bundle.reader import Bundle
+    from .bundle.writer import BundleWriter
+    from .engine import Engine, Step
+    from .registry import load
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -41,14 +42,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Bundle": "bundle",
-    "BundleWriter": "bundle_writer",
+    "Bundle": "bundle.reader",
+    "BundleWriter": "bundle.writer",
     "Engine": "engine",
     "Step": "engine",
-    "load": "engine",
-    "Manifest": "manifest",
-    "SCHEMA_VERSION": "manifest",
-    "TensorSpec": "manifest",
+    "load": "registry",
+    "Manifest": "bundle.manifest",
+    "SCHEMA_VERSION": "bundle.manifest",
+    "TensorSpec": "bundle.manifest",
 }
 
 

@@ -20,8 +20,8 @@ from .errors import ExportError
 
 if TYPE_CHECKING:
     from .export import ExportResult, GraphReport, Progress, export_bundle
-    from .sources import FolderSource, RandomSource, Source, open_source
-    from .wan_source import WanSource
+    from .sources.source import FolderSource, RandomSource, Source, open_source
+    from .sources.wan import WanSource
 
 __all__ = [
     "ExportError",
@@ -41,11 +41,11 @@ _HOME = {
     "GraphReport": "export",
     "Progress": "export",
     "export_bundle": "export",
-    "FolderSource": "sources",
-    "RandomSource": "sources",
-    "Source": "sources",
-    "open_source": "sources",
-    "WanSource": "wan_source",
+    "FolderSource": "sources.source",
+    "RandomSource": "sources.source",
+    "Source": "sources.source",
+    "open_source": "sources.source",
+    "WanSource": "sources.wan",
 }
 
 

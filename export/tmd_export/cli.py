@@ -22,7 +22,7 @@ from .presets import PRESETS
 if TYPE_CHECKING:
     from .export import ExportResult, Progress
     from .quantization.calibration import Calibration
-    from .sources import Source
+    from .sources.source import Source
 
 FAILED, INTERRUPTED = 1, 130
 COUNTED_BYTES = 100_000_000  # a file from this size on is written long enough to tell how far it is
@@ -233,7 +233,7 @@ def _export(
         if line is not None:
             line.show("loading")
         from .export import export_bundle
-        from .sources import open_source
+        from .sources.source import open_source
 
         kind = PRESETS[options["preset"] or "tmd"].kind
         source = open_source(model, checkpoint, random_weights, decoder, kind, text_encoder)
@@ -276,7 +276,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return "there is not enough memory for this model. Close other programs, or choose fewer --parts."
     if isinstance(error, ImportError):
-        return f"{error}. Exporting needs torch and onnx: pip install 'tmd[export]'"
+        return f"{error}. Exporting needs torch and onnx: pip install '.[export]' in tmd's checkout"
     return None
 
 
@@ -326,7 +326,7 @@ class _Line:
         self._progress.update(self._task, description=text)
 
     def __call__(self, progress: Progress) -> None:
-        from tmd_engines.bundle import format_size
+        from tmd_engines.bundle.reader import format_size
 
         text = f"{progress.graph}: {self.LABELS[progress.stage]}"
         if progress.bytes_total >= COUNTED_BYTES:
@@ -345,7 +345,7 @@ def _print_table(result: ExportResult, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tmd_engines.bundle import format_size
+    from tmd_engines.bundle.reader import format_size
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("graph")

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
-from tmd_engines.bundle import format_size
+from tmd_engines.bundle.reader import format_size
 
-from .embedding import write_null_embeds
 from .errors import ExportError
-from .graph_export import GraphReport, Tell, export_graph
-from .int8 import int8_bytes
+from .graphs.export import GraphReport, Tell, export_graph
 from .parts import QUANTIZED, ordered, parse_precision
 from .presets import Preset, find
 from .quantization.calibration import QUANTIZABLE, Calibration
 from .quantization.quantizer import Quantizer
-from .sources import TOKENIZER, Source
-from .weights import build
+from .sources.source import TOKENIZER, Source
+from .weights.int8 import int8_bytes
+from .weights.tables import write_null_embeds
+from .weights.weights import build
 
 # Models that were not made for the size of their preset.
 VIDEO = {
@@ -149,7 +149,7 @@ def _manifest(
         "provenance": {
             "source": source.origin,
             "source_sha256": source.sha256(parts),
-            "tool": f"tmd-export {_version('tmd') or 'from its sources'}",
+            "tool": f"tmd-export {_version('tmd-runtime') or 'from its sources'}",
             "versions": _versions(),
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         },

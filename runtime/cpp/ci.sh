@@ -66,7 +66,7 @@ cmp "$build/examples-shared-tmd_generate.rgb" "$build/generate-pkgconfig.rgb"
 "$build/examples-shared/tmd_preview" "$bundle" "$prompt" | tail -n 1
 
 say "the same as Python"
-(cd "$root" && TMD_CPP_BUILD="$build" "$python" -m pytest -q -p no:cacheprovider tests/unit/test_cpp_*.py tests/e2e/test_cpp_frames.py)
+(cd "$root" && TMD_CPP_BUILD="$build" "$python" -m pytest -q -p no:cacheprovider tests/unit/cpp tests/e2e/test_cpp_frames.py)
 
 if [ "${FUZZ_SECONDS:-5}" != 0 ] && command -v clang++ >/dev/null; then
   say fuzz

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tmd_runtime.noise import NoiseStream
+from tmd_runtime.sampling.noise import NoiseStream
 
 FILE = Path(__file__).with_name("noise.txt")
 
 HEADER = """\
-# Golden values of the noise stream (tmd_runtime/noise.py), as bits, for every implementation in every language.
+# Golden values of the noise stream (tmd_runtime/sampling/noise.py), as bits, for every implementation.
 #
 # Tokens are separated by white space; from '#' to the end of a line is a comment. Three commands:
 #   stream SEED        start a new stream; SEED is decimal, 0..2^64-1

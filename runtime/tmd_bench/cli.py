@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmd_runtime.cli import ENGINES, Size, Whole
+from tmd_runtime.command.cli import ENGINES, Size, Whole
 
 from .spec import RIVALS, Work
 
@@ -144,8 +144,8 @@ def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) ->
 
 def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, options: Mapping[str, Any]) -> None:
     from tmd_engines import Bundle
-    from tmd_engines.cpu import describe_cpu
-    from tmd_engines.sizing import estimate
+    from tmd_engines.cost.sizing import estimate
+    from tmd_engines.device.cpu import describe_cpu
     from tmd_runtime.settings import resolve_settings
 
     from .contest import contest
@@ -189,7 +189,7 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
     _show(work, entries, flops, limit, ratio, ratio_cpu)
 
 
-_LIBRARIES = ("tmd", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers")
+_LIBRARIES = ("tmd-runtime", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers")
 
 
 def _version(name: str) -> str | None:

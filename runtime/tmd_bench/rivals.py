@@ -14,8 +14,8 @@ from torch import nn
 
 from tmd_export import open_source
 from tmd_export.checkpoints.names import converted, uncut
-from tmd_export.precision import DTYPES, lower
-from tmd_export.sources import Source
+from tmd_export.graphs.precision import DTYPES, lower
+from tmd_export.sources.source import Source
 from tmd_ref.samplers import effective_nfe, euler_sample, tmd_sample
 
 from .shortened import shortened

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tmd_export import ExportError, export_bundle
 from tmd_export.parts import ordered
-from tmd_export.sources import HEAD_BLOCKS, RandomSource
+from tmd_export.sources.source import HEAD_BLOCKS, RandomSource
 from tmd_ref.wan import WAN_CONFIGS
 
 

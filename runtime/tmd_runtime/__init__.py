@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import Cancelled, RuntimeFailure, UsageFailure
 
 if TYPE_CHECKING:
-    from .loop import StepInfo
-    from .noise import NoiseStream
+    from .clock import StepInfo
+    from .files.video import open_video, write_video
     from .pipeline import Pipeline, load
     from .result import Result
+    from .sampling.noise import NoiseStream
     from .settings import Settings
-    from .video import open_video, write_video
 
 __all__ = [
     "Cancelled",
@@ -42,14 +42,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "NoiseStream": "noise",
+    "NoiseStream": "sampling.noise",
     "Pipeline": "pipeline",
     "Result": "result",
     "Settings": "settings",
-    "StepInfo": "loop",
+    "StepInfo": "clock",
     "load": "pipeline",
-    "open_video": "video",
-    "write_video": "video",
+    "open_video": "files.video",
+    "write_video": "files.video",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m tmd_runtime` is `tmd-run`."""
 
-from .cli import main
+from .command.cli import main
 
 main()

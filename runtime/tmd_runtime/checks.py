@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import RuntimeFailure, UsageFailure
-from .text import EMBEDS_INSTEAD
+from .text.encoder import EMBEDS_INSTEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from tmd_engines import Bundle
-    from tmd_engines.sizing import Estimate
+    from tmd_engines.cost.sizing import Estimate
 
     from .settings import Settings
 
@@ -40,8 +40,8 @@ class MemoryChooser:
         figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
         need or supply cannot be told, "all".
         """
-        from tmd_engines.sizing import STAGES as ESTIMATED
-        from tmd_engines.sizing import available_bytes
+        from tmd_engines.cost.sizing import STAGES as ESTIMATED
+        from tmd_engines.cost.sizing import available_bytes
 
         free = available_bytes()
         found = self._estimate(settings) if free is not None else None
@@ -64,7 +64,7 @@ class MemoryChooser:
     def _estimate(self, settings: Settings) -> Estimate | None:
         """None if the graphs cannot be sized: they may run all the same."""
         from tmd_engines import BundleError
-        from tmd_engines.sizing import estimate
+        from tmd_engines.cost.sizing import estimate
 
         pictured = settings.strength is not None
 

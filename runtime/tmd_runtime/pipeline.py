@@ -19,21 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tmd_engines.tiling import tile_size
+from tmd_engines.cost.tiling import tile_size
 
+from .autoencoder.decoder import ChunkDecoder
+from .autoencoder.picture import encode_picture, start_size
+from .autoencoder.tiles import decode_tiles
 from .built_in import locate
 from .checks import check_embeds, check_latents, check_preview, check_start, memory_failure, missing_graph
-from .conditions import Conditions
-from .decoder import ChunkDecoder
+from .clock import Callback, Timings
 from .errors import UsageFailure
-from .loop import Callback, DenoiseLoop, Timings
 from .memory import MODES, STAGES, Memory, MemoryChooser
-from .picture import encode_picture, start_size
 from .result import Result
+from .sampling.tim import TransitionLoop
+from .sampling.tmd import DenoiseLoop
+from .sampling.wan import VelocityLoop
 from .settings import Settings, Wishes, resolve_settings
-from .tiles import decode_tiles
-from .transition_loop import TransitionLoop
-from .velocity_loop import VelocityLoop
+from .text.conditions import Conditions
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -76,7 +77,7 @@ class Pipeline:
         if memory not in MODES:
             raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
         from tmd_engines import EngineError
-        from tmd_engines.engine import check_engine
+        from tmd_engines.registry import check_engine
 
         try:
             check_engine(engine, device)

@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, TypedDict
 
 from .errors import RuntimeFailure, UsageFailure
-from .schedule import ROPE_POSITIONS, effective_nfe, shift_grid, uniform_times, wan_grid
+from .sampling.schedule import ROPE_POSITIONS, effective_nfe, shift_grid, uniform_times, wan_grid
 
 if TYPE_CHECKING:
     from tmd_engines import Manifest
-    from tmd_engines.manifest import FlowMapSampler, TransitionSampler, VelocitySampler
+    from tmd_engines.bundle.manifest import FlowMapSampler, TransitionSampler, VelocitySampler
 
 MAX_STEPS = 1000
 MAX_DEADLINE = 86400  # a day, in seconds

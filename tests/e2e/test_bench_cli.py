@@ -12,7 +12,7 @@ from tmd_bench.contest import BenchError, contest
 from tmd_bench.rivals import DiffusersRun, TorchRun
 from tmd_bench.spec import Work
 from tmd_engines import Bundle
-from tmd_engines.sizing import estimate
+from tmd_engines.cost.sizing import estimate
 from tmd_export import RandomSource
 from tmd_export.parts import MODELS as EXPORTED
 from tmd_ref.samplers import tmd_sample

@@ -23,22 +23,23 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import synthetic_checkpoints as made
+from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
-from tmd_export import graph_export, sources
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
-from tmd_export.graphs import Graph
+from tmd_export.graphs import export as graph_export
+from tmd_export.graphs.graph import Graph
+from tmd_export.graphs.trace import trace
 from tmd_export.presets import PRESETS
-from tmd_export.trace import trace
-from tmd_export.wan_source import WanSource
-from tmd_export.weights import Weights
+from tmd_export.sources import source as sources
+from tmd_export.sources.wan import WanSource
+from tmd_export.weights.weights import Weights
 from tmd_ref.samplers import tmd_sample
 from tmd_ref.student import TMDStudent, save_student
 from tmd_ref.text import Tokenizer
 from tmd_runtime import NoiseStream
-from tmd_runtime.cli import command as tmd_run
-from tmd_runtime.tensor_files import load_latents
+from tmd_runtime.command.cli import command as tmd_run
+from tmd_runtime.files.tensor_files import load_latents
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

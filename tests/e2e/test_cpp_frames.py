@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 import tmd_runtime
-from tests.cpp_tools import engine_options, program
-from tests.synthetic import velocity_sampler, write_synthetic_bundle
-from tests.synthetic_quantized import QUANTIZED, write_quantized_bundle
+from tests.helpers.cpp_tools import engine_options, program
+from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic_quantized import QUANTIZED, write_quantized_bundle
 from tmd_runtime.built_in import BUILT_IN
 
 ENGINES = ("openvino", "onnxruntime")
@@ -106,7 +106,7 @@ def test_the_two_commands_agree(tmp_path: Path, engine: str) -> None:
     tmd_run = [
         sys.executable,
         "-c",
-        "import sys; from tmd_runtime.cli import main; sys.exit(main())",
+        "import sys; from tmd_runtime.command.cli import main; sys.exit(main())",
         "--prompt",
         prompt,
     ]

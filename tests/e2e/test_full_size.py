@@ -21,16 +21,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.synthetic_checkpoints import write_full_size
+from tests.helpers.synthetic_checkpoints import write_full_size
 from tmd_engines import Bundle
-from tmd_export.random_weights import random_tensor
-from tmd_export.wan_source import WanSource
+from tmd_export.sources.random_weights import random_tensor
+from tmd_export.sources.wan import WanSource
 from tmd_ref.samplers import tmd_sample
 from tmd_ref.split import SplitWan
 from tmd_ref.student import TMDStudent, load_student, save_student
 from tmd_ref.wan import WAN_CONFIGS, WanTransformer
 from tmd_runtime import NoiseStream
-from tmd_runtime.tensor_files import Embeddings, load_latents, save_embeds
+from tmd_runtime.files.tensor_files import Embeddings, load_latents, save_embeds
 
 ROOT = Path(__file__).parents[2]
 CONFIG = WAN_CONFIGS["wan1.3b"]

@@ -12,15 +12,15 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from tests.unit import test_tim
+from tests.unit.ref import test_tim
 from tmd_engines import Bundle
 from tmd_export import export_bundle, open_source
 from tmd_export.checkpoints.names import converted
-from tmd_export.tim_source import RandomTiM
+from tmd_export.sources.tim import RandomTiM
 from tmd_ref.distill.data import still
 from tmd_ref.scenes import sample_scene
 from tmd_ref.vae import WanVAEConfig
-from tmd_runtime.cli import command
+from tmd_runtime.command.cli import command
 from tmd_runtime.pipeline import Pipeline
 
 

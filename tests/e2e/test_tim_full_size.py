@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_tim_bundle import network, run
+from tests.unit.export.test_tim_bundle import network, run
 from tmd_engines import Bundle
-from tmd_export.tim_source import RandomTiM
+from tmd_export.sources.tim import RandomTiM
 from tmd_ref.tim.model import rope_tables
 
 MEMORY_KB = 4_000_000

@@ -11,16 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.unit.bundle_tools import edit_manifest
-from tests.unit.export_tools import TEXT, VAE, WAN, with_weights
+from tests.helpers.bundle_tools import edit_manifest
+from tests.helpers.export_tools import TEXT, VAE, WAN, with_weights
 from tmd_engines import Bundle
 from tmd_export import RandomSource, export_bundle
 from tmd_export.presets import PRESETS
 from tmd_ref.samplers import unipc_sample
 from tmd_ref.wan import rope_tables
 from tmd_runtime import NoiseStream
-from tmd_runtime.cli import command
-from tmd_runtime.tensor_files import Embeddings, load_latents, save_embeds
+from tmd_runtime.command.cli import command
+from tmd_runtime.files.tensor_files import Embeddings, load_latents, save_embeds
 
 SHAPE = (1, 16, 2, 4, 8)  # 3 frames of 16x8 for this VAE
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import synthetic_checkpoints as made
+from tests.helpers import synthetic_checkpoints as made
 from tmd_export.checkpoints.names import converted
 from tmd_export.parts import VIDEO_PARTS
-from tmd_export.wan_source import WanSource
+from tmd_export.sources.wan import WanSource
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
 from tmd_ref.wan import WAN_CONFIGS, WanTransformer

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.export_tools import TEXT, WAN
 from tests.parity.test_taehv import random_weights, whole_clip
-from tests.unit.export_tools import TEXT, WAN
 from tmd_engines import Bundle
 from tmd_export import RandomSource, export_bundle
 from tmd_export.checkpoints.names import converted
-from tmd_export.decoders import WithDecoder
+from tmd_export.sources.decoders import WithDecoder
 from tmd_ref.vae import WanVAE, WanVAEConfig
 
 diffusers = pytest.importorskip("diffusers")

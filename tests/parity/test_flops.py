@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tmd_engines import Bundle
-from tmd_engines.sizing import estimate
+from tmd_engines.cost.sizing import estimate
 from tmd_ref.umt5 import UMT5_CONFIGS
 from tmd_ref.vae import WAN_VAE_CONFIGS
 from tmd_ref.wan import WAN_CONFIGS

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tmd_export.precision import lower
+from tmd_export.graphs.precision import lower
 from tmd_ref.taehv import TAEHV
 
 # What a published file holds for the decoder, as name -> shape: written from its list of layers, not from our modules.

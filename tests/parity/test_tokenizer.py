@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tmd_ref.text import Tokenizer, clean_prompt
-from tmd_runtime import tokenizer as runtime
+from tmd_runtime.text import tokenizer as runtime
 
 sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.synthetic import write_synthetic_bundle
+from tests.helpers.synthetic import write_synthetic_bundle
 
 
 @pytest.fixture(scope="session")

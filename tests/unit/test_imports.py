@@ -63,7 +63,8 @@ def test_importing_a_package_loads_no_heavy_library(package):
 
 
 @pytest.mark.parametrize(
-    "module", ["tmd_runtime.cli", "tmd_engines.cli", "tmd_export.cli", "tmd_ref.distill.cli", "tmd_bench.cli"]
+    "module",
+    ["tmd_runtime.command.cli", "tmd_engines.command.cli", "tmd_export.cli", "tmd_ref.distill.cli", "tmd_bench.cli"],
 )
 def test_asking_a_command_for_help_loads_no_heavy_library(module):
     help_text = f"""

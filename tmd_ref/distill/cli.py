@@ -27,7 +27,7 @@ def _guarded(run: Path, action: Callable[[], None]) -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        click.echo("tmd-distill needs torch, which is not installed: pip install 'tmd[export]'.", err=True)
+        click.echo("tmd-distill needs torch: pip install '.[export]' in tmd's checkout.", err=True)
         sys.exit(1)
     from tmd_ref.distill.config import ConfigError
     from tmd_ref.distill.trainer import TrainingError

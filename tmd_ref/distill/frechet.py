@@ -3,8 +3,8 @@
 Features: a small 3-D convolutional network with random weights from a fixed seed, on colours and differences of
 neighbouring frames; of every channel the mean over the clip and how much its spatial mean changes in time. It is no
 substitute for a network trained on videos: it orders noise, blur, wrong colours and wrong motion of the rendered scenes
-by their strength (`tests/unit/test_frechet.py`), and says nothing about what people like. Values are comparable only
-with the same number of clips.
+by their strength (`tests/unit/ref/test_frechet.py`), and says nothing about what people like. Values are comparable
+only with the same number of clips.
 """
 
 from __future__ import annotations

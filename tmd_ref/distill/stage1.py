@@ -41,8 +41,8 @@ def average_velocity(average: str, head: Tensor, y_s: Tensor, s: Tensor, y1: Ten
     "noise": y1 - head, Eq. 14 as printed. "state": (y_s - head)/s, the paper's variant for another target. The true u
     is a function of y_s; y1 is not, so the best that "noise" can learn replaces E[y1 | y_s] along the flow by y1, and
     where the features leave y uncertain its map shrinks towards the mean: for y ~ N(0, 1) one step from s = 1 gives
-    0.62·y1 instead of y1. "state" has no such error (`tests/unit/test_distill_closed_forms.py`), and ends at r = 0 in
-    the head's output, as "noise" does in one step; in more, a sampler that reads u as printed then differs by the
+    0.62·y1 instead of y1. "state" has no such error (`tests/unit/ref/test_distill_closed_forms.py`), and ends at r = 0
+    in the head's output, as "noise" does in one step; in more, a sampler that reads u as printed then differs by the
     weight of the first steps, 9 % for N = 2.
     """
     if average == "noise":

@@ -89,7 +89,7 @@ def code_version() -> dict[str, str]:
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     try:
-        version = metadata.version("tmd")
+        version = metadata.version("tmd-runtime")
     except metadata.PackageNotFoundError:  # run from a checkout
         version = "not installed"
     return {"tmd": version, "sources": digest.hexdigest()[:16], "torch": str(torch.__version__)}

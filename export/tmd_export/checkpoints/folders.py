@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
-from tmd_engines.strict_json import read_json
 
 from ..errors import ExportError
 from .tensors import PICKLES, Tensors, open_tensors

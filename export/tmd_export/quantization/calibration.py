@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ExportError
-from ..sources import Source
+from ..sources.source import Source
 
 FILE = "calibration.json"
 MAX_BYTES = 16 << 20

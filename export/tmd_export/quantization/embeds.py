@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from tmd_engines import Bundle
-from tmd_engines.manifest import TextInfo
-from tmd_engines.onnxruntime_engine import OnnxRuntimeEngine
+from tmd_engines.bundle.manifest import TextInfo
+from tmd_engines.onnxruntime.engine import OnnxRuntimeEngine
 from tmd_ref.text import Tokenizer
 
 _NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tmd_engines.lowering import attention_to_multi_head_attention
+from tmd_engines.onnxruntime.lowering import attention_to_multi_head_attention
 
 from .formats import FORMATS
 from .layers import find

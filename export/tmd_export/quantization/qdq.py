@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from ..errors import ExportError
-from ..precision import DTYPES
-from ..weights import Weights
+from ..graphs.precision import DTYPES
+from ..weights.weights import Weights
 from .formats import FORMATS, Format
 from .layers import Layer, find
 from .weights import SCALES, VALUES, QuantizedWeights

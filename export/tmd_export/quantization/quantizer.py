@@ -13,12 +13,12 @@ import numpy as np
 
 from tmd_engines import Bundle, TensorSpec
 
-from .. import verify as accuracy
 from ..errors import ExportError
-from ..graph_export import export_graph, unfinished
-from ..sources import RandomSource, Source
-from ..tim_source import RandomTiM
-from ..weights import Weights
+from ..graphs import accuracy
+from ..graphs.export import export_graph, unfinished
+from ..sources.source import RandomSource, Source
+from ..sources.tim import RandomTiM
+from ..weights.weights import Weights
 from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
 from .embeds import embed_prompts
 from .formats import FORMATS

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..weights import CHUNK_BYTES, Weights
+from ..weights.weights import CHUNK_BYTES, Weights
 from .formats import Format
 
 VALUES, SCALES = ".quantized", ".scale"

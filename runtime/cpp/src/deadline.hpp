@@ -1,4 +1,4 @@
-// Which steps a Transition Model takes when the time is limited; the twin of tmd_runtime/deadline.py.
+// Which steps a Transition Model takes when the time is limited; the twin of tmd_runtime/sampling/deadline.py.
 #pragma once
 
 #include <algorithm>

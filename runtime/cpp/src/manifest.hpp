@@ -1,5 +1,5 @@
 // The manifest of a bundle, schema version 1, as types. The rules are those of docs/bundle.md and of Python's
-// tmd_engines.manifest: what one refuses, the other refuses, and tests compare their verdicts.
+// tmd_engines.bundle.manifest: what one refuses, the other refuses, and tests compare their verdicts.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ struct LatentSize {
 
 // What a run will take: weights as float32, which is what a CPU computes in; the buffers around the graphs; and for
 // what lies between the nodes of a stage, kActivations times its largest buffer. Python counts that last part node by
-// node (tmd_engines/sizing.py); this stays within a factor of two of it.
+// node (tmd_engines/cost/sizing.py); this stays within a factor of two of it.
 Need estimate_need(const Manifest& manifest, const LatentSize& size);
 inline constexpr std::uint64_t kActivations = 30;  // Wan 1.3B has 28, its VAE 23, the built-in model 20 and 48
 

@@ -1,8 +1,8 @@
-// Gaussian noise equal to torch's seeded CPU generator and, bit for bit, to Python's `tmd_runtime.noise`.
+// Gaussian noise equal to torch's seeded CPU generator and, bit for bit, to Python's `tmd_runtime.sampling.noise`.
 //
 // Only operations that IEEE 754 fixes to the last bit (+ - * / sqrt floor, rounding to float) occur here, never a libm
 // function. The file must be compiled without contraction of a*b+c (-ffp-contract=off) and without -ffast-math.
-// How torch draws is told in runtime/tmd_runtime/noise.py; both are held to runtime/golden/noise.txt.
+// How torch draws is told in runtime/tmd_runtime/sampling/noise.py; both are held to runtime/golden/noise.txt.
 #pragma once
 
 #include <array>

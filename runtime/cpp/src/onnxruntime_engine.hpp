@@ -1,4 +1,4 @@
-// ONNX Runtime on the CPU, behind the interface of engines; see tmd_engines/onnxruntime_engine.py for the reasons.
+// ONNX Runtime on the CPU, behind the interface of engines; see tmd_engines/onnxruntime/engine.py for the reasons.
 #pragma once
 
 #include "engine.hpp"

@@ -6,7 +6,7 @@
 
 namespace tmd::internal {
 
-// The ONNX file `model` with these changes, of which all but the last are Python's (tmd_engines.lowering):
+// The ONNX file `model` with these changes, of which all but the last are Python's (tmd_engines.onnxruntime.lowering):
 //   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
 //   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;

@@ -72,7 +72,7 @@ class OpenVinoStep : public Step {
 };
 
 // One graph, compiled once per combination of input shapes; the length of prompts that keep their own is left open, as
-// tmd_engines/openvino_engine.py says. The latest compiled one is kept, and those of older sizes as long as a step uses
+// tmd_engines/openvino/engine.py says. The latest compiled one is kept, and those of older sizes as long as a step uses
 // them.
 class OpenVinoGraph : public LoadedGraph {
  public:
@@ -148,7 +148,7 @@ class OpenVinoGraph : public LoadedGraph {
     }
     library_->check(library_->ov_model_reshape(model, names.data(), partial.data(), names.size()), what);
 
-    // Numbers depend on the first two; tmd_engines/openvino_engine.py gives the reasons.
+    // Numbers depend on the first two; tmd_engines/openvino/engine.py gives the reasons.
     const char* p[] = {"INFERENCE_PRECISION_HINT",
                        "f32",
                        "DYNAMIC_QUANTIZATION_GROUP_SIZE",

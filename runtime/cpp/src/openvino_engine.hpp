@@ -1,4 +1,4 @@
-// OpenVINO on the CPU. The twin of tmd_engines/openvino_engine.py: the same properties, hence the same numbers.
+// OpenVINO on the CPU. The twin of tmd_engines/openvino/engine.py: the same properties, hence the same numbers.
 #pragma once
 
 #include "engine.hpp"

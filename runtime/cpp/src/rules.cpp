@@ -48,7 +48,7 @@ class Renoise : public Rule {
   }
 };
 
-// UniPC of order 2, variant B2, predicting data, with corrector (arXiv 2302.04867); formulas in tmd_runtime/rules.py.
+// UniPC of order 2, variant B2, predicting data, with corrector (arXiv 2302.04867); formulas in tmd_runtime/sampling/rules.py.
 class UniPC : public Rule {
  public:
   void step(std::size_t i, float* x, float* v) override {

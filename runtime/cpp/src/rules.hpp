@@ -1,6 +1,6 @@
 // Update rules for models that predict the velocity v = noise - data: what one step makes of x.
 //
-// The twin of tmd_runtime/rules.py: scalars in double, latents in float, each product and each sum rounded to float in
+// The twin of tmd_runtime/sampling/rules.py: scalars in double, latents in float, each product and each sum rounded to float in
 // the same order, so that both give the same bits.
 #pragma once
 

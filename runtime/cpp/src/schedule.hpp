@@ -1,4 +1,4 @@
-// The few numbers that drive the loop: time grids and RoPE tables. The twin of tmd_runtime/schedule.py.
+// The few numbers that drive the loop: time grids and RoPE tables. The twin of tmd_runtime/sampling/schedule.py.
 #pragma once
 
 #include <cstdint>

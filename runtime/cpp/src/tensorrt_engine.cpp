@@ -14,7 +14,7 @@ using Library = std::shared_ptr<TensorRt>;
 using Shapes = std::map<std::string, Shape>;
 using Lock = std::lock_guard<std::recursive_mutex>;
 
-constexpr double kStreamAbove = 0.8;  // of the device's memory; tmd_engines.tensorrt_engine gives the reason
+constexpr double kStreamAbove = 0.8;  // of the device's memory; tmd_engines.tensorrt.engine gives the reason
 
 nvinfer1::DataType element_type(DType dtype) {
   switch (dtype) {

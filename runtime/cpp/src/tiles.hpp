@@ -1,5 +1,5 @@
 // A still that is too large for the memory of its decoder, or of its encoder, taken tile by tile; the twin of
-// tmd_runtime/tiles.py. All tiles have one size, and where two overlap, one fades into the other.
+// tmd_runtime/autoencoder/tiles.py. All tiles have one size, and where two overlap, one fades into the other.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The loop of Transition Models (kind "tim"); the twin of tmd_runtime/transition_loop.py.
+// The loop of Transition Models (kind "tim"); the twin of tmd_runtime/sampling/tim.py.
 #pragma once
 
 #include "loop.hpp"

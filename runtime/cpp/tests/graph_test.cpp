@@ -1,5 +1,5 @@
 // The reader of protobuf's wire format and the check of graphs, on bytes written by hand. What the format's own library
-// says of damaged graphs is compared in tests/unit/test_cpp_verdicts.py.
+// says of damaged graphs is compared in tests/unit/cpp/test_cpp_verdicts.py.
 #include <doctest/doctest.h>
 
 #include "error.hpp"

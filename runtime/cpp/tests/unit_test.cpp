@@ -1,5 +1,5 @@
 // What can be held to golden values, published vectors and closed forms without Python. The comparison with Python,
-// case by case, is in tests/unit/test_cpp_*.py at the top of the repository.
+// case by case, is in tests/unit/cpp at the top of the repository.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 

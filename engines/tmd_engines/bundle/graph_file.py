@@ -1,0 +1,150 @@
+"""Checks of one ONNX file before an engine sees it: weights only from its own data file, interface as in the manifest.
+
+The protobuf is parsed with the `onnx` package, never with its loader: that one opens external data on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BundleError, quote
+from .manifest import GraphInfo, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+MAX_GRAPH_BYTES = 64 << 20  # weights belong into the data file; Wan 14B's graph without weights is about 4 MB
+MAX_NODES = 100_000
+
+_REMEDY = "Make the bundle again with tmd-export, and do not run graphs from elsewhere."
+
+
+def parse_graph(data: bytes, where: str) -> onnx.ModelProto:
+    """The protobuf of an ONNX file; external data is not touched. Raises BundleError."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
+        return model
+    except DecodeError:
+        raise BundleError(f"{where} is not an ONNX file, though its sha256 is right. {_REMEDY}") from None
+
+
+def check_graph(model: onnx.ModelProto, info: GraphInfo, data_size: int, where: str) -> None:
+    """Raises BundleError unless `model` keeps to its own data file of `data_size` bytes and is what `info` says."""
+    if len(model.graph.node) > MAX_NODES:
+        raise BundleError(f"{where} has {len(model.graph.node)} nodes, more than {MAX_NODES}. {_REMEDY}")
+    if model.functions:
+        # Chains of functions are expanded by recursion inside the engines: a small file can exhaust the stack.
+        raise BundleError(
+            f"{where} defines functions of its own, which a bundle may not: export with functions inlined."
+        )
+    for tensor in external_tensors(model):
+        problem = _external_problem(tensor, info.data, data_size)
+        if problem:
+            raise BundleError(f"{where}: tensor {quote(tensor.name)} {problem}. {_REMEDY}")
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset != info.opset:
+        raise BundleError(f"{where} has opset {opset}, the manifest says {info.opset}. {_REMEDY}")
+    for kind, tensors, specs in (
+        ("inputs", model.graph.input, info.inputs),
+        ("outputs", model.graph.output, info.outputs),
+    ):
+        problem = _interface_problem(list(tensors), specs)
+        if problem:
+            raise BundleError(f"{where}: the {kind} differ from the manifest's: {problem}. {_REMEDY}")
+
+
+def external_tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Those of `all_tensors` that name external data."""
+    from onnx import TensorProto
+
+    for tensor in all_tensors(message):
+        if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
+            yield tensor
+
+
+def all_tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere below `message`: initializers, attributes, subgraphs, functions.
+
+    Goes by the protobuf's own field list instead of a list of known places: a place that is forgotten is a hole.
+    """
+    from google.protobuf.message import Message
+    from onnx import TensorProto
+
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None and _reaches_tensor(field.message_type):
+            for part in (value,) if isinstance(value, Message) else value:
+                yield from all_tensors(part)
+
+
+@cache
+def _reaches_tensor(descriptor: Any) -> bool:
+    """Whether a message of this type can hold a TensorProto at some depth. Saves walking thousands of shapes."""
+    seen: set[str] = set()
+    waiting = [descriptor]
+    while waiting:
+        current = waiting.pop()
+        if current.full_name == "onnx.TensorProto":
+            return True
+        if current.full_name not in seen:
+            seen.add(current.full_name)
+            waiting += [field.message_type for field in current.fields if field.message_type is not None]
+    return False
+
+
+def _external_problem(tensor: onnx.TensorProto, data_name: str | None, data_size: int) -> str | None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) != len(tensor.external_data):
+        return "states an external-data field twice"
+    location = entries.get("location")
+    if data_name is None:
+        return f"keeps its values in {quote(location)}, but the manifest names no data file for this graph"
+    if location != data_name:
+        return f"keeps its values in {quote(location)}, and only {quote(data_name)} is allowed"
+    numbers = {}
+    for key in ("offset", "length"):
+        text = entries.get(key, "0")
+        if not (text.isascii() and text.isdigit() and len(text) <= 15):
+            return f"has the {key} {quote(text)}, which is not a byte count"
+        numbers[key] = int(text)
+    if numbers["offset"] + numbers["length"] > data_size:
+        return f"ends at byte {numbers['offset'] + numbers['length']} of {quote(data_name)}, which has {data_size}"
+    return None
+
+
+def _interface_problem(tensors: list[onnx.ValueInfoProto], specs: tuple[TensorSpec, ...]) -> str | None:
+    names, expected = [tensor.name for tensor in tensors], [spec.name for spec in specs]
+    if names != expected:
+        return f"the file has {quote(', '.join(names))}, the manifest {quote(', '.join(expected))}"
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if not tensor.type.HasField("tensor_type"):
+            return f"{spec.name} is not a tensor"
+        dtype = _dtype_name(tensor.type.tensor_type.elem_type)
+        if dtype != spec.dtype:
+            return f"{spec.name} is {dtype} in the file and {spec.dtype} in the manifest"
+        if not tensor.type.tensor_type.HasField("shape"):
+            continue  # outputs may come without a shape; the engine then learns it from the manifest
+        dims = tensor.type.tensor_type.shape.dim
+        fixed = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+        if len(fixed) != len(spec.shape) or any(
+            have is not None and have != said for have, said in zip(fixed, spec.shape, strict=True)
+        ):
+            shown = [size or "?" for size in fixed]
+            return f"{spec.name} has shape {shown} in the file and {list(spec.shape)} in the manifest"
+    return None
+
+
+def _dtype_name(elem_type: int) -> str:
+    from onnx import helper
+
+    try:
+        return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
+    except KeyError:
+        return f"of type {elem_type}"

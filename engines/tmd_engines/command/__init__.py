@@ -1,0 +1,1 @@
+"""`tmd-engine`: inspect, build, verify and doctor."""

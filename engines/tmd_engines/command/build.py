@@ -1,0 +1,132 @@
+"""Compiles the graphs of a bundle for one size ahead of the first run, or writes what NVIDIA's tools need for it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle.graph_file import parse_graph
+from ..bundle.reader import Bundle
+from ..cost.sizing import autoencoder_sizes, graph_sizes
+from ..errors import EngineError
+from ..registry import choose, load
+from ..tensorrt.engine import lowered_graph, workspace_limit
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..bundle.manifest import GraphInfo
+    from ..engine import Progress
+
+_COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
+_AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
+_ROWS = ("backbone", "flow_head")
+
+
+def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> list[dict[str, int]]:
+    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set, or two
+    for a Transition Model with guidance, which has steps of one row and of two.
+
+    Raises ValueError for a size that the model cannot make.
+    """
+    manifest = bundle.manifest
+    sizes = graph_sizes(manifest, width, height, frames)
+    if graph in _AUTOENCODER:
+        return [{**autoencoder_sizes(manifest, sizes), "frames": 1}]
+    if graph in _ROWS and manifest.sampler.rule == "flow_map" and manifest.sampler.guidance != 1:
+        return [sizes, {**sizes, "batch": 2}]
+    return [sizes]
+
+
+def input_shapes(bundle: Bundle, graph: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a graph's inputs."""
+    return {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info(graph).inputs}
+
+
+def build(
+    bundle: Bundle,
+    engine: str,
+    device: str,
+    size: tuple[int, int, int],
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, str, str]]:
+    """Compiles the graphs in turn for `size` (width, height, frames); yields (graph, engine, device) after each.
+
+    All are checked before the first is built where TensorRT is to build them. Raises EngineError, and ValueError for a
+    size that the model cannot make.
+    """
+    chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
+    sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
+    if any(name == "tensorrt" for name, _ in chosen.values()):
+        from ..tensorrt.engine import import_tensorrt
+
+        version = import_tensorrt()[0].version()
+        for graph, (name, _) in chosen.items():
+            if name == "tensorrt":
+                for each in sizes[graph]:
+                    _lowered(bundle, graph, input_shapes(bundle, graph, each), version)
+    for graph, (name, where) in chosen.items():
+        with load(bundle, graph, name, where, threads, progress) as loaded:
+            for run in sizes[graph]:
+                sides = loaded.inputs, loaded.outputs
+                loaded.bind(*({each: loaded.empty(each, **run) for each in side} for side in sides))
+        yield graph, name, where
+
+
+def write_for_trtexec(
+    bundle: Bundle, folder: Path, version: tuple[int, int], size: tuple[int, int, int]
+) -> Iterator[tuple[str, str, str]]:
+    """Puts the graphs as TensorRT `version` gets them into `folder`; yields (graph, command line of trtexec, of
+    Polygraphy).
+
+    The first builds the plan. The second builds one too and runs it on random inputs beside ONNX Runtime on the CPU;
+    where they part, its other options and `polygraphy debug` find the node. Graphs of types that ONNX Runtime lacks on
+    a CPU run alone. Weights are copied. Needs no TensorRT.
+
+    Raises EngineError for a graph that this version would refuse, or a folder that cannot be written, and ValueError
+    for a size that the model cannot make.
+    """
+    if folder.exists() and folder.samefile(bundle.folder):
+        raise EngineError(f"{folder} is the bundle itself, whose graphs must stay as they are: name another folder.")
+    workspace = workspace_limit()
+    for graph, info in bundle.manifest.graphs.items():
+        every = [input_shapes(bundle, graph, sizes) for sizes in run_sizes(bundle, graph, *size)]
+        shapes = every[-1]
+        model = _lowered(bundle, graph, shapes, version)
+        target = folder / info.file
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(model.SerializeToString(deterministic=True))
+            if info.data:
+                shutil.copyfile(bundle.folder / info.data, folder / info.data)  # onnx refuses links
+        except OSError as error:
+            raise EngineError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
+        command = ["trtexec", f"--onnx={target}", "--stronglyTyped", "--noTF32"]
+        for which, row in (("min", every[0]), ("opt", shapes), ("max", shapes)):
+            told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in row.items())
+            command.append(f"--{which}Shapes={told}")
+        if workspace is not None:
+            command.append(f"--memPoolSize=workspace:{workspace >> 20}M")
+        command += [f"--timingCacheFile={folder / 'timing.cache'}", f"--saveEngine={target.with_suffix('.plan')}"]
+        yield graph, shlex.join([*command, "--skipInference"]), shlex.join(_polygraphy(target, info, shapes, workspace))
+
+
+def _polygraphy(target: Path, info: GraphInfo, shapes: dict[str, tuple[int, ...]], workspace: int | None) -> list[str]:
+    command = ["polygraphy", "run", str(target), "--trt", "--strongly-typed", "--validate"]
+    command += ["--input-shapes", *(f"{name}:[{','.join(map(str, shape))}]" for name, shape in shapes.items())]
+    if workspace is not None:
+        command += ["--pool-limit", f"workspace:{workspace >> 20}M"]
+    if info.precision in _COMPARED:
+        command += ["--onnxrt", "--providers", "cpu", "--atol", _COMPARED[info.precision]]
+    return command
+
+
+def _lowered(
+    bundle: Bundle, graph: str, shapes: dict[str, tuple[int, ...]], version: tuple[int, int]
+) -> onnx.ModelProto:
+    path = bundle.graph_path(graph)
+    return lowered_graph(parse_graph(bundle.read_graph(graph), str(path)), shapes, version, str(path), bundle.folder)

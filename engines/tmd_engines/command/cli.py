@@ -1,0 +1,282 @@
+"""`tmd-engine`: look at a bundle and at this machine. Heavy libraries are imported by the commands, not by `--help`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import BundleError, EngineError
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import GraphInfo, SamplerInfo, TensorSpec
+    from ..bundle.reader import Bundle
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Inspect and build bundles, and see which engines this machine has."""
+
+
+def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
+    """A failure is one sentence on stderr and exit code 1 (click itself ends bad usage with 2)."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (BundleError, EngineError) as error:
+            raise click.ClickException(str(error)) from None
+
+    return wrapped
+
+
+class _Size(click.ParamType):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX×]\s*([0-9]{1,5})\s*", value)
+        if not match:
+            self.fail(f"{value!r} is no size: write width x height in pixels, such as 832x480.", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--size", type=_Size(), metavar="WxH", help="Size of the video to calculate with, in pixels.")
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
+@click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+@_errors_as_messages
+def inspect(
+    bundle: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    steps: int | None,
+    inner_steps: int | None,
+    as_json: bool,
+) -> None:
+    """Check the folder BUNDLE completely, and print what is in it and what a run needs.
+
+    Operations and memory are those of one run, at the size and with the steps that the bundle names or you do.
+    """
+    from ..bundle.reader import Bundle
+    from .sizing_table import print_table, size_run
+
+    opened = Bundle.open(bundle)
+    problem = None
+    try:
+        sized = size_run(opened, size, frames, steps, inner_steps)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except BundleError as error:  # the bundle itself is whole, and the rest can be told
+        sized, problem = None, str(error)
+    if as_json:
+        document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json", exclude_unset=True)}
+        document |= sized or {"run": None, "stages": None, "sizing_problem": problem}
+        click.echo(json.dumps(document, indent=2))
+        return
+    for line in _describe(opened):
+        click.echo(line)
+    if sized:
+        print_table(sized)
+    else:
+        click.echo(f"a run      {problem}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+@_errors_as_messages
+def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bool) -> None:
+    """Compare every graph of BUNDLE on an engine with ONNX Runtime in float32; exit with 1 when one is off."""
+    from dataclasses import asdict
+
+    from ..bundle.reader import Bundle
+    from .verify import verify as checks
+
+    done = []
+    for check in checks(Bundle.open(bundle), engine, threads, seed):
+        done.append(check)
+        if not as_json:
+            numbers = [
+                "" if check.max_abs_error is None else f"max error {check.max_abs_error:.1e}",
+                "" if check.cosine is None else f"cosine {check.cosine:.6f}",
+                "" if check.max_levels is None else f"levels {check.max_levels}",
+            ]
+            measured = "".join(f"{number:<20}" for number in numbers)
+            state = "ok" if check.problem is None else f"FAILED: {check.problem}"
+            click.echo(f"{check.graph:<14} {check.precision:<5} {check.engine:<12} {measured} {state}")
+    failed = [check.graph for check in done if check.problem is not None]
+    if as_json:
+        click.echo(json.dumps({"passed": not failed, "graphs": [asdict(check) for check in done]}, indent=2))
+    elif all(check.engine == "onnxruntime" for check in done):
+        click.echo("ONNX Runtime was compared with itself: only NaN and Inf would have been found.")
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(done)} graphs failed ({', '.join(failed)}): do not use this bundle on this engine."
+        )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."
+)
+@click.option("--frames", type=click.IntRange(1, 100_000), help="Their number of frames. Default: the bundle's.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
+@click.option(
+    "--trtexec",
+    type=click.Path(),
+    metavar="DIR",
+    help="Build nothing: write the graphs as TensorRT gets them into DIR, and print NVIDIA's command lines for each: "
+    "trtexec, and polygraphy to compare with ONNX Runtime.",
+)
+@click.option("--tensorrt-version", metavar="M.N", help="With --trtexec: for this version. Default: the one installed.")
+@_errors_as_messages
+def build(
+    bundle: str,
+    engine: str,
+    device: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    threads: int | None,
+    trtexec: str | None,
+    tensorrt_version: str | None,
+) -> None:
+    """Compile every graph of BUNDLE for one size of video, and keep what can be kept for the runs to come.
+
+    Steps do not matter: a plan serves any number of them. TMD_TENSORRT_WORKSPACE (MiB) limits TensorRT's memory, then
+    and in the runs; TMD_CACHE names the folder of the cache.
+    """
+    from ..bundle.reader import Bundle
+    from . import build as builder
+    from .build_table import print_build, tensorrt_version_of
+
+    opened = Bundle.open(bundle)
+    video = opened.manifest.video
+    wanted = (*(size or (video.width, video.height)), frames or video.frames)
+    try:
+        if trtexec is None:
+            print_build(opened, engine, device, wanted, threads)
+            return
+        from pathlib import Path
+
+        for _, *commands in builder.write_for_trtexec(
+            opened, Path(trtexec), tensorrt_version_of(tensorrt_version), wanted
+        ):
+            click.echo("\n".join(commands))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+def doctor(as_json: bool) -> None:
+    """Print what this machine has for running graphs, and what to install for the rest."""
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    cpu, nvidia = found["cpu"], found["nvidia"]
+    features = "unknown" if cpu["features"] is None else " ".join(cpu["features"]) or "none of interest"
+    click.echo(f"python     {found['python']}")
+    click.echo(f"platform   {found['platform']}")
+    click.echo(f"cpu        {cpu['name']}, {cpu['cores']} cores")
+    click.echo(f"features   {features}")
+    if nvidia is None:
+        click.echo("nvidia     no driver seen")
+    else:
+        gpus = "; ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in nvidia["gpus"])
+        click.echo(f"nvidia     driver {nvidia['driver']}: {gpus or 'GPUs not listed, nvidia-smi is missing'}")
+    click.echo("engines")
+    for name, engine in found["engines"].items():
+        state = engine["version"] or f"{engine['problem']}: {engine['install']}"
+        state += f", {engine['note']}" if engine["note"] else ""
+        click.echo(f"  {name:<12} {state}")
+
+
+def _describe(bundle: Bundle) -> Iterator[str]:
+    from ..bundle.reader import format_size
+
+    manifest = bundle.manifest
+    model, sampler, video, text, origin = (
+        manifest.model,
+        manifest.sampler,
+        manifest.video,
+        manifest.text,
+        manifest.provenance,
+    )
+    total = sum(file.size for file in manifest.files.values())
+    yield f"bundle     {bundle.folder}"
+    yield f"           {len(manifest.files)} files, {format_size(total)}, sizes and sha256 are right"
+    yield (
+        f"model      {model.name} ({model.family}, {model.kind}): {model.num_layers} blocks, {model.head_blocks} of "
+        f"them flow head ({model.fusion or 'no fusion'}), width {model.dim}, {model.num_heads} heads of "
+        f"{model.head_dim}"
+    )
+    yield f"sampler    {_sampler(sampler)}"
+    yield f"video      {video.frames} frames of {video.width}x{video.height} pixels at {video.fps} frames per second"
+    yield f"text       {text.tokenizer or 'no tokenizer'}, {text.max_length} tokens of width {text.dim}"
+    yield "graphs"
+    for name, graph in manifest.graphs.items():
+        size = sum(manifest.files[file].size for file in (graph.file, graph.data) if file)
+        yield f"  {name}: {graph.precision}, opset {graph.opset}, {format_size(size)}, {_accuracy(graph)}"
+        yield f"    in   {_tensors(graph.inputs)}"
+        yield f"    out  {_tensors(graph.outputs)}"
+    yield f"made from  {origin.source}"
+    for file, digest in origin.source_sha256.items():
+        yield f"           {file} sha256 {digest}"
+    yield f"made by    {origin.tool}, {origin.created}"
+    if origin.versions:
+        yield f"           {', '.join(f'{library} {version}' for library, version in origin.versions.items())}"
+
+
+def _sampler(sampler: SamplerInfo) -> str:
+    if sampler.rule == "flow_map":
+        low, high = sampler.guidance_interval
+        return (
+            f"flow_map: {sampler.steps} steps (of any number), guidance {sampler.guidance:g} for {low:g} < t < {high:g}"
+            + (f", rho {sampler.rho:g}" if sampler.rho else "")
+        )
+    allowed = _listed(sampler.allowed_steps) if sampler.allowed_steps else "any number"
+    text = f"{sampler.rule}: {sampler.steps} steps (of {allowed}), "
+    if sampler.rule == "transition":
+        return text + (
+            f"{sampler.inner_steps} inner steps (of {_listed(sampler.allowed_inner_steps)}), "
+            f"shift {sampler.shift:g}, inner shift {sampler.inner_shift:g}, t_max {sampler.t_max:g}"
+        )
+    grid = f"times {'/'.join(f'{t:g}' for t in sampler.times)}" if sampler.times else f"shift {sampler.shift:g}"
+    return text + f"{grid}, guidance {sampler.guidance:g}"
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return "/".join(map(str, values))
+
+
+def _accuracy(graph: GraphInfo) -> str:
+    if graph.accuracy is None:
+        return "accuracy not measured"
+    measured = graph.accuracy
+    return f"max error {measured.max_abs_error:.1e} and cosine {measured.cosine:.6f} against {measured.reference}"
+
+
+def _tensors(specs: tuple[TensorSpec, ...], shown: int = 8) -> str:
+    parts = [f"{spec.name} {spec.dtype}[{','.join(map(str, spec.shape))}]" for spec in specs[:shown]]
+    return ", ".join(parts) + (f", and {len(specs) - shown} more" if len(specs) > shown else "")

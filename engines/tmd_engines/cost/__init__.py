@@ -1,0 +1,1 @@
+"""What a run costs before it starts: operations, memory and tiles, counted from the graphs. Runs no graph."""

@@ -1,0 +1,170 @@
+"""Compiled graphs kept between runs, in a folder that only the user can write.
+
+An entry is found by a key, a flat dict that names everything the compiled graph depends on. It is one file: a line of
+JSON (the key, the length and sha256 of what follows), then the engine's own bytes. What does not fit its line, or the
+key, is no entry: the engine compiles anew and writes over it. `TMD_CACHE` names another folder, or is `off`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..bundle.files import file_size, open_regular, read_up_to
+from ..errors import BundleError, quote
+
+VARIABLE = "TMD_CACHE"
+MAX_ENTRY_BYTES = 256 << 20  # larger graphs compile about as fast as their entry is read, checked and unpacked
+MAX_FOLDER_BYTES = 1 << 30
+_MAX_LINE = 1 << 16
+
+Key = Mapping[str, str]
+
+
+def cache_folder() -> Path | None:
+    """The folder that the environment asks for; None: switched off. Looks at nothing on the disk."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted.lower() == "off":
+        return None
+    if wanted:
+        return Path(wanted)
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the specification: what is not absolute is ignored
+    home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
+    return home / "tmd"
+
+
+class PlanCache:
+    """The entries of one folder. Every failure of the disk is a miss: a cache may make nothing worse."""
+
+    def __init__(self, folder: Path | None, max_entry: int | None = None, max_folder: int | None = None) -> None:
+        """`folder` is made if it is not there; None, or a folder that others can write, is a cache without entries.
+
+        `max_entry` and `max_folder` are bytes, of the largest entry and of all together, if not the usual ones.
+        """
+        self._max_entry, self._max_folder = max_entry or MAX_ENTRY_BYTES, max_folder or MAX_FOLDER_BYTES
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = None if folder is None or distrust(folder) else folder
+
+    @property
+    def usable(self) -> bool:
+        return self._folder is not None
+
+    def load(self, key: Key) -> bytes | None:
+        """The bytes stored under `key`, whole and unchanged, or None."""
+        if self._folder is None:
+            return None
+        try:
+            with open_regular(self._folder, _file_name(key)) as file:
+                if file_size(file) > self._max_entry + _MAX_LINE:
+                    return None
+                line, newline, content = read_up_to(file, self._max_entry + _MAX_LINE).partition(b"\n")
+        except (BundleError, OSError):
+            return None
+        return content if newline and line == _line(key, content) else None
+
+    def store(self, key: Key, content: bytes) -> None:
+        """Keeps `content` under `key`: complete under its name or not at all. Old entries make room."""
+        if self._folder is None or len(content) > self._max_entry:
+            return
+        with contextlib.suppress(OSError):
+            descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=".new-")  # mode 0600
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(_line(key, content) + b"\n")
+                    file.write(content)
+                os.replace(name, self._folder / _file_name(key))
+            except BaseException:
+                os.unlink(name)
+                raise
+            _make_room(self._folder, self._max_folder)
+
+    def differences(self, key: Key, alike: tuple[str, ...]) -> list[str]:
+        """What keeps the nearest entry that is equal in the fields `alike` from being the one for `key`.
+
+        One text per field, `engine: tensorrt 10.3.0 there, tensorrt 10.16.1 here`; none if there is no such entry.
+        """
+        nearest: list[str] | None = None
+        for path in self._folder.glob("*.plan") if self._folder is not None else ():
+            found = _key_of(path)
+            if found is None or any(found.get(name) != key.get(name) for name in alike):
+                continue
+            names = sorted({name for name in {*found, *key} if found.get(name) != key.get(name)})
+            told = [
+                f"{quote(name)[1:-1]}: {quote(found.get(name, 'nothing'))[1:-1]} there, "
+                f"{quote(key.get(name, 'nothing'))[1:-1]} here"
+                for name in names
+            ]
+            if told and (nearest is None or len(told) < len(nearest)):
+                nearest = told
+        return nearest or []
+
+    @contextlib.contextmanager
+    def locked(self, key: Key) -> Iterator[None]:
+        """Around the making of an entry: another process that wants the same one waits, and finds it then."""
+        if self._folder is None:
+            yield
+            return
+        try:
+            import fcntl
+
+            lock = os.open(self._folder / f".{_file_name(key)}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        except (ImportError, OSError):  # not Unix, or a disk without room: two may make it then, and one wins
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)  # and with it the lock; the empty file stays, because another may be waiting for it
+
+
+def _line(key: Key, content: bytes) -> bytes:
+    document = {"key": dict(key), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def _key_of(path: Path) -> dict[str, str] | None:
+    """The key that an entry states, without a look at its content."""
+    try:
+        with open_regular(path.parent, path.name) as file:
+            line = read_up_to(file, _MAX_LINE).partition(b"\n")[0]
+        key = json.loads(line)["key"]
+    except (BundleError, OSError, ValueError, LookupError, TypeError):
+        return None
+    return {str(name): str(value) for name, value in key.items()} if isinstance(key, dict) else None
+
+
+def _file_name(key: Key) -> str:
+    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest() + ".plan"
+
+
+def distrust(folder: Path) -> str | None:
+    """Why a folder that is there cannot be used; None: it can. Who writes an entry decides what our process runs."""
+    try:
+        status = folder.stat()
+    except OSError as error:
+        return f"{folder} cannot be used: {error.strerror}"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{folder} is not a folder"
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        return f"{folder} can be written by others: chmod 700 it, or name another folder in {VARIABLE}"
+    return None
+
+
+def _make_room(folder: Path, limit: int) -> None:
+    entries = sorted(((path.stat(), path) for path in folder.glob("*.plan")), key=lambda entry: entry[0].st_mtime_ns)
+    excess = sum(status.st_size for status, _ in entries) - limit
+    for status, path in entries:
+        if excess <= 0:
+            return
+        excess -= status.st_size
+        path.unlink()

@@ -1,0 +1,132 @@
+"""ONNX Runtime on the CPU: the engine that runs anywhere, and the one the others are compared with."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..bundle.graph_file import parse_graph
+from ..bundle.reader import Bundle
+from ..device.buffers import check_buffers, check_cpu_graph, empty_array
+from ..device.cpu import describe_cpu
+from ..engine import Engine
+from ..errors import EngineError, one_line
+from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
+
+
+class OnnxRuntimeEngine(Engine):
+    """One ONNX Runtime session. Buffers are C-contiguous numpy arrays; nothing is copied in or out.
+
+    Graphs in 16 bits run in float32 on their weights, which take twice the memory of their file then. So do those in
+    fp8, on values that are rounded as the graph says: to see what a GPU computes, not to be fast. int8 products are
+    int8 here too.
+    """
+
+    def __init__(
+        self, bundle: Bundle, graph: str, device: str, threads: int | None, *, as_stored: bool = False
+    ) -> None:
+        """`as_stored` is for comparing, not for speed: values are rounded where the graph has low precision, and
+        weights are read from the file each time they are used instead of being copied and packed."""
+        info = bundle.graph_info(graph)
+        super().__init__(graph, info.inputs, info.outputs)
+        check_cpu_graph("onnxruntime", device, graph, info)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EngineError(
+                f"The engine onnxruntime cannot be imported ({error}). Install it: pip install onnxruntime"
+            ) from None
+        self._session = _open_session(onnxruntime, bundle, graph, threads, as_stored)
+        self._steps: weakref.WeakSet[_BoundStep] = weakref.WeakSet()
+
+    def empty(self, name: str, **dims: int) -> np.ndarray:
+        """Uninitialised C-contiguous array for the input or output `name`. Raises EngineError."""
+        return empty_array(self, name, dims)
+
+    def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> _BoundStep:
+        """See `Engine.bind`. Sizes that only the graph can relate (tokens to height) are errors of the step."""
+        if self._session is None:
+            raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
+        check_buffers(self, inputs, outputs)
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        step = _BoundStep(self.graph, self._session, binding, (dict(inputs), dict(outputs)))
+        self._steps.add(step)
+        return step
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        for step in self._steps:
+            step.release()
+        self._steps.clear()
+        self._session = None
+
+
+def fast_unsigned_products() -> bool:
+    """Whether the CPU sums products of uint8 and int8 exactly (VNNI). Without, pairs of them saturate at 16 bits."""
+    return any(feature in ("avx512_vnni", "avx_vnni", "amx_int8") for feature in describe_cpu()["features"] or ())
+
+
+class _BoundStep:
+    """Holds what a bound run needs. ONNX Runtime has only the addresses of the buffers, so they are kept alive here."""
+
+    __slots__ = ("__weakref__", "_binding", "_buffers", "_graph", "_run")
+
+    def __init__(self, graph: str, session: Any, binding: Any, buffers: object) -> None:
+        self._graph, self._run, self._binding, self._buffers = graph, session.run_with_iobinding, binding, buffers
+
+    def __call__(self) -> None:
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            self._fail(error)
+
+    def release(self) -> None:
+        self._run = self._binding = self._buffers = None
+
+    def _fail(self, error: Exception) -> NoReturn:
+        if self._run is None:
+            raise EngineError(f"The engine of graph {self._graph} was closed: load the graph again.") from None
+        raise EngineError(f"ONNX Runtime failed in graph {self._graph}: {one_line(error)}") from error
+
+
+def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | None, as_stored: bool) -> Any:
+    """The lowered graph as a session. Its weights stay in the bundle's data file, which ONNX Runtime maps."""
+    path = bundle.graph_path(graph)
+    model = parse_graph(bundle.read_graph(graph), str(path))
+    model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
+    low_precision_to_float32(model, rounding=as_stored, where=str(path))
+    attention_to_multi_head_attention(model)
+    literal = as_stored or bundle.graph_info(graph).precision == "fp8"
+    if not literal and fast_unsigned_products():
+        signed_to_unsigned_activations(model)
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they come as exceptions too
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than needed.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_pattern = False
+    if literal:  # the fusion of Q/DQ with products takes every type for int8, and skips roundings
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if as_stored:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"] if as_stored else None,
+        )
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {one_line(error)}") from error

@@ -1,0 +1,192 @@
+"""ONNX Runtime on a CUDA device: buffers are OrtValues there, and nothing is copied between the runs of a loop.
+
+A session is opened for the sizes that it is bound to, so that the shape arithmetic of the graph folds away and every
+node can run on the GPU, which is what ONNX Runtime asks for before it records a CUDA graph. float16 and bfloat16 are
+computed as the graph says. With `device` "cpu" the same code runs on the CPU's memory and provider: that is for tests,
+and the only way in which it has ever run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from ..bundle.graph_file import parse_graph
+from ..bundle.reader import Bundle
+from ..device.array import DeviceArray, combine_graph, rows_and_columns, sum_graph
+from ..device.engine import DeviceEngine, Shapes
+from ..device.gpu import split_device
+from ..engine import Progress
+from ..errors import EngineError, one_line
+from .lowering import attention_to_multi_head_attention, low_precision_to_float32
+
+_PRECISIONS = ("fp32", "fp16", "bf16")
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+_INSTALL = "Install it, and only it (pip uninstall onnxruntime): pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def import_onnxruntime(device: str) -> Any:
+    """The library, if it has the provider of `device`. Raises EngineError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(f"The engine onnxruntime cannot be imported ({error}). {_INSTALL}") from None
+    kind, _ = split_device(device)
+    if _PROVIDERS[kind] not in onnxruntime.get_available_providers():
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} is here in a build without {kind}. {_INSTALL}")
+    if kind == "cuda":
+        onnxruntime.preload_dlls()  # from the nvidia-* wheels, where these are installed
+    return onnxruntime
+
+
+class OrtArray(DeviceArray):
+    """A buffer that ONNX Runtime allocated on a device."""
+
+    def __init__(self, device: str, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__(shape, dtype)
+        self._device = device
+        value = import_onnxruntime(device).OrtValue
+        try:
+            self.value = value.ortvalue_from_shape_and_type(shape, self.dtype.type, *split_device(device))
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime has no {self.nbytes} bytes on {device}: {one_line(error)}") from error
+
+    @property
+    def address(self) -> int:
+        return int(self.value.data_ptr())
+
+    def write(self, values: np.ndarray) -> None:
+        """See `DeviceArray.write`."""
+        self.value.update_inplace(values)
+
+    def read(self) -> np.ndarray:
+        """See `DeviceArray.read`."""
+        return np.array(self.value.numpy())  # on the CPU `numpy` is a view
+
+    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray) -> None:
+        """See `DeviceArray.combine`."""
+        _arithmetic(self._device).combine(a, x, b, y, self)
+
+    def sum(self, axis: None = None, dtype: Any = None, out: None = None) -> float:
+        """See `DeviceArray.sum`."""
+        return _arithmetic(self._device).sum(self)
+
+
+class _Arithmetic:
+    """The operations of `DeviceArray` as two small sessions on one device.
+
+    An output may lie where an input lies: the last node reads each element before it writes it, as ONNX Runtime's own
+    memory planner lets it (MayInplace).
+    """
+
+    def __init__(self, device: str) -> None:
+        self._onnxruntime, self._place = import_onnxruntime(device), split_device(device)
+        self._combine, self._sum = (
+            _open(self._onnxruntime, device, graph, {}) for graph in (combine_graph(), sum_graph())
+        )
+        self._a, self._b, self._total = (OrtArray(device, (1, 1), "float32") for _ in range(3))
+
+    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray, out: DeviceArray) -> None:
+        self._a[...], self._b[...] = a, b
+        self._run(self._combine, {"a": self._a, "x": x, "b": self._b, "y": y}, out)
+
+    def sum(self, x: DeviceArray) -> float:
+        self._run(self._sum, {"x": x}, self._total)
+        return float(self._total.read()[0, 0])
+
+    def _run(self, session: Any, inputs: dict[str, DeviceArray], out: DeviceArray) -> None:
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            plane = rows_and_columns(array.size, array.shape)
+            binding.bind_input(name, *self._place, np.float32, plane, array.address)
+        plane = rows_and_columns(out.size, out.shape)
+        binding.bind_output("out", *self._place, np.float32, plane, out.address)
+        session.run_with_iobinding(binding)
+
+
+@cache
+def _arithmetic(device: str) -> _Arithmetic:
+    return _Arithmetic(device)
+
+
+class OnnxRuntimeDeviceEngine(DeviceEngine):
+    """One graph, opened once per combination of input shapes. Buffers are `OrtArray`s."""
+
+    def __init__(
+        self, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
+    ) -> None:
+        super().__init__("onnxruntime", graph, bundle.graph_info(graph), _PRECISIONS)
+        self._device, self._place = device, split_device(device)
+        self._onnxruntime = import_onnxruntime(device)
+        path = bundle.graph_path(graph)
+        model = parse_graph(bundle.read_graph(graph), str(path))
+        model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
+        if device == "cpu":
+            low_precision_to_float32(model)
+        attention_to_multi_head_attention(model)
+        self._model, self._path = model.SerializeToString(), path
+        self._settings = {"folder": str(bundle.folder), "threads": threads}
+
+    def array(self, shape: tuple[int, ...], dtype: str) -> OrtArray:
+        """See `DeviceEngine.array`."""
+        return OrtArray(self._device, shape, dtype)
+
+    def _compile(self, shapes: Shapes) -> _Session:
+        sizes: dict[str, int] = {}
+        for spec, shape in zip(self.inputs.values(), shapes, strict=True):
+            for size, (factor, symbol) in zip(shape, spec.factors(), strict=True):
+                if symbol is not None and factor == 1:
+                    sizes[symbol] = size
+        problem: Exception | None = None
+        for records in (True, False) if self._place[0] == "cuda" else (False,):
+            try:
+                settings = {**self._settings, "sizes": sizes}
+                return _Session(_open(self._onnxruntime, self._device, self._model, settings, records), records)
+            except Exception as error:  # recording is refused where a node must run on the CPU
+                problem = error
+        raise EngineError(
+            f"ONNX Runtime {self._onnxruntime.__version__} cannot load {self._path} on {self._device}: "
+            f"{one_line(problem) if problem else ''}"
+        ) from problem
+
+    def _runner(
+        self, compiled: _Session, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
+    ) -> Callable[[], None]:
+        binding = compiled.session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, *self._place, array.dtype.type, array.shape, array.address)
+        for name, array in outputs.items():
+            binding.bind_output(name, *self._place, array.dtype.type, array.shape, array.address)
+        options = self._onnxruntime.RunOptions()
+        if compiled.records:  # each binding is a CUDA graph of its own
+            options.add_run_config_entry("gpu_graph_id", str(next(compiled.numbers)))
+        return partial(compiled.session.run_with_iobinding, binding, options)
+
+
+class _Session:
+    """A session, whether it records CUDA graphs, and the numbers of those to come."""
+
+    def __init__(self, session: Any, records: bool) -> None:
+        self.session, self.records, self.numbers = session, records, itertools.count(1)
+
+
+def _open(onnxruntime: Any, device: str, model: bytes, settings: dict[str, Any], records: bool = False) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = settings.get("threads") or 0
+    for symbol, size in settings.get("sizes", {}).items():
+        options.add_free_dimension_override_by_name(symbol, size)
+    if "folder" in settings:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", settings["folder"])
+    kind, number = split_device(device)
+    given = {"enable_cuda_graph": "1"} if records else {}
+    if kind == "cuda":
+        given |= {"device_id": str(number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    providers = [(_PROVIDERS[kind], given)]
+    if kind != "cpu":
+        providers.append((_PROVIDERS["cpu"], {}))
+    return onnxruntime.InferenceSession(model, options, providers=providers)

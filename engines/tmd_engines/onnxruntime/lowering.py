@@ -1,0 +1,163 @@
+"""Changes that ONNX Runtime on a CPU wants in a graph. Made on the loaded model in memory, never stored in a bundle."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BundleError, quote
+
+if TYPE_CHECKING:
+    import onnx
+
+# What a plain attention may say besides its head counts; anything else keeps the standard operator.
+_PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
+
+# Operators that pass values on or give integers: there is nothing to round behind them.
+_EXACT = frozenset((
+    "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+))  # fmt: skip
+_MEASURES = frozenset(("Shape", "Size", "QuantizeLinear"))  # results of a type of their own
+
+
+def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, where: str = "The graph") -> int:
+    """Makes every float16 and bfloat16 tensor between the inputs and outputs of the graph a float32 one.
+
+    ONNX Runtime's CPU provider has no bfloat16 arithmetic, and computes float16 by converting there and back around
+    every operator. The weights stay as they are in the data file, each with a `Cast` to float32 behind it, which ONNX
+    Runtime does once when it loads the graph. Values that the graph would round are not rounded, unless `rounding`:
+    then each is, to the type that it has in the graph, and the result is that of an engine that computes products in
+    float32 and stores every value in low precision. Returns how many weights got a `Cast`.
+
+    For graphs as tmd-export makes them: no `Constant` nodes, no functions or subgraphs. `where` names the file in
+    messages. Raises BundleError for a `Cast` that does not say to what.
+    """
+    from onnx import TensorProto, helper
+
+    low = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    types: dict[str, int] = {}  # name in the graph -> its low precision
+    renamed: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def cast(source: str, target: str, to: int) -> None:
+        nodes.append(helper.make_node("Cast", [source], [target], name=f"cast/{target}", to=to))
+
+    for weight in model.graph.initializer:
+        if weight.data_type in low:
+            types[weight.name] = weight.data_type
+            renamed[weight.name] = f"{weight.name}.upcast"
+            cast(weight.name, renamed[weight.name], TensorProto.FLOAT)
+    weights = len(nodes)
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            target = _cast_target(node, where)
+            to, rounds = target.i, target.i in low
+            if rounds:
+                target.i = TensorProto.FLOAT
+        else:
+            to = next((types[name] for name in node.input if name in types), 0)
+            rounds = node.op_type not in _EXACT
+            if node.op_type in _MEASURES:
+                to = 0
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name and to in low:
+                types[name] = to
+                if rounding and rounds:
+                    node.output[index] = f"{name}.exact"
+                    cast(f"{name}.exact", f"{name}.rounded", to)
+                    cast(f"{name}.rounded", name, TensorProto.FLOAT)
+    if types:
+        nodes = [copy.deepcopy(node) for node in nodes]  # they belong to the list that is emptied next
+        del model.graph.node[:], model.graph.value_info[:]
+        model.graph.node.extend(nodes)
+    return weights
+
+
+def _cast_target(node: onnx.NodeProto, where: str) -> onnx.AttributeProto:
+    from onnx import AttributeProto
+
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.type == AttributeProto.INT and not attribute.ref_attr_name:
+            return attribute
+    raise BundleError(
+        f"{where}: node Cast {quote(node.name)} does not say which type it converts to. Make the bundle again with "
+        "tmd-export, and do not run graphs from elsewhere."
+    )
+
+
+def signed_to_unsigned_activations(model: onnx.ModelProto) -> int:
+    """Makes int8 activations with zero point 0 uint8 ones with zero point 128, the same values. Returns how many.
+
+    ONNX Runtime fuses Q/DQ with every product of uint8 and int8, and with half of those of two int8; the graph has
+    int8 because TensorRT takes no zero point but zero.
+    """
+    from onnx import TensorProto, helper
+
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    asked = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    zeros = {name for name in asked if name in weights and _is_int8_zero(weights[name])}
+    changed = 0
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 and node.input[2] in zeros:
+            changed += node.op_type == "QuantizeLinear"
+            node.input[2] = f"{node.input[2]}.unsigned"
+    model.graph.initializer.extend(
+        helper.make_tensor(f"{name}.unsigned", TensorProto.UINT8, [], [128]) for name in sorted(zeros)
+    )
+    return changed
+
+
+def _is_int8_zero(tensor: onnx.TensorProto) -> bool:
+    from onnx import TensorProto
+
+    is_scalar = tensor.data_type == TensorProto.INT8 and not tensor.dims
+    return is_scalar and (tensor.raw_data == b"\0" or (not tensor.raw_data and list(tensor.int32_data) == [0]))
+
+
+def attention_to_multi_head_attention(model: onnx.ModelProto) -> int:
+    """Replaces 3-D `Attention` nodes (opset 23) by `com.microsoft.MultiHeadAttention`. Returns how many.
+
+    ONNX Runtime's CPU kernel of `Attention` holds the whole score matrix, batch x heads x queries x keys (3.2 GB at
+    8,192 tokens and 12 heads); its `MultiHeadAttention` works in tiles. Both compute softmax(scale q k^T) v, with scale
+    1/sqrt(head_dim) by default.
+
+    Left alone: 4-D attention, masks, causal attention, caches, soft caps, grouped heads. (The text encoder has masks,
+    and its sequences are short.)
+    """
+    from onnx import helper
+
+    replaced = 0
+    for node in model.graph.node:
+        if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+            continue
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if not _is_plain(node, dict(attributes)):
+            continue
+        kept = {"num_heads": attributes["q_num_heads"]}
+        if "scale" in attributes:
+            kept["scale"] = attributes["scale"]
+        node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
+        del node.input[3:], node.output[1:], node.attribute[:]
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in kept.items())
+        replaced += 1
+    if replaced and all(entry.domain != "com.microsoft" for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return replaced
+
+
+def _is_plain(node: onnx.NodeProto, attributes: dict[str, Any]) -> bool:
+    heads = attributes.pop("q_num_heads", None)  # only the 3-D form has it
+    if not heads or attributes.pop("kv_num_heads", heads) != heads:
+        return False
+    # MultiHeadAttention reads scale 0 as "not given".
+    if attributes.pop("scale", None) == 0.0:
+        return False
+    return (
+        not any(node.input[3:])
+        and not any(node.output[1:])
+        and all(_PLAIN.get(name) == value for name, value in attributes.items())
+    )

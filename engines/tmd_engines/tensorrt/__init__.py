@@ -1,0 +1,1 @@
+"""The engine tensorrt: lowering, build and run of plans."""

@@ -1,0 +1,1 @@
+"""A torch module to a checked ONNX graph."""

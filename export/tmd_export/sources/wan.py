@@ -1,0 +1,260 @@
+"""Published Wan2.1 checkpoints as a source of weights: official folders, diffusers' layout, single files, mixtures.
+
+The parts may come from different places: a distilled transformer from its own file; text encoder, tokenizer and VAE
+from the folder of the model that it was made from. How files are found and recognised is in `checkpoints`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tmd_engines.bundle.files import sha256_hex
+from tmd_ref.checkpoint import read_config
+from tmd_ref.split import SplitWan
+from tmd_ref.student import TMDStudent, read_student
+from tmd_ref.text import Tokenizer
+from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
+from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
+
+from ..checkpoints import Checkpoint, Found, WeightFiles, find
+from ..checkpoints.names import uncut
+from ..checkpoints.recognise import PARTS as CALLED
+from ..errors import ExportError
+from ..parts import MODEL_OF, VIDEO_PARTS
+from ..presets import student_sampler
+from .source import HEAD_BLOCKS, Source, check_architecture, on_meta, read_file, vae_name
+
+# What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
+_MODEL_OF_FILE = {"transformer": "student", "student": "student", "vae": "vae", "text_encoder": "text_encoder"}
+
+_WHERE_FROM = {
+    "student": "diffusion_pytorch_model.safetensors (or a folder transformer, or the file of a distilled one)",
+    "vae": "Wan2.1_VAE.pth (or a folder vae)",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth (or a folder text_encoder)",
+}
+
+
+class WanSource(Source):
+    """Checkpoints named by the user. Nothing but headers is read before a weight is asked for.
+
+    A transformer without flow head has kind "wan" and is cut before its last `head_blocks` blocks; a student of our own
+    distillation has kind "tmd". `default_parts` are those that there are weights for.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        model: str,
+        *,
+        head_blocks: int | None = None,
+        wan: WanConfig | None = None,
+        vae: WanVAEConfig | None = None,
+        text: UMT5Config | None = None,
+    ) -> None:
+        """`model` is one of `parts.MODELS`, whose sizes the transformer must have, or any name if all sizes are given.
+
+        `paths` are files and folders; a file given by itself comes before the same part of a folder.
+        Raises ExportError if a path holds nothing that is known, two of them the same, or another model.
+        """
+        self.model = model
+        self.wan = wan or WAN_CONFIGS[model]
+        self._vae_config, self._text_config = vae, text
+        found = [find(Path(path)) for path in paths]
+        self.origin = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
+        self._parts = _by_model(found)
+        self._roots = [one.path for one in found if one.path.is_dir()]
+        self.tokenizer = _tokenizer(found)
+        self.kind, self.fusion = "wan", None
+        self.head_blocks = min(head_blocks or HEAD_BLOCKS[model], self.wan.num_layers - 1)
+        if "student" in self._parts:
+            self._take_student(self._parts["student"].open())
+        self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in self._parts)
+        self.notes = self._notes()
+
+    @property
+    def vae(self) -> WanVAEConfig:
+        if self._vae_config is None:
+            self._vae_config = self._own_config("vae", WanVAE) or WAN_VAE_CONFIGS[vae_name(self.model)]
+        return self._vae_config
+
+    @cached_property
+    def text(self) -> UMT5Config:
+        """Sizes of the text encoder."""
+        if self._text_config is None:
+            xxl = UMT5_CONFIGS["tiny" if self.model == "tiny" else "umt5-xxl"]
+            self._text_config = self._own_config("text_encoder", UMT5Encoder) or xxl
+        return self._text_config
+
+    def check(self, parts: tuple[str, ...]) -> None:
+        for part in parts:
+            if MODEL_OF[part] not in self._parts:
+                possible = f" (--parts {','.join(self.default_parts)})" if self.default_parts else ""
+                raise ExportError(
+                    f"{self.origin} has nothing to make {part} from: add a --checkpoint with "
+                    f"{_WHERE_FROM[MODEL_OF[part]]}, or choose other parts{possible}."
+                )
+        for which in dict.fromkeys(MODEL_OF[part] for part in parts):
+            self._checkpoint(which)
+        if "text_encoder" in parts:
+            self._check_text()
+        if any(MODEL_OF[part] == "vae" for part in parts) and self.vae.z_dim != self.wan.out_channels:
+            raise ExportError(
+                f"{self._checkpoint('vae').where} has latents of width {self.vae.z_dim}, but the transformer makes "
+                f"latents of width {self.wan.out_channels}: they do not belong together."
+            )
+
+    def module(self, which: str) -> nn.Module:
+        if which == "student" and self.kind == "tmd":
+            path = self._parts[which].files.files[0]
+            return on_meta(lambda: read_file(path, read_student))
+        makers: dict[str, Any] = {
+            "student": lambda: SplitWan(WanTransformer(self.wan), self.head_blocks),
+            "vae": lambda: WanVAE(self.vae),
+            "text_encoder": lambda: UMT5Encoder(self.text),
+        }
+        return on_meta(makers[which])
+
+    def tensor(self, which: str, name: str) -> Tensor:
+        checkpoint = self._checkpoint(which)
+        stored = self._stored_name(which, name)
+        if stored not in checkpoint:
+            stored = f"backbone.{name.removeprefix('head.')}"  # what the two parts of a student share is stored once
+        return checkpoint.read(stored)
+
+    def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
+        models = dict.fromkeys(MODEL_OF[part] for part in parts)
+        files = [file for which in models for file in self._parts[which].files.files]
+        if "text_encoder" in parts and self.tokenizer is not None:
+            files.append(self.tokenizer)
+        found = {}
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                found[self._name(path)] = sha256_hex(file)
+        return found
+
+    def _checkpoint(self, which: str) -> Checkpoint:
+        """The tensors of a model, complete and of the right sizes. Raises ExportError."""
+        part = self._parts[which]
+        checkpoint = part.open()
+        if not part.fits:
+            weights = self.module(which).named_parameters()
+            checkpoint.fit(
+                {self._stored_name(which, name): tuple(weight.shape) for name, weight in weights}, self.model
+            )
+            part.fits = True
+        return checkpoint
+
+    def _stored_name(self, which: str, name: str) -> str:
+        if which == "student" and self.kind == "wan":
+            return uncut(name, self.wan.num_layers - self.head_blocks)
+        return name
+
+    def _take_student(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.part == "student":
+            path = checkpoint.tensors.files[0]
+            student: TMDStudent = read_file(path, read_student)
+            check_architecture(student.config, self.wan, self.model, path)
+            self.kind, self.fusion, self.head_blocks = "tmd", student.fusion, student.head_blocks
+            self.sampler = student_sampler(student.grids)
+        else:
+            found, wanted = checkpoint.size(), (self.wan.dim, self.wan.num_layers)
+            if (found.dim, found.blocks) != wanted and found.dim and found.blocks:
+                known = [name for name, c in WAN_CONFIGS.items() if (c.dim, c.num_layers) == (found.dim, found.blocks)]
+                raise ExportError(
+                    f"{checkpoint.where} is {f'that of {known[0]}' if known else 'a Wan transformer of another size'} "
+                    f"({found}), and {self.model} has width {wanted[0]}, {wanted[1]} blocks: "
+                    f"choose {f'--model {known[0]}' if known else 'its own --model'}, or another checkpoint."
+                )
+        self._checkpoint("student")
+
+    def _own_config(self, which: str, kind: type) -> Any:
+        """The sizes that a file of tmd-distill states itself; None for a published one."""
+        if which not in self._parts or "config" not in (tensors := self._parts[which].open().tensors).metadata:
+            return None
+        return read_file(tensors.files[0], lambda path: read_config(path, kind))
+
+    def _check_text(self) -> None:
+        if self.tokenizer is None:
+            raise ExportError(
+                f"{self.origin} has no tokenizer, which text_encoder needs: add a --checkpoint with "
+                "google/umt5-xxl/spiece.model (a tokenizer.json alone is not read), or choose other --parts."
+            )
+        words = read_file(self.tokenizer, lambda path: Tokenizer(path, self.wan.text_len)).vocab_size
+        if self.text.dim != self.wan.text_dim or words > self.text.vocab_size:
+            raise ExportError(
+                f"{self._checkpoint('text_encoder').where} knows {self.text.vocab_size} words and makes features of "
+                f"width {self.text.dim}; {self.tokenizer} has {words} words, and the transformer reads width "
+                f"{self.wan.text_dim}: they do not belong together."
+            )
+
+    def _name(self, path: Path) -> str:
+        """A file's name in the provenance, from the folder that was given."""
+        root = next((root for root in self._roots if path.is_relative_to(root)), None)
+        return path.name if root is None else f"{root.resolve().name}/{path.relative_to(root).as_posix()}"
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        student = self._parts["student"].open() if "student" in self._parts else None
+        wrapper = student.tensors.wrapper if student else None
+        if student is not None and wrapper is not None:
+            notes.append(f"of {student.where}, the weights under {wrapper!r} are taken.")
+        if wrapper is not None and wrapper.startswith("generator"):
+            notes.append(
+                "autoregressive checkpoints (CausVid, Self-Forcing) have the same tensors as bidirectional ones: if "
+                "this is one, its videos will be wrong, and nothing here can tell."
+            )
+        return tuple(notes)
+
+
+@dataclass
+class _Part:
+    """Where a model comes from. `itself`: the user gave this very file, not its folder."""
+
+    files: WeightFiles
+    itself: bool
+    checkpoint: Checkpoint | None = None
+    fits: bool = False
+
+    def open(self) -> Checkpoint:
+        """The recognised tensors. Raises ExportError if the file is not what its name says."""
+        if self.checkpoint is None:
+            self.checkpoint = Checkpoint(self.files.open())
+        part, expected = self.checkpoint.part, self.files.part
+        if expected is not None and part != expected:
+            raise ExportError(
+                f"{self.checkpoint.where} holds {CALLED[part]}, and by its name it should hold {CALLED[expected]}: "
+                "give each file under its own name."
+            )
+        return self.checkpoint
+
+
+def _by_model(found: Sequence[Found]) -> dict[str, _Part]:
+    """Model -> the files that it is made from. A file that was given itself outranks what a folder has."""
+    chosen: dict[str, _Part] = {}
+    for one in found:
+        for files in one.weights:
+            part = _Part(files, itself=not one.path.is_dir())
+            holds = files.part or part.open().part  # what is named for its part is opened when it is needed
+            which = _MODEL_OF_FILE[holds]
+            other = chosen.get(which)
+            if other is not None and other.itself == part.itself:
+                raise ExportError(
+                    f"{files.files[0]} and {other.files.files[0]} both hold {CALLED[holds]}: give the one that is "
+                    "meant as a --checkpoint of its own."
+                )
+            if other is None or part.itself:
+                chosen[which] = part
+    return chosen
+
+
+def _tokenizer(found: Sequence[Found]) -> Path | None:
+    """A tokenizer given by itself, else the first that a folder has."""
+    given = sorted((one for one in found if one.tokenizer is not None), key=lambda one: one.path.is_dir())
+    return given[0].tokenizer if given else None

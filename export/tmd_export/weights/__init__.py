@@ -1,0 +1,1 @@
+"""The weights of a graph: found in the source, converted, written."""

@@ -1,0 +1,1 @@
+"""Latents to frames and pictures to latents, in pieces."""

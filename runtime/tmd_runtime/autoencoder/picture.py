@@ -1,0 +1,162 @@
+"""A picture file -> the latents that a run starts from.
+
+Files are decoded by FFmpeg (PyAV), by the one decoder that their first bytes name: no container, playlist or address
+inside a file is ever followed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmd_engines.cost.tiling import tile_size
+
+from ..clock import check_finite
+from ..errors import RuntimeFailure, UsageFailure
+from .tiles import encode_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from tmd_engines import Engine, Manifest
+
+    from ..clock import Timings
+
+_DECODERS = {
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "mjpeg",
+    b"RIFF": "webp",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+}
+"""First bytes of a file -> FFmpeg's decoder for it."""
+
+_MOST_PIXELS = 1 << 28  # 16384 x 16384, 800 MB as RGB; a few kilobytes can claim to be more
+
+
+def read_picture(path: str | Path) -> NDArray[np.uint8]:
+    """The picture in a file, uint8 `[H, W, 3]`: PNG, JPEG, WebP, BMP or TIFF, turned as a camera says, over white where
+    it is transparent. Raises RuntimeFailure if it cannot be read."""
+    import av
+
+    path = Path(path)
+    if not path.is_file():
+        raise RuntimeFailure(f"{path} {'is no file' if path.exists() else 'does not exist'}: name a picture.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RuntimeFailure(f"{path} cannot be read ({error.strerror}): name a picture.") from error
+    name = next((name for start, name in _DECODERS.items() if data.startswith(start)), None)
+    if name is None:
+        raise RuntimeFailure(f"{path} is no picture that can be read here: save it as PNG, JPEG, WebP, BMP or TIFF.")
+    try:
+        decoder: Any = av.CodecContext.create(name, "r")
+        decoder.options = {"max_pixels": str(_MOST_PIXELS)}
+        frame = [*decoder.decode(av.Packet(data)), *decoder.decode(None)][0]
+        # In several threads FFmpeg writes over the first pixels of the next thread's rows, now and then.
+        rgba = np.rot90(frame.to_ndarray(format="rgba", threads=1), frame.rotation // 90)
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise RuntimeFailure(
+            f"{path} is damaged, or no {name} picture of at most {_MOST_PIXELS >> 20} megapixels ({error}): save it "
+            "again."
+        ) from error
+    picture = np.ascontiguousarray(rgba[..., :3])
+    if (rgba[..., 3] < 255).any():
+        share = rgba[..., 3:] / np.float32(255)
+        picture = np.round(picture * share + 255 * (1 - share)).astype(np.uint8)
+    return picture
+
+
+def start_size(
+    manifest: Manifest,
+    size: tuple[int, int] | None,
+    image: NDArray[np.uint8] | None = None,
+    init_latents: NDArray[Any] | None = None,
+) -> tuple[int, int] | None:
+    """(width, height) in pixels of a run: `size` if it is given, that of the latents, or the shape of the picture with
+    about as many pixels as the model was made for; None: the model's own."""
+    stride = manifest.latents.spatial_stride
+    if size is None and init_latents is not None:
+        return init_latents.shape[-1] * stride, init_latents.shape[-2] * stride
+    if size is None and image is not None:
+        check_picture(image)
+        height, width = image.shape[:2]
+        scale = (manifest.video.width * manifest.video.height / (width * height)) ** 0.5
+        _, tall, wide = (stride * patch for patch in manifest.model.patch_size)
+        return max(round(width * scale / wide), 1) * wide, max(round(height * scale / tall), 1) * tall
+    return size
+
+
+def check_picture(image: NDArray[Any]) -> None:
+    """Raises UsageFailure unless `image` is uint8 `[H, W, 3]`."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype.name != "uint8" or 0 in image.shape:
+        raise UsageFailure(f"a picture must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}.")
+
+
+def fit(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """uint8 `[height, width, 3]`: the middle of `image` that has this shape, scaled by Lanczos' filter, to an 8th or
+    less after an average of whole pixels. A picture that has the size stays as it is."""
+    scale = max(width / image.shape[1], height / image.shape[0])
+    wide, tall = (max(round(side / scale), 1) for side in (width, height))
+    left, top = (image.shape[1] - wide) // 2, (image.shape[0] - tall) // 2
+    cut = image[top : top + tall, left : left + wide]
+    if (wide, tall) == (width, height):
+        return np.ascontiguousarray(cut)
+    # FFmpeg's filter loses its precision when it is very long: 200 becomes 214 at a 60th of the size.
+    step = int(1 / scale / 4)
+    if step > 1:
+        top, left = tall % step // 2, wide % step // 2
+        rows, columns = tall // step, wide // step
+        blocks = cut[top : top + rows * step, left : left + columns * step].reshape(rows, step, columns, step, 3)
+        cut = np.round(blocks.mean(axis=(1, 3), dtype=np.float32)).astype(np.uint8)
+    import av
+
+    def resized(plane: NDArray[np.uint8]) -> Any:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(plane), format="gray")
+        scaled = frame.reformat(width=width, height=height, format="gray", interpolation="LANCZOS", threads=1)
+        return scaled.to_ndarray()
+
+    # Each colour by itself: FFmpeg would scale a picture of colours by way of YUV.
+    return np.stack([resized(cut[..., colour]) for colour in range(3)], axis=-1)
+
+
+def encode_picture(
+    load: Callable[[], Engine],
+    manifest: Manifest,
+    image: NDArray[np.uint8],
+    size: tuple[int, int] | None,
+    timings: Timings,
+) -> NDArray[np.float32]:
+    """Latents `[1, C, 1, h, w]` of `image` at `size` (see `start_size`), by the engine of the graph `encoder`.
+
+    Raises UsageFailure for an array that is no picture and a size that has no latents, RuntimeFailure for NaN or Inf.
+    """
+    check_picture(image)
+    size, stride = start_size(manifest, size, image) or (0, 0), manifest.latents.spatial_stride
+    if any(side < stride or side % stride for side in size):
+        raise UsageFailure(f"a picture of {size[0]}x{size[1]} cannot be encoded: choose multiples of {stride}.")
+    height, width = size[1] // stride, size[0] // stride
+    engine = load()
+    start = perf_counter()
+    tile = tile_size(height, width, stride)
+    dims = {"batch": 1, "frames": 1, "height": tile[0], "width": tile[1]}
+    frames, latents = engine.empty("frames", **dims), engine.empty("latents", **dims)
+    run = engine.bind({"frames": frames}, {"latents": latents})
+
+    def encode(cut: NDArray[np.uint8]) -> NDArray[np.float32]:
+        frames[...] = cut[None, None]
+        run()
+        return np.asarray(latents)
+
+    found = encode_tiles(encode, fit(image, *size), tile, stride, manifest.latents.channels)
+    check_finite("encode", found)
+    seconds = perf_counter() - start
+    timings.add("encode", seconds)
+    timings.report("encode", 1, 1, seconds)
+    return found

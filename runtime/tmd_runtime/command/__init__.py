@@ -1,0 +1,1 @@
+"""`tmd-run`: options, the work for each prompt, progress."""

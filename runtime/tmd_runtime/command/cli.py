@@ -1,0 +1,374 @@
+"""`tmd-run`: a prompt on the command line, a video in a file.
+
+Only click is imported at the top, so that `--help` answers at once; the rest comes in when there is something to run.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ..errors import RuntimeFailure, UsageFailure
+from .job import Job
+from .options import Number, Schedule
+from .options import Size as Size
+from .options import Whole as Whole
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+# As in tmd_engines, which is not imported for --help; a test compares the two.
+ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt")
+MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"tmd-run {version('tmd-runtime')}")
+    except PackageNotFoundError:
+        click.echo("tmd-run (not installed, run from its sources)")
+    ctx.exit()
+
+
+@click.command(
+    "tmd-run",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\
+\b
+Examples:
+  tmd-run --prompt "a red circle moving right on a black background"
+  tmd-run --prompt "a blue star spinning" --seed 7 --steps 2 --out star.gif
+  tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.json
+  tmd-run --embeds cat.safetensors --bundle edge-bundle --save-latents cat-latents.safetensors
+  tmd-run --latents cat-latents.safetensors --bundle my-bundle --out cat.mp4
+  tmd-run                              a prompt loop that keeps the model loaded
+
+\b
+--json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
+frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
+guidance, memory (all or low), embeds, latents and preview (files written, or
+null), times (of the steps, from noise to data; empty for a TMD student), rho.
+A bundle that has no part to go on after a saved file ends there: out is null.
+With --prompt-file or several --prompt it is {"runs": [...]}. After a failure it
+has "error" (and the runs that were finished). In stage_seconds, load is what
+only the first run pays, and file (encoding) goes on beside decode.
+
+\b
+Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 stopped by Ctrl-C.
+A file appears under its name only when it is complete.""",
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show. May be given several times.")
+@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="One prompt per line, UTF-8; - reads stdin.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Exported model; builtin:tim-tiny is one of stills.  [default: builtin:tiny]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ends in .mp4, .webm, .gif or .png (contact sheet; a picture if --frames is 1); without an ending: a folder "
+    "of PNG frames. Several prompts get NAME-001, NAME-002, ...  [default: PROMPT-SEED.mp4 in this folder, .png for a "
+    "model of stills]",
+)
+@click.option(
+    "--seed", type=Whole(0, 2**64 - 1), metavar="N", help="Same seed, same video.  [default: random, printed]"
+)
+@click.option("--steps", type=Whole(1), metavar="M", help="Outer steps, one backbone pass each.")
+@click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per outer step.")
+@click.option(
+    "--guidance",
+    type=Number(0, 1000),
+    metavar="G",
+    help="Strength of classifier-free guidance; 1: none, half the time.",
+)
+@click.option("--negative-prompt", metavar="TEXT", help="What guidance steers away from.")
+@click.option(
+    "--shift", type=Number(1, 1000), metavar="S", help="Warp of the times of a model without a fixed list of them."
+)
+@click.option(
+    "--schedule",
+    type=Schedule(),
+    metavar="T,T,...",
+    help="Times of a Transition Model in the place of --steps, falling from 1 to 0.",
+)
+@click.option(
+    "--deadline",
+    type=Number(0, 86400),
+    metavar="SECONDS",
+    help="Time for the steps of a Transition Model: takes as many as fit, at most --steps, and jumps to the end.",
+)
+@click.option(
+    "--rho",
+    type=Number(0, 10),
+    metavar="R",
+    help="Fresh noise in every step of a Transition Model but the first and the last; 0: none. For many steps.",
+)
+@click.option("--class", "label", type=Whole(0), metavar="N", help="What to draw, for a model of numbered classes.")
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Start from a picture (Transition Models): PNG, JPEG, WebP, BMP or TIFF. Its middle is scaled to --size; "
+    "without that it keeps its shape, at about as many pixels as the model was made for.",
+)
+@click.option(
+    "--init-latents", type=click.Path(path_type=Path), metavar="FILE", help="The same, from a file of --save-latents."
+)
+@click.option("--strength", type=Number(0, 1), metavar="S", help="How much of that picture changes; 1: everything.")
+@click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
+@click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
+@click.option(
+    "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the graphs."
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="D",
+    help="Where: cpu, cuda, or cuda:N for one of several GPUs; auto: a GPU where there is one.",
+)
+@click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
+@click.option(
+    "--memory",
+    type=click.Choice(MEMORY),
+    default="auto",
+    show_default=True,
+    help="Keep all graphs loaded, or one stage after the other (low); auto: low if all would not fit.",
+)
+@click.option(
+    "--save-embeds", type=click.Path(path_type=Path), metavar="FILE", help="Also write the prompt's embeddings."
+)
+@click.option(
+    "--embeds", type=click.Path(path_type=Path), metavar="FILE", help="Take the prompt from a file of --save-embeds."
+)
+@click.option(
+    "--save-latents", type=click.Path(path_type=Path), metavar="FILE", help="Also write the latents, before decoding."
+)
+@click.option(
+    "--latents", type=click.Path(path_type=Path), metavar="FILE", help="Only decode a file of --save-latents."
+)
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Before each step but the last, write what the run would give if it were the last. Changes nothing else.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, everything else on stderr.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
+@click.option(
+    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
+)
+def command(
+    prompts: tuple[str, ...],
+    prompt_file: Any,
+    bundle: Path | None,
+    out: Path | None,
+    engine: str,
+    device: str,
+    threads: int | None,
+    memory: str,
+    embeds: Path | None,
+    latents: Path | None,
+    save_embeds: Path | None,
+    save_latents: Path | None,
+    image: Path | None,
+    init_latents: Path | None,
+    preview: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **wishes: Any,
+) -> None:
+    """Turn a prompt into a video with an exported few-step model.
+
+    Steps, inner steps, guidance, frames and size default to what the model was made for. Without --prompt in a terminal
+    it asks for prompts one after the other and keeps the model loaded. Nothing is downloaded or sent anywhere.
+    """
+    texts = _read_prompts(prompts, prompt_file)
+    written = {"save-embeds": save_embeds, "save-latents": save_latents, "preview": preview}
+    _check_sources(texts, embeds, latents, written, {**wishes, "image": image, "init_latents": init_latents})
+    drawing = wishes["label"] is not None
+    asking = not texts and embeds is None and latents is None and not drawing
+    if asking and as_json:
+        raise click.UsageError("--json needs a prompt: give --prompt TEXT or --prompt-file FILE.")
+    if asking and not sys.stdin.isatty():
+        raise click.UsageError("No prompt: give --prompt TEXT or --prompt-file FILE (asking for one needs a terminal).")
+    job = Job(
+        wishes,
+        out,
+        numbered=asking or len(texts) > 1,
+        quiet=quiet,
+        as_json=as_json,
+        save_embeds=save_embeds,
+        save_latents=save_latents,
+        image=image,
+        init_latents=init_latents,
+        preview=preview,
+    )
+    several = prompt_file is not None or len(texts) > 1
+    records: list[dict[str, Any]] = []
+
+    def fail(message: str, code: int) -> NoReturn:
+        click.echo(f"tmd-run: {message}", err=True)
+        if as_json:
+            _print_json({"error": message, "runs": records} if several else {"error": message})
+        raise SystemExit(code)
+
+    with _failures(fail):
+        job.check_targets(len(texts))
+        start = perf_counter()
+        import tmd_runtime
+
+        with tmd_runtime.load(bundle, engine, threads, device, memory) as pipeline:
+            if latents is None:
+                pipeline.settings(**wishes)
+            job.opening_seconds = perf_counter() - start
+            if asking:
+                _ask(job, pipeline)
+            if latents is not None:
+                records.append(job.decode(pipeline, latents))
+            elif embeds is not None:
+                records.append(job.run_embeds(pipeline, embeds))
+            for text in texts or [""] * drawing:
+                records.append(job.run(pipeline, text))
+            if as_json:
+                _print_json({"runs": records} if several else records[0])
+
+
+def _check_sources(
+    texts: list[str],
+    embeds: Path | None,
+    latents: Path | None,
+    written: dict[str, Path | None],
+    wishes: dict[str, Any],
+) -> None:
+    """A run starts from prompts, a class, embeddings or latents. Raises click.UsageError for a mixture."""
+    label = wishes["label"]
+    sources = {"--prompt or --prompt-file": texts, "--embeds": embeds, "--latents": latents}
+    given = [name for name, value in sources.items() if value] + ["--class"] * (label is not None)
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} are two beginnings of a run: give one of them.")
+    if embeds is not None and written["save-embeds"] is not None:
+        raise click.UsageError("--embeds has its embeddings in a file already: leave --save-embeds out.")
+    if label is not None and written["save-embeds"] is not None:
+        raise click.UsageError("a class has no embeddings to save: leave --save-embeds out.")
+    if wishes["image"] is not None and wishes["init_latents"] is not None:
+        raise click.UsageError("--image and --init-latents are two pictures to start from: give one of them.")
+    pictured = wishes["image"] is not None or wishes["init_latents"] is not None
+    if pictured != (wishes["strength"] is not None):
+        raise click.UsageError(
+            "--image or --init-latents and --strength go together: a picture, and how much of it changes."
+        )
+    if latents is not None:
+        decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
+        decided += [f"--{name}" for name, value in written.items() if value]
+        if decided:
+            raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")
+
+
+@contextmanager
+def _failures(fail: Callable[[str, int], NoReturn]) -> Iterator[None]:
+    """Everything that can go wrong for a reason outside this program ends in `fail(message, exit code)`."""
+    try:
+        yield
+    except UsageFailure as error:
+        fail(str(error), BAD_USAGE)
+    except RuntimeFailure as error:
+        fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        fail("stopped.", INTERRUPTED)
+    except MemoryError:
+        fail("there is not enough memory for this model. Close other programs, or use a smaller model.", FAILED)
+    except OSError as error:
+        fail(f"{error}.", FAILED)
+    except Exception as error:
+        from tmd_engines import BundleError, EngineError
+
+        if not isinstance(error, (BundleError, EngineError)):
+            raise
+        fail(str(error), FAILED)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def _read_prompts(prompts: tuple[str, ...], prompt_file: Any) -> list[str]:
+    texts = list(prompts)
+    if any(not text.strip() for text in texts):
+        raise click.BadParameter("the prompt is empty: describe the video in a few words.", param_hint="--prompt")
+    if prompt_file is not None:
+        try:
+            lines = prompt_file.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise click.BadParameter(
+                f"{prompt_file.name} is not UTF-8 text: save it as UTF-8.", param_hint="--prompt-file"
+            ) from error
+        except OSError as error:
+            raise click.BadParameter(
+                f"{prompt_file.name} cannot be read: {error.strerror}.", param_hint="--prompt-file"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise click.BadParameter(
+                f"{prompt_file.name} holds no prompt: write one per line.", param_hint="--prompt-file"
+            )
+        texts += found
+    return texts
+
+
+def _ask(job: Job, pipeline: Pipeline) -> None:
+    """The prompt loop. A run that fails or is stopped does not end it."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() history and editing where there is one)
+    click.echo("Describe a video and press Enter. An empty line ends, Ctrl-C stops a run.", err=True)
+    while True:
+        try:
+            text = input("prompt> ").strip()
+        except EOFError:
+            click.echo(err=True)
+            return
+        if not text:
+            return
+
+        def show(message: str, _: int) -> None:
+            click.echo(f"tmd-run: {message}", err=True)
+
+        with _failures(show):  # type: ignore[arg-type]
+            job.run(pipeline, text)
+
+
+def main() -> NoReturn:
+    """Entry point of `tmd-run`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A file name or prompt that the terminal cannot show must not end a run.
+            stream.reconfigure(errors="backslashreplace")
+    # Ended by a service manager, clean up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        command.main(prog_name="tmd-run", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(INTERRUPTED)
+    finally:
+        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback and change the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(0)

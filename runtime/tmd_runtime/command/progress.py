@@ -1,0 +1,75 @@
+"""What `tmd-run` shows people while it works: one bar per stage, on stderr, in a terminal only."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from typing import Self
+
+    from ..clock import StepInfo
+    from ..settings import Settings
+
+LABELS = {
+    "load": "load",
+    "encode": "picture",
+    "text": "text",
+    "noise": "noise",
+    "backbone": "backbone",
+    "flow_head": "flow head",
+    "decode": "decode",
+    "file": "file",
+}
+
+
+class Bars:
+    """A callback for `Pipeline` that draws bars of `stages` (None: all); shows nothing if `visible` is False."""
+
+    def __init__(self, settings: Settings, visible: bool, stages: Collection[str] | None = None) -> None:
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+        if not visible:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        totals = {
+            "text": settings.passes,
+            "backbone": settings.steps * settings.passes,
+            "flow_head": settings.steps * settings.inner_steps * settings.passes,
+            "decode": settings.latent_shape[2],
+        }
+        self._tasks = {
+            stage: self._progress.add_task(LABELS[stage], total=total, start=False)
+            for stage, total in totals.items()
+            if stages is None or stage in stages
+        }
+
+    def __call__(self, step: StepInfo) -> None:
+        if self._progress is None:
+            return
+        if step.stage not in self._tasks:
+            self._tasks[step.stage] = self._progress.add_task(LABELS[step.stage], total=step.total)
+        task = self._tasks[step.stage]
+        self._progress.start_task(task)
+        self._progress.update(task, completed=step.done, total=step.total)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def in_terminal() -> bool:
+    return sys.stderr.isatty()

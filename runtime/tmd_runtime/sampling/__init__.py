@@ -1,0 +1,1 @@
+"""Noise to latents: the loop of each family, noise, time grids."""

@@ -1,0 +1,1 @@
+"""A prompt to the embeddings that the model reads."""

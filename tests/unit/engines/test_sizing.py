@@ -1,0 +1,260 @@
+"""What a run needs, told beforehand: operations by the formulas of the parts, memory by who is alive when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.helpers.bundle_tools import edit_graph
+from tests.helpers.synthetic_tim import write_tim_bundle
+from tmd_engines import Bundle, BundleError
+from tmd_engines.cost.operations import ARENA, flops, peak_activation_bytes, weight_bytes
+from tmd_engines.cost.shapes import ShapedGraph, infer_shapes
+from tmd_engines.cost.sizing import BASE_BYTES, StageEstimate, estimate
+from tmd_engines.cost.system_memory import available_bytes
+
+BUILT_IN = Path(__file__).parents[3] / "runtime" / "tmd_runtime" / "bundles" / "tiny"
+MEGABYTE = 1 << 20
+
+
+def shaped(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list[int]], weights: dict[str, Any], **kw: Any
+) -> ShapedGraph:
+    """The graph of `nodes` whose inputs are float32, with weights given as (shape, type) or as an array."""
+    initializers = [
+        numpy_helper.from_array(value, name)
+        if hasattr(value, "dtype")
+        else onnx.TensorProto(name=name, dims=value[0], data_type=value[1])  # no values: nobody may ask for them
+        for name, value in weights.items()
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"] * len(shape)) for name, shape in inputs.items()
+    ]
+    last = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in nodes[-1].output]
+    graph = helper.make_graph(nodes, "g", values, last, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    return infer_shapes(model, {name: tuple(shape) for name, shape in inputs.items()}, "g.onnx")
+
+
+def node(kind: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+F32, F16, INT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8
+
+
+@pytest.mark.parametrize(
+    ("made", "inputs", "weight", "expected"),
+    [
+        (node("MatMul", "x w", "y"), [2, 5, 7], [7, 3], 2 * (2 * 5 * 3) * 7),
+        (node("Gemm", "x w", "y", transA=1), [7, 5], [7, 3], 2 * (5 * 3) * 7),
+        (node("Gemm", "x w", "y", transB=1), [5, 7], [3, 7], 2 * (5 * 3) * 7),
+        (node("Conv", "x w", "y", strides=[1, 2, 2]), [1, 6, 4, 8, 8], [10, 6, 3, 2, 2], 2 * (10 * 2 * 4 * 4) * 6 * 12),
+        (node("Conv", "x w", "y", group=3), [1, 6, 8, 8], [12, 2, 3, 3], 2 * (12 * 6 * 6) * 2 * 9),
+        (node("ConvTranspose", "x w", "y", strides=[2, 2]), [1, 6, 4, 4], [6, 5, 2, 2], 2 * (6 * 4 * 4) * 5 * 4),
+        (node("Relu", "x", "y"), [4, 4], [1], 0),
+    ],
+)
+def test_operations_of_a_product_are_two_per_multiply_add(made, inputs, weight, expected):
+    assert flops(shaped([made], {"x": inputs}, {"w": (weight, F32)}), "g.onnx") == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "heads"),
+    [
+        ([2, 9, 24], [2, 5, 24], [2, 5, 30], {"q_num_heads": 3, "kv_num_heads": 3}),
+        ([2, 3, 9, 8], [2, 3, 5, 8], [2, 3, 5, 10], {}),
+    ],
+)
+def test_attention_counts_scores_and_values(query, key, value, heads):
+    graph = shaped([node("Attention", "q k v", "y", **heads)], {"q": query, "k": key, "v": value}, {})
+    assert flops(graph, "g.onnx") == 2 * (2 * 9 * 5) * (24 + 30)
+
+
+def test_shapes_pass_through_arithmetic_on_shapes():
+    """height // 2 x width // 2 tokens, as exporters write it; onnx alone loses the sizes at the division."""
+    import numpy as np
+
+    nodes = [
+        node("Shape", "x", "shape"),
+        node("Slice", "shape from to", "sides"),
+        node("Div", "sides two", "half"),
+        node("Concat", "half rest", "target", axis=0),
+        node("Reshape", "x target", "patches"),
+        node("MatMul", "patches w", "y"),
+    ]
+    constants = {"from": [1], "to": [3], "two": [2, 2], "rest": [-1]}
+    weights = {name: np.asarray(value, np.int64) for name, value in constants.items()} | {"w": ([20, 7], F32)}
+    graph = shaped(nodes, {"x": [1, 6, 8, 5]}, weights)
+    assert graph.tensors["y"].shape == (3, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (node("Einsum", "x x", "y", equation="ij,kj->ik"), "no rule for the operations of Einsum"),
+        (node("NonZero", "x", "y"), "NonZero .* does not follow from the inputs"),
+        (node("Strange", "x", "y", domain="made.up"), "made.up.Strange"),
+        (node("MatMul", "x x", "y"), "MatMul"),
+        (node("Relu", "z", "y"), "comes from nowhere"),
+    ],
+)
+def test_what_cannot_be_counted_is_an_error_and_not_a_zero(made, message):
+    with pytest.raises(BundleError, match=message):
+        flops(shaped([made], {"x": [3, 4]}, {}), "g.onnx")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tensors"),
+    [
+        # x -> a -> b -> y with nothing kept: two neighbours at a time; a is freed before y
+        ([node("Softmax", "x", "a"), node("Softmax", "a", "b"), node("Softmax", "b", "c"), node("Pow", "c x", "y")], 2),
+        # a is read once more at the end
+        ([node("Softmax", "x", "a"), node("Softmax", "a", "b"), node("Softmax", "b", "c"), node("Pow", "c a", "y")], 3),
+        # views take nothing, and keep what they look at
+        ([node("Softmax", "x", "a"), node("Identity", "a", "b"), node("Softmax", "b", "y")], 1),
+        (
+            [node("Softmax", "x", "a"), node("Identity", "a", "b"), node("Softmax", "x", "c"), node("Pow", "b c", "y")],
+            2,
+        ),
+        # what follows from weights alone is no activation
+        ([node("Softmax", "w", "a"), node("Softmax", "a", "b"), node("Pow", "x b", "y")], 0),
+        # tanh-Gelu has a copy of its own, attention one of each input
+        ([node("Gelu", "x", "a", approximate="tanh"), node("Softmax", "a", "y")], 2),
+        ([node("Attention", "x x x", "a", q_num_heads=1, kv_num_heads=1), node("Softmax", "a", "y")], 4),
+    ],
+)
+def test_activations_live_until_their_last_reader(nodes, tensors):
+    graph = shaped(nodes, {"x": [1, 1, MEGABYTE]}, {"w": ([1, 1, MEGABYTE], F32)})
+    assert peak_activation_bytes(graph) == int(ARENA * tensors * 4 * MEGABYTE)
+
+
+def test_weights_in_low_precision_are_held_in_float32_and_tables_stay_in_their_file():
+    nodes = [
+        node("Cast", "ids", "rows", to=TensorProto.INT64),
+        node("Gather", "table rows", "a"),
+        node("Cast", "half", "w", to=F32),
+        node("MatMul", "a w", "y"),
+    ]
+    weights = {"table": ([1000, 8], F32), "half": ([8, 4], F16), "quantized": ([8, 4], INT8)}
+    assert weight_bytes(shaped(nodes, {"ids": [3]}, weights)) == 4 * 32 + 32
+
+
+def test_a_run_of_the_built_in_model():
+    """Calls, NFE, and the two memory modes as sums over the stages."""
+    bundle = Bundle.open(BUILT_IN)
+    found = estimate(bundle, width=64, height=64, frames=17, steps=2, inner_steps=4)
+    stages = found.stages
+    assert {name: stage.calls for name, stage in stages.items()} == {
+        "text_encoder": 1,
+        "backbone": 2,
+        "flow_head": 8,
+        "decoder": 1,
+    }
+    assert found.nfe == 2 * (1 + 3 * 2 / 8)
+    assert found.flops == sum(stage.flops * stage.calls for stage in stages.values())
+    sizes = {name: stage.weight_bytes + stage.activation_bytes + stage.io_bytes for name, stage in stages.items()}
+    assert found.peak_bytes == BASE_BYTES + sum(sizes.values())
+    low = max(sizes["text_encoder"], sizes["backbone"] + sizes["flow_head"], sizes["decoder"])
+    assert estimate(bundle, width=64, height=64, frames=17, memory="low").peak_bytes == BASE_BYTES + low
+    # text encoder: 32 ids, 32 of the mask, 32 x 64 values; flow head: noise, y in and out, s, r: the rest is shared
+    assert stages["text_encoder"].io_bytes == 32 * 8 * 2 + 32 * 64 * 4
+    assert stages["flow_head"].io_bytes == 3 * (16 * 5 * 8 * 8 * 4) + 2 * 4
+
+
+def test_decoder_buffers_are_two_sets_of_caches_and_the_clip_twice(synthetic_bundle: Path):
+    found = estimate(Bundle.open(synthetic_bundle), width=64, height=96, frames=17).stages["decoder"]
+    latents, caches, pixels = 16 * 8 * 12 * 4, 32 * 8 * 12 * 4, 64 * 96 * 3
+    assert found.io_bytes == latents + 2 * caches + (1 + 4) * pixels + 2 * 17 * pixels
+    still = estimate(Bundle.open(synthetic_bundle), width=64, height=96, frames=1).stages["decoder"]
+    assert still.io_bytes == latents + caches + (1 + 4) * pixels + 2 * pixels, "one set: nothing comes after it"
+
+
+def test_stills_have_rows_for_guidance_and_tiles_for_the_autoencoder(tmp_path: Path) -> None:
+    bundle = Bundle.open(write_tim_bundle(tmp_path / "tim", pictures=True))
+
+    def stages(width: int, passes: int = 1) -> dict[str, StageEstimate]:
+        asked = {"width": width, "height": 1024, "frames": 1, "guidance_passes": passes}
+        return estimate(bundle, **asked, from_picture=True).stages
+
+    one, guided = stages(1024), stages(1024, passes=2)
+    assert guided["flow_head"].calls == one["flow_head"].calls == 4
+    assert 1.9 < guided["flow_head"].flops / one["flow_head"].flops < 2.1
+    assert 1.9 < guided["flow_head"].activation_bytes / one["flow_head"].activation_bytes < 2.1
+    assert guided["decoder"] == one["decoder"] and guided["text_encoder"].calls == 2
+    large = stages(3072)  # four tiles of 1024, of which 256 overlap
+    for stage in ("encoder", "decoder"):
+        assert (one[stage].calls, large[stage].calls) == (1, 4)
+        assert large[stage].flops == one[stage].flops and large[stage].activation_bytes == one[stage].activation_bytes
+    assert large["decoder"].io_bytes - one["decoder"].io_bytes == 2 * 3 * 1024 * 2048  # the picture alone is larger
+    assert large["flow_head"].activation_bytes > 2 * one["flow_head"].activation_bytes
+
+
+def test_decoder_work_grows_by_the_frame_and_its_memory_by_the_clip_alone():
+    bundle = Bundle.open(BUILT_IN)
+
+    def decoder(frames: int) -> StageEstimate:
+        return estimate(bundle, width=64, height=96, frames=frames).stages["decoder"]
+
+    still, short, middle, long = (decoder(frames) for frames in (1, 17, 49, 81))
+    assert long.flops - middle.flops == middle.flops - short.flops > still.flops
+    assert long.activation_bytes == short.activation_bytes > still.activation_bytes
+    assert long.io_bytes - short.io_bytes == 2 * 64 * 64 * 96 * 3
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"width": 72}, {"height": 0}, {"frames": 16}, {"frames": 0}, {"steps": 0}, {"inner_steps": 0}],
+)
+def test_what_the_model_cannot_make_is_a_value_error(wish):
+    bundle = Bundle.open(BUILT_IN)
+    with pytest.raises(ValueError, match=r"cannot be made|at least 1"):
+        estimate(bundle, **{"width": 64, "height": 64, "frames": 17, **wish})
+
+
+def test_a_graph_of_the_bundle_that_cannot_be_counted_is_named(synthetic_bundle: Path):
+    def strange(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "Strange"
+
+    edit_graph(synthetic_bundle, strange)
+    with pytest.raises(BundleError, match=r"backbone.onnx cannot be sized: node Strange"):
+        estimate(Bundle.open(synthetic_bundle), width=64, height=64, frames=17)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 4000 kB\nMemAvailable:    3000 kB\n"}
+V2 = {
+    "proc/self/cgroup": "0::/jobs/one\n",
+    "sys/fs/cgroup/jobs/one/memory.max": "max\n",
+    "sys/fs/cgroup/jobs/one/memory.current": "900000\n",
+    "sys/fs/cgroup/jobs/memory.max": "2000000\n",
+    "sys/fs/cgroup/jobs/memory.current": "1500000\n",
+    "sys/fs/cgroup/jobs/memory.stat": "anon 1\ninactive_file 200000\n",
+}
+V1 = {
+    "proc/self/cgroup": "4:cpu,memory:/docker/abc\n1:cpuset:/\n",  # the path of the host, not there in a container
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "400000\n",
+    "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 100000\n",
+}
+
+
+FREE_MEMORY = [
+    ({}, None),
+    (MEMINFO, 3000 * 1024),
+    (MEMINFO | V2, 2000000 - 1500000 + 200000),
+    (MEMINFO | V1, 1000000 - 400000 + 100000),
+    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 3000 * 1024),
+    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.usage_in_bytes": "2000000\n"}, 0),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), FREE_MEMORY)
+def test_free_memory_is_the_least_that_machine_and_container_leave(tmp_path: Path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert available_bytes(tmp_path) == expected

@@ -1,0 +1,196 @@
+"""The TensorRT backend against NVIDIA's own bindings of three versions, and CUDA's. No GPU, and no double of ours.
+
+What this proves: every name exists, every call fits its signature, and a TensorRT that does not start is one sentence.
+What it cannot prove: that a graph builds, and that it computes the right thing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.tensorrt_bindings import WHEELS, environment, prepare
+from tmd_engines.device.gpu import has_gpu
+
+ROOT = Path(__file__).parents[3]
+ENGINES = ROOT / "engines"
+BUILD = ENGINES / "tmd_engines/tensorrt/build.py"
+CUDA = ENGINES / "tmd_engines/device/cuda.py"
+QUICK = ("10.3.0", "11.4.0.106")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in WHEELS]
+)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("tensorrt-bindings") if cache is not None else tmp_path_factory.mktemp("bindings")
+    return prepare(request.param, Path(folder))
+
+
+def names_below(root: str, file: Path) -> set[str]:
+    """Every `root.a.b` that a module says, without the root, found in its syntax tree."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id == root:
+            found.add(".".join(reversed(parts)))
+    return found
+
+
+def run(bindings: Path, code: str) -> str:
+    """What a process with the bindings prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(bindings, ENGINES), timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_name_of_the_backend_is_in_the_bindings(bindings: Path) -> None:
+    names = names_below("trt", BUILD)
+    assert {"Builder", "OnnxParser", "BuilderFlag.TF32", "Runtime"} <= names and len(names) > 12
+    code = (
+        "import operator, tensorrt\n"
+        f"for name in {sorted(names)!r}:\n"
+        "    try: operator.attrgetter(name)(tensorrt)\n"
+        "    except AttributeError as error: print(error)\n"
+    )
+    assert run(bindings, code) == ""
+
+
+def test_backend_runs_as_far_as_it_can_without_the_library(bindings: Path) -> None:
+    """The real classes take our subclasses, and a library that gives nothing is an error in one sentence."""
+    code = """
+from tmd_engines import EngineError
+from tmd_engines.tensorrt.progress import BuildProgress
+from tmd_engines.tensorrt import build
+import tensorrt as trt
+print(build.version(), build.full_version())
+log = build.Log()
+log.log(trt.ILogger.Severity.INFO, "nothing")
+log.log(trt.ILogger.Severity.ERROR, "no\\n  driver")
+print(log.said(), "|", log.said())
+told = []
+monitor = build._Monitor(BuildProgress("backbone", told.append))
+monitor.phase_start("all", "", 2)
+print(monitor.step_complete("all", 0), told[0].fraction)
+for call in (lambda: build.new_builder(log), lambda: build.Plan(b"", {})):
+    try: call()
+    except EngineError as error: print("ERROR", error)
+print(trt.Dims([1, 2, 3])[2], 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) > 0)
+"""
+    first, said, step, *errors, last = run(bindings, code).splitlines()
+    version = bindings.name.split("-")[3]
+    major, minor = version.split(".")[:2]
+    assert first == f"({major}, {minor}) {version}"
+    assert said == "no driver | it gave no reason" and step == "True 0.5" and last == "3 True"
+    assert len(errors) == 2 and all(f"TensorRT {version} does not start" in error for error in errors)
+
+
+PLANTED = {  # what a backend must not say, and in which major versions it is wrong
+    "config.clear_flag(trt.BuilderFlag.TF32)": [
+        ("config.set_flag(trt.BuilderFlag.FP16)", ("11",)),
+        ("config.int8_calibrator = 1", ("10", "11")),
+        ("config.max_workspace_size = 1", ("10", "11")),
+        ("config.set_flag('fp16')", ("10", "11")),
+    ],
+    "self._context.execute_async_v3(stream)": [
+        ("self._context.execute_async_v2(stream)", ("10", "11")),
+        ("self._context.execute_async_v3()", ("10", "11")),
+    ],
+}
+
+
+def types(bindings: Path, folder: Path) -> str:
+    """What mypy says in strict mode of the modules in `folder`, with the types of these bindings."""
+    config = folder / "mypy.ini"
+    config.write_text(
+        f"[mypy]\nstrict = True\nmypy_path = {bindings / 'stubs'}:{ENGINES}\nfollow_imports = silent\n"
+        f"cache_dir = {bindings / 'mypy'}\n"
+        "[mypy-tensorrt.*]\nignore_errors = True\n"
+        "[mypy-numpy.*,onnx.*,pydantic.*]\nfollow_imports = skip\n"  # half of the time, and nothing to do with this
+    )
+    files = [str(path) for path in sorted(folder.glob("*.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", config, *files], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode in (0, 1) and not done.stderr, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_backend_fits_the_types_of_the_bindings_and_what_is_planted_does_not(bindings: Path, tmp_path: Path) -> None:
+    source = re.sub(r"^from \.", "from tmd_engines.", BUILD.read_text(), flags=re.M)
+    major = bindings.name.split("-")[3].partition(".")[0]
+    (tmp_path / "as_it_is.py").write_text(source)
+    wrong = []
+    for place, changes in PLANTED.items():
+        assert place in source
+        for number, (change, majors) in enumerate(changes):
+            name = f"planted_{len(wrong)}_{number}.py"
+            (tmp_path / name).write_text(source.replace(place, change))
+            if major in majors:
+                wrong.append(name)
+    said = types(bindings, tmp_path)
+    assert {line.partition(":")[0] for line in said.splitlines() if ": error:" in line} == set(wrong), said
+
+
+def test_code_from_a_plan_is_never_allowed() -> None:
+    for file in (ENGINES / "tmd_engines").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.Attribute) and node.attr == "engine_host_code_allowed"), file
+            assert not (isinstance(node, ast.Attribute) and node.attr == "VERSION_COMPATIBLE"), file
+
+
+# CUDA's bindings are compiled code as well, and import without a driver.
+
+
+def cudart() -> Any:
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed: pip install cuda-bindings")
+    return importlib.import_module("cuda.bindings.runtime")
+
+
+def test_every_cuda_name_is_in_the_bindings() -> None:
+    names = names_below("cudart", CUDA)
+    assert {"cudaMalloc", "cudaGraphInstantiate", "cudaError_t.cudaSuccess"} <= names
+    for name in names:
+        found: Any = cudart()
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_every_cuda_call_has_as_many_arguments_as_the_function() -> None:
+    """The bindings state their signatures in the first line of each docstring."""
+    checked = 0
+    for node in ast.walk(ast.parse(CUDA.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "cudart":
+            signature = getattr(cudart(), node.func.attr).__doc__.strip().splitlines()[0]
+            wanted = re.fullmatch(r"\w+\((.*)\)", signature)
+            assert wanted, signature
+            assert len(node.args) == len([part for part in wanted[1].split(",") if part.strip()]), signature
+            checked += 1
+    assert checked > 10
+
+
+def test_machine_without_a_gpu_is_one_sentence() -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    cudart()
+    from tmd_engines import EngineError
+    from tmd_engines.device import cuda
+
+    with pytest.raises(EngineError, match=r"CUDA failed: .*\(cudaError.*doctor") as caught:
+        cuda.device()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,110 @@
+"""Decoders: what `--decoder FILE` refuses, in one sentence that says what it is, and what bfloat16 costs ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from tests.helpers.export_tools import small_source
+from tests.parity.test_taehv import PUBLISHED
+from tmd_export import ExportError, open_source
+from tmd_export.cli import command
+from tmd_export.graphs.accuracy import SIZES
+from tmd_export.graphs.graph import BUILDERS
+from tmd_export.graphs.precision import lower
+from tmd_export.sources.decoders import WithDecoder, read_decoder
+from tmd_ref.vae import WanVAE, WanVAEConfig
+
+TAEHV = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in PUBLISHED.items()}
+VAE = {name: torch.zeros_like(weight) for name, weight in WanVAE(WanVAEConfig(dim=4)).state_dict().items()}
+
+
+def changed(weights: dict[str, torch.Tensor], **shapes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """`weights` with other shapes for some names ("." written as "__"); None: without that one."""
+    result = dict(weights)
+    for name, shape in shapes.items():
+        result.pop(name.replace("__", "."), None)
+        if shape is not None:
+            result[name.replace("__", ".")] = torch.zeros(shape)
+    return result
+
+
+REFUSED = {
+    "no decoder": (changed({}, text_model__weight=(3,)), "no decoder that is known here: .* 'text_model.weight'"),
+    "TAEHV of Wan2.2": (changed(TAEHV, decoder__1__weight=(256, 48, 3, 3)), "TAEHV decoder .* 48 channels .Wan2.2"),
+    "TAEHV super": (changed(TAEHV, decoder__1__conv__0__weight=(1024, 1, 7, 7)), "the large variant of TAEHV"),
+    "TAEHV with faults": (
+        changed(TAEHV, decoder__22__bias=None, decoder__7__conv__weight=(512, 256, 1, 1), decoder__30__weight=(3,)),
+        r"'decoder.22.bias' is missing, 'decoder.30.weight' is unexpected, 'decoder.7.conv.weight' is \[512, 256",
+    ),
+    "VAE of Wan2.2": (changed(VAE, conv2__weight=(48, 48, 1, 1, 1)), "a Wan VAE for latents of 48 channels .Wan2.2"),
+    "VAE with faults": (
+        changed(VAE, decoder__conv1__bias=None, decoder__head__2__bias=(4,), other=(1,)),
+        r"1 missing \('decoder.conv1.bias'\); 1 unexpected \('other'\); .*'decoder.head.2.bias' is \[4\] instead of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("weights", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_decoder_of_these_latents_is_named(weights: dict, said: str, tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "file.safetensors")
+    with pytest.raises(ExportError, match=said):
+        read_decoder(tmp_path / "file.safetensors")
+
+
+def test_a_file_that_could_run_a_program_is_refused(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self):
+            return (exit, (3,))
+
+    torch.save({**TAEHV, "decoder.1.bias": Program()}, tmp_path / "taew2_1.pth")
+    with pytest.raises(ExportError, match="holds more than tensors"):
+        read_decoder(tmp_path / "taew2_1.pth")
+
+
+def test_a_decoder_of_another_geometry_or_none_is_refused(tmp_path: Path) -> None:
+    save_file(TAEHV, tmp_path / "taehv.safetensors")
+    source = WithDecoder(small_source(), tmp_path / "taehv.safetensors")
+    with pytest.raises(ExportError, match="4 frames of 8x8 pixels, and this model's are of 16 channels for 2 frames"):
+        source.check(("decoder_first",))
+    with pytest.raises(ExportError, match="there is no file"):
+        open_source("tiny", decoder=tmp_path / "absent.pth")
+    absent, out = str(tmp_path / "absent.pth"), str(tmp_path / "bundle")
+    result = CliRunner().invoke(command, ["--model", "tiny", "--decoder", absent, "--out", out])
+    assert result.exit_code == 1
+    assert f"there is no file {absent}" in result.output
+
+
+def test_the_other_models_stay_those_of_the_source(tmp_path: Path) -> None:
+    save_file(TAEHV, tmp_path / "taehv.safetensors")
+    base = small_source()
+    base.notes, base.sampler = ("be careful",), {"rule": "transition"}
+    source = WithDecoder(base, tmp_path / "taehv.safetensors")
+    for said in ("wan", "kind", "head_blocks", "fusion", "vae", "default_parts", "tokenizer", "notes", "sampler"):
+        assert getattr(source, said) == getattr(base, said), said
+    name = next(name for name, _ in base.module("text_encoder").named_parameters())
+    assert torch.equal(source.tensor("text_encoder", name), base.tensor("text_encoder", name))
+    assert source.tensor("vae", "decoder.22.bias").dtype == torch.float16
+    assert {name for name, _ in source.module("vae").named_parameters()} == set(PUBLISHED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["decoder_first", "decoder_step"])
+def test_the_built_in_decoder_in_bfloat16_passes_the_gate_of_an_export(part: str) -> None:
+    """In torch, which rounds as the graph does; with half of what the gate allows to spare."""
+    source = open_source("tiny")
+    outputs = []
+    for precision in ("fp32", "bf16"):
+        vae = source.module("vae").to_empty(device="cpu")
+        for name, weight in vae.named_parameters():
+            weight.copy_(source.tensor("vae", name))
+        graph = BUILDERS[part](vae)
+        lower(graph.module, precision)
+        given = [graph.random_inputs(seed, **dims) for seed, dims in enumerate(SIZES, 1)]
+        outputs.append([value for inputs in given for value in graph.module(*inputs.values())])
+    rounded = [(a.double().flatten(), b.double().flatten()) for a, b in zip(*outputs, strict=True) if not a.equal(b)]
+    assert min(torch.nn.functional.cosine_similarity(a, b, dim=0) for a, b in rounded) > 0.99995

@@ -1,0 +1,100 @@
+"""Presets say what the publishers' own inference code does, and make valid manifests."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from tests.unit.engines.test_manifest import valid_document, valid_tim_document, valid_wan_document
+from tmd_engines import Manifest
+from tmd_export.errors import ExportError
+from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find
+from tmd_runtime.sampling.schedule import told_time
+from tmd_runtime.settings import resolve_settings
+
+
+def manifest_of(name: str) -> Manifest:
+    preset = PRESETS[name]
+    documents = {"tmd": valid_document, "wan": valid_wan_document, "tim": valid_tim_document}
+    document = documents[preset.kind]()
+    document |= {"sampler": dict(preset.sampler), "video": dict(preset.video)}
+    return Manifest.model_validate_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
+    manifest = manifest_of(name)
+    settings = resolve_settings(manifest, seed=0)
+    assert not settings.warnings and settings.rule == PRESETS[name].sampler["rule"]
+    of_stills = (1024, 1024, 1) if name == "tim" else (832, 480, 16)
+    assert (settings.width, settings.height, settings.fps) == of_stills
+    assert settings.passes == (2 if name in ("wan", "tim") else 1)
+    assert find(PRESETS[name].kind, name) is PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "told", "scale", "frames"),
+    [
+        # what the network is told, 1000·t, for each step
+        ("rcm", "renoise", [988, 932, 852, 608], 0.987654, 77),
+        ("lightx2v", "euler", [1000, 937.5, 833.333, 625], 1, 81),
+        ("fastwan-qad", "renoise", [1000, 757, 522], 1, 81),
+        ("causvid", "renoise", [1000, 757, 522], 1, 81),
+        ("accvideo", "unipc", [999, 978, 952, 920, 882, 833, 768, 681, 555, 356], 1, 81),
+    ],
+)
+def test_times_are_those_of_the_publishers(name: str, rule: str, told: list[float], scale: float, frames: int) -> None:
+    settings = resolve_settings(manifest_of(name), seed=0)
+    found = [1000 * told_time(t, settings.time_rounding) for t in settings.times[:-1]]
+    assert found == pytest.approx(told, abs=1e-3)
+    assert settings.times[-1] == 0 and settings.guidance == 1
+    assert (settings.rule, settings.frames) == (rule, frames)
+    assert settings.init_scale == pytest.approx(scale, abs=1e-6)
+
+
+def test_rcm_times_in_closed_form() -> None:
+    """sin/(sin + cos) is t with t/(1 - t) = tan(angle): 80 for the first."""
+    times = PRESETS["rcm"].sampler["times"]
+    assert [t / (1 - t) for t in times] == pytest.approx([80.0, *map(math.tan, (1.5, 1.4, 1.0))])
+    for steps in (1, 2, 3, 4):
+        assert resolve_settings(manifest_of("rcm"), seed=0, steps=steps).times == (*times[:steps], 0.0)
+
+
+@pytest.mark.parametrize("name", ["fastwan-qad", "causvid"])
+def test_steps_of_whole_numbers_go_through_the_times_that_their_table_has(name: str) -> None:
+    """Both projects look for the nearest entry; diffusers' scheduler makes the same table."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    nearest = [int((scheduler.timesteps - told).abs().argmin()) for told in (1000, 757, 522)]
+    expected = [*scheduler.sigmas[nearest].tolist(), 0.0]
+    assert expected == pytest.approx([1, 0.7568, 0.5217, 0], abs=5e-5)
+    assert resolve_settings(manifest_of(name), seed=0).times == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_teacher_is_steered_as_wan_steers_it() -> None:
+    phrases = WAN_NEGATIVE_PROMPT.split("，")
+    assert (len(phrases), len(WAN_NEGATIVE_PROMPT), len(WAN_NEGATIVE_PROMPT.encode())) == (28, 137, 403)
+    assert phrases[0] == "色调艳丽" and phrases[-1] == "倒着走"
+    settings = resolve_settings(manifest_of("wan"), seed=0)
+    assert (settings.steps, settings.guidance, settings.negative_prompt) == (50, 5.0, WAN_NEGATIVE_PROMPT)
+    told = [round(1000 * told_time(t, settings.time_rounding)) for t in settings.times[:-1]]
+    assert told[:6] == [999, 992, 985, 978, 971, 963] and told[-4:] == [206, 160, 111, 57]  # its scheduler at shift 3
+
+
+def test_each_kind_has_a_preset_when_none_is_named() -> None:
+    assert {kind: find(kind).kind for kind in DEFAULT_OF} == {"tmd": "tmd", "wan": "wan", "tim": "tim"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("tmd", "rcm", "for rCM, .* this checkpoint has a flow head with inner steps: choose among tmd"),
+        ("wan", "tmd", "for a TMD student, and this checkpoint has not .*: choose among wan, rcm, lightx2v"),
+        ("wan", "magic", "no preset 'magic': choose one of tmd, wan, rcm"),
+    ],
+)
+def test_a_preset_of_another_kind_is_refused(kind: str, name: str, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        find(kind, name)

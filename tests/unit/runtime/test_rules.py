@@ -1,0 +1,177 @@
+"""Update rules against diffusers' schedulers and closed forms, and the times that go with them."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from tmd_ref.samplers import wan_sigmas, wan_time
+from tmd_runtime import NoiseStream
+from tmd_runtime.sampling.rules import RULES
+from tmd_runtime.sampling.schedule import told_time, wan_grid
+
+SHAPE = (1, 16, 3, 4, 6)
+GRIDS = {
+    "one": [1.0, 0.0],
+    "rcm": [0.987654, 0.933781, 0.852895, 0.608979, 0.0],
+    "lightx2v": [1.0, 0.9375, 0.83333333, 0.625, 0.0],
+    "wan 3": [*wan_sigmas(3, 3.0)],
+    "wan 20": [*wan_sigmas(20, 8.0)],
+}
+
+
+def velocity(x: np.ndarray, t: float) -> np.ndarray:
+    """A smooth, nonlinear field of every value and of t."""
+    return np.tanh(0.7 * x + 0.3 * np.roll(x, 1, -1) + t) + 0.2 * x
+
+
+def sample(rule: str, times: list[float], seed: int = 3) -> np.ndarray:
+    stream = NoiseStream(seed)
+    x = stream.normal(SHAPE)
+    solver = RULES[rule](SHAPE)
+    solver.start(times, stream)
+    for i, t in enumerate(times[:-1]):
+        solver.step(i, x, velocity(x, np.float32(t)))
+    assert x.dtype == np.float32
+    return x
+
+
+def by_diffusers(scheduler, times: list[float], seed: int = 3) -> np.ndarray:
+    """The same field through another project's scheduler, with the noise of torch's own generator.
+
+    In float64, except where the scheduler draws: torch has another stream for doubles.
+    """
+    draws = "LCM" in type(scheduler).__name__
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SHAPE, generator=generator).to(torch.float32 if draws else torch.float64)
+    scheduler.set_timesteps(len(times) - 1)
+    scheduler.sigmas = torch.tensor(times, dtype=torch.float64)
+    # 1000·sigma is not unique enough for a scheduler that looks times up, the step's number is.
+    scheduler.timesteps = torch.arange(len(times) - 1.0, 0, -1)
+    for t, timestep in zip(times, scheduler.timesteps, strict=False):
+        v = torch.from_numpy(velocity(x.numpy(), np.float64(t)))
+        options = {"generator": generator} if draws else {}
+        x = scheduler.step(v.to(x.dtype), timestep, x, return_dict=False, **options)[0].to(x.dtype)
+    return x.numpy()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_equals_diffusers(rule: str, grid: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = {
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+        "renoise": lambda: diffusers.FlowMatchLCMScheduler(),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    }[rule]()
+    times = list(GRIDS[grid])
+    if rule == "unipc" and times[0] == 1:
+        times[0] -= 1e-6  # where diffusers starts, to keep its logarithm finite
+    np.testing.assert_allclose(sample(rule, times), by_diffusers(scheduler, times), rtol=0, atol=2e-5)
+
+
+def test_unipc_may_start_at_pure_noise() -> None:
+    """ln((1 - t)/t) is not finite at t = 1; a step from there is the limit (slowly reached) of steps from below."""
+    times = GRIDS["lightx2v"]
+    near = sample("unipc", [1 - 1e-15, *times[1:]])
+    np.testing.assert_allclose(sample("unipc", times), near, rtol=0, atol=5e-5)
+
+
+def test_renoise_of_rcm_in_float64() -> None:
+    """x <- (1 - t')(x - t v) + t' noise, written out."""
+    stream, times = NoiseStream(3), GRIDS["rcm"]
+    x = stream.normal(SHAPE).astype(np.float64)
+    for t, after in pairwise(times):
+        data = x - t * velocity(x, t)
+        x = data if after == 0 else (1 - after) * data + after * stream.normal(SHAPE)
+    np.testing.assert_allclose(sample("renoise", times), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_rule_lands_on_the_data_of_a_straight_path(rule: str, grid: str) -> None:
+    """With v = (x - data)/t, which is noise - data all along the path, each rule must end in the data."""
+    data = NoiseStream(8).normal(SHAPE)
+    stream, times = NoiseStream(3), GRIDS[grid]
+    x = stream.normal(SHAPE)
+    solver = RULES[rule](SHAPE)
+    solver.start(times, stream)
+    for i, t in enumerate(times[:-1]):
+        solver.step(i, x, (x - data) / np.float32(t))
+    np.testing.assert_allclose(x, data, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rule", "draws"), [("euler", 0), ("renoise", 3), ("unipc", 0)])
+def test_noise_is_drawn_between_steps_and_not_after_the_last(rule: str, draws: int) -> None:
+    """Another host of the same stream must know how much of it a run uses."""
+    stream, expected = NoiseStream(3), NoiseStream(3)
+    x = stream.normal(SHAPE)
+    solver = RULES[rule](SHAPE)
+    solver.start(GRIDS["rcm"], stream)
+    for i in range(4):
+        solver.step(i, x, np.zeros(SHAPE, np.float32))
+    for _ in range(draws + 1):
+        expected.normal(SHAPE)
+    assert np.array_equal(stream.normal(20), expected.normal(20))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_second_run_forgets_the_first(rule: str) -> None:
+    times = GRIDS["rcm"]
+    solver = RULES[rule](SHAPE)
+    results = []
+    for seed in (1, 3):
+        stream = NoiseStream(seed)
+        x = stream.normal(SHAPE)
+        solver.start(times, stream)
+        for i, t in enumerate(times[:-1]):
+            solver.step(i, x, velocity(x, np.float32(t)))
+        results.append(x)
+    assert np.array_equal(results[1], sample(rule, times)) and not np.array_equal(*results)
+
+
+@pytest.mark.parametrize("rule", ["euler", "unipc"])
+def test_steps_allocate_nothing_of_size(rule: str) -> None:
+    shape = (1, 16, 5, 60, 104)
+    x, v = np.ones(shape, np.float32), np.ones(shape, np.float32)
+    solver = RULES[rule](shape)
+    solver.start(GRIDS["rcm"], NoiseStream(0))
+    tracemalloc.start()
+    try:
+        for i in range(4):
+            solver.step(i, x, v)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000, f"{peak} bytes, and one latent tensor has {x.nbytes}"
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (4, 3.0), (50, 5.0), (1000, 12.0)])
+def test_wan_grid_and_whole_thousandths_equal_the_reference(steps: int, shift: float) -> None:
+    grid = wan_grid(steps, shift)
+    np.testing.assert_allclose(grid, wan_sigmas(steps, shift), rtol=1e-15)
+    assert [told_time(t, "integer") for t in grid] == [wan_time(t) for t in grid]
+    with pytest.raises(ValueError, match="at least"):
+        wan_grid(0, shift)
+
+
+def test_wan_grid_of_the_official_code() -> None:
+    """Printed by Wan2.1's own scheduler for 50 steps."""
+    told = [round(1000 * told_time(t, "integer")) for t in wan_grid(50, 5.0)[:-1]]
+    assert told[:6] == [999, 995, 991, 987, 982, 978] and told[-4:] == [302, 241, 172, 92]
+
+
+def test_bfloat16_rounding_equals_torch() -> None:
+    times = [*np.random.default_rng(0).random(200), 0.987654, 0.933781, 0.852895, 0.608979, 1.0, 0.0]
+    expected = torch.tensor([1000 * t for t in times], dtype=torch.float32).bfloat16().double() / 1000
+    assert [told_time(t, "bfloat16") for t in times] == expected.tolist()
+    assert [round(1000 * told_time(t, "bfloat16")) for t in GRIDS["rcm"]] == [988, 932, 852, 608, 0]
+    assert told_time(0.123456789, "none") == 0.123456789
+
+
+def test_nearest_rounds_to_whole_thousandths() -> None:
+    assert [told_time(t, "nearest") for t in (1.0, 28 / 37, 12 / 23, 0.0004)] == [1.0, 0.757, 0.522, 0.0]

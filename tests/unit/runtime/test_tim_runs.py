@@ -1,0 +1,445 @@
+"""Runs of Transition Models: deadlines, previews, pictures to start from, classes, and what a PNG says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import tmd_runtime
+from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
+from tmd_runtime import NoiseStream, Pipeline, RuntimeFailure, StepInfo, UsageFailure
+from tmd_runtime.clock import Timings
+from tmd_runtime.command.cli import command
+from tmd_runtime.files.tensor_files import Latents, save_latents
+from tmd_runtime.sampling.deadline import StepTimes, steps_in_time
+from tmd_runtime.sampling.tim import TransitionLoop
+from tmd_runtime.settings import Settings
+
+PROMPT = "a red circle moving right"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "text": write_tim_bundle(folder / "text"),
+        "guided": write_tim_bundle(folder / "guided", guidance=3.0),
+        "classes": write_tim_bundle(folder / "classes", classes=True, guidance=2.0),
+        "tmd": write_synthetic_bundle(folder / "tmd"),
+        **{
+            rule: write_synthetic_bundle(folder / rule, sampler=velocity_sampler(rule=rule, guidance=guidance))
+            for rule, guidance in (("euler", 1.0), ("renoise", 1.0), ("unipc", 4.0))
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders: dict[str, Path]) -> dict[str, Pipeline]:
+    return {name: tmd_runtime.load(folder, threads=1) for name, folder in folders.items()}
+
+
+# Deadlines
+
+
+class Clock:
+    """A clock that only steps move on, by what `cost` says of the number of rows and of the steps so far."""
+
+    def __init__(self, cost: Callable[[int, int], float]) -> None:
+        self.now, self.steps, self._cost = 100.0, 0, cost
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, rows: int) -> None:
+        self.now += self._cost(rows, self.steps)
+        self.steps += 1
+
+
+class StillEngine:
+    """An engine that does nothing but move the clock on."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.inputs = clock, {"prompt_embeds": None}
+
+    def empty(self, name: str, *, batch: int = 1, **_: int) -> np.ndarray:
+        shapes = {"x": (batch, 4, 1, 2, 2), "x_next": (batch, 4, 1, 2, 2), "guidance": (batch, batch)}
+        shapes |= {"prompt_embeds": (batch, 3, 8), "context": (batch, 1), "t": (batch,), "r": (batch,)}
+        return np.zeros(shapes.get(name, (4, 4)), np.float32)
+
+    def bind(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> Callable[[], None]:
+        self._clock.now += 7.0  # as an engine that compiles for a shape
+        rows = len(outputs["x_next"]) if "x_next" in outputs else 0
+        return lambda: self._clock.step(rows) if rows else None
+
+
+def still_loop(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> TransitionLoop:
+    for module in ("loop", "transition_loop"):
+        monkeypatch.setattr(f"tmd_runtime.{module}.perf_counter", clock)
+    model = SimpleNamespace(patch_size=(1, 1, 1), head_dim=8, rope="index")
+    engine: Any = StillEngine(clock)
+    manifest: Any = SimpleNamespace(model=model)
+    return TransitionLoop(engine, engine, manifest, (1, 4, 1, 2, 2), 3)
+
+
+def limited(
+    seconds: float, times: tuple[float, ...] | None = None, guidance: float = 1.0, most: int = 1000
+) -> Settings:
+    grid = tuple(1 - k / most for k in range(most + 1))
+    return Settings(
+        0, most, 1, 1, 16, 16, 1, 0.0, (1, 4, 1, 2, 2), rule="flow_map", guidance=guidance, deadline=seconds,
+        times=times or grid, scheduled=times is not None,
+    )  # fmt: skip
+
+
+def spend(loop: TransitionLoop, clock: Clock, settings: Settings) -> tuple[float, list[StepInfo]]:
+    """Seconds that a run took apart from measuring, and what its callback heard."""
+    embeds = np.zeros((1, 3, 8), np.float32)
+    heard: list[StepInfo] = []
+    timings = Timings(heard.append)
+    before = clock.now
+    loop.run(embeds, settings, timings, None if settings.guidance == 1 else embeds)
+    return clock.now - before - timings.seconds["load"], heard
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.25, 1), (1.0, 1), (1.9, 1), (2.0, 2), (7.75, 7), (8.0, 8), (5000.0, 1000)]
+)
+def test_as_many_equal_steps_as_fit(monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
+    clock = Clock(lambda rows, step: 1.0)
+    loop = still_loop(clock, monkeypatch)
+    took, heard = spend(loop, clock, limited(seconds))
+    assert took == steps and len(loop.times) == steps + 1
+    np.testing.assert_allclose(loop.times, np.linspace(1, 0, steps + 1), atol=1e-12)
+    heads = [(info.done, info.total) for info in heard if info.stage == "flow_head"]
+    assert heads == [(k, steps) for k in range(1, steps + 1)], "the steps to come are told right"
+    measured = 1 if seconds > 10 else 2
+    assert clock.steps == steps + measured, "before the first run, to know what a step takes"
+    spend(loop, clock, limited(seconds))
+    assert clock.steps == 2 * steps + measured
+
+
+def test_a_slow_first_step_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines allocate, and some compile, in their very first step."""
+    clock = Clock(lambda rows, step: 30.0 if step == 0 else 1.0)
+    loop = still_loop(clock, monkeypatch)
+    took, _ = spend(loop, clock, limited(8.0))
+    assert took == 8 and len(loop.times) == 9
+
+
+class Load:
+    """A load that comes and goes: a step takes at most twice the slower of the two before it, one of two rows twice."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng, self.taken = np.random.default_rng(seed), [1.0, 1.0]
+
+    def __call__(self, rows: int, step: int) -> float:
+        wanted = self.taken[-1] * self._rng.uniform(0.5, 2.5)
+        self.taken.append(float(np.clip(wanted, 0.1, min(10.0, 2 * max(self.taken[-2:])))))
+        return self.taken[-1] * rows
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("deadline", [0.5, 2.0, 10.0, 60.0])
+def test_a_deadline_is_kept_within_a_step_whatever_the_load_does(
+    monkeypatch: pytest.MonkeyPatch, deadline: float, guidance: float
+) -> None:
+    load = Load(round(deadline))
+    clock = Clock(load)
+    loop = still_loop(clock, monkeypatch)
+    counts = []
+    for _ in range(20):
+        took, _ = spend(loop, clock, limited(deadline, guidance=guidance))
+        rows = 2 if len(loop.times) > 2 and guidance != 1 else 1
+        assert took <= deadline + rows * load.taken[-1] + 1e-9, "late by the jump at most"
+        assert loop.times[0] == 1 and loop.times[-1] == 0
+        assert all(later < earlier for earlier, later in pairwise(loop.times))
+        counts.append(len(loop.times) - 1)
+    assert deadline < 60 or np.mean(counts) > 3
+
+
+def test_a_schedule_is_followed_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = (1.0, 0.9, 0.7, 0.4, 0.0)
+    clock = Clock(lambda rows, step: 1.0)
+    loop = still_loop(clock, monkeypatch)
+    for seconds, times in ((3.5, (1.0, 0.9, 0.7, 0.0)), (4.0, schedule), (99.0, schedule), (0.1, (1.0, 0.0))):
+        spend(loop, clock, limited(seconds, schedule))
+        assert loop.times == times
+
+
+def test_steps_are_the_most_that_a_deadline_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda rows, step: 0.0)
+    loop = still_loop(clock, monkeypatch)
+    spend(loop, clock, limited(5.0, most=6))
+    np.testing.assert_allclose(loop.times, np.linspace(1, 0, 7), atol=1e-12)
+
+
+def test_the_slower_of_two_steps_counts_and_old_ones_are_forgotten() -> None:
+    seen = StepTimes()
+    assert not seen.knows(1)
+    for seconds in (9.0, 1.0, 2.0):
+        seen.add(1, seconds)
+    assert seen[1] == 2.0 and seen.knows(1) and not seen.knows(2)
+    # A step that takes all the time there is: the next one is the jump.
+    left = iter([10.0, -3.0])
+    assert list(steps_in_time((1.0, 0.5, 0.0), False, lambda: next(left), lambda t: (1.0, 1.0))) == [
+        (1.0, 0.5),
+        (0.5, 0.0),
+    ]
+
+
+def test_a_deadline_says_what_it_came_to(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["guided"]
+    short = pipeline(PROMPT, seed=3, deadline=1e-9)
+    assert (short.steps, short.nfe, short.times) == (1, 1, (1.0, 0.0))
+    assert np.array_equal(short.latents, pipeline(PROMPT, seed=3, steps=1).latents)
+    long = pipeline(PROMPT, seed=3, deadline=60.0, steps=5)
+    assert (long.steps, long.nfe) == (5, 9)  # the first step is not guided
+    np.testing.assert_allclose(long.latents, pipeline(PROMPT, seed=3, steps=5).latents, atol=1e-5)
+    again = pipeline(PROMPT, seed=3, schedule=long.times)
+    assert np.array_equal(again.frames, long.frames), "its times make the picture again"
+
+
+# Previews
+
+
+@pytest.mark.parametrize("name", ["text", "guided", "classes", "tmd", "euler", "renoise", "unipc"])
+def test_a_preview_is_what_the_run_would_give_if_its_step_were_the_last(
+    pipelines: dict[str, Pipeline], name: str
+) -> None:
+    pipeline = pipelines[name]
+    prompt, wishes = ("", {"label": 2}) if name == "classes" else (PROMPT, {})
+    wishes |= {"seed": 5, "steps": 3}
+    plain, seen = pipeline(prompt, **wishes), []
+    shown = pipeline(prompt, **wishes, on_preview=seen.append)
+    assert np.array_equal(plain.latents, shown.latents) and np.array_equal(plain.frames, shown.frames)
+    assert len(seen) == 2 and all(each.shape == plain.frames.shape for each in seen)
+    if pipeline.manifest.model.kind == "tim":
+        expected = [pipeline(prompt, label=wishes.get("label"), seed=5, schedule=way).frames
+                    for way in ((1.0, 0.0), (1.0, plain.times[1], 0.0))]  # fmt: skip
+    elif name == "tmd":
+        expected = [pipeline(prompt, seed=5, steps=1).frames]
+    else:
+        bundle = pipeline.bundle
+        times = pipeline.settings(**wishes).times
+        expected = []
+        for count in (1, 2):
+            # The same steps with the end cut off: fixed times, and the last of them goes to 0.
+            changes = {"times": times[:count], "allowed_steps": (count,), "steps": count}
+            sampler = bundle.manifest.sampler.model_copy(update=changes)
+            manifest = bundle.manifest.model_copy(update={"sampler": sampler})
+            expected.append(Pipeline(type(bundle)(bundle.folder, manifest), threads=1)(prompt, seed=5).frames)
+    for found, wanted in zip(seen, expected, strict=False):
+        # A level: the estimate is rounded in another order than the step.
+        assert np.abs(found.astype(int) - wanted).max() <= 1
+        assert np.abs(found.astype(int) - plain.frames).max() > 3
+
+
+def test_previews_need_time_and_room(folders: dict[str, Path], pipelines: dict[str, Pipeline]) -> None:
+    with pytest.raises(UsageFailure, match="previews take time that a deadline cannot plan with"):
+        pipelines["text"](PROMPT, deadline=1.0, on_preview=print)
+    with pytest.raises(RuntimeFailure, match="needs the decoder beside the model"):
+        tmd_runtime.load(folders["text"], threads=1, memory="low")(PROMPT, on_preview=print)
+
+
+# Pictures to start from
+
+
+@pytest.mark.parametrize("schedule", [None, (0.5, 0.4, 0.0)])
+def test_a_run_from_a_picture_begins_at_its_strength(
+    pipelines: dict[str, Pipeline], schedule: tuple[float, ...] | None
+) -> None:
+    pipeline = pipelines["text"]
+    picture = pipeline(PROMPT, seed=1, size=(48, 32)).latents
+    wishes: dict[str, Any] = {"steps": 2} if schedule is None else {"schedule": schedule}
+    found = pipeline(PROMPT, seed=2, init_latents=picture, strength=0.5, **wishes)
+    assert found.times == (schedule or (0.5, 0.25, 0.0)) and found.frames.shape == (1, 32, 48, 3)
+    # The same from parts: noise mixed in by hand, as the time at which a run over the same times would stand.
+    noise = NoiseStream(2).normal((1, 16, 1, 4, 6))
+    x = (0.5 * noise + 0.5 * picture).astype(np.float32)
+    loop: Any = pipeline._loop
+    embeds = pipeline.encode(PROMPT)
+    for t, r in pairwise(found.times):
+        rows = loop[1]._bound[1]
+        rows.asked[...] = embeds
+        rows.make_context()
+        x = loop[1]._step(x, t, r, 1).copy()
+    np.testing.assert_allclose(found.latents, x, atol=1e-5)
+    everything = pipeline(PROMPT, seed=2, init_latents=picture, strength=1.0)
+    assert np.array_equal(everything.latents, pipeline(PROMPT, seed=2, size=(48, 32)).latents)
+    alone = pipeline.denoise(embeds, seed=2, init_latents=picture, strength=0.5, **wishes)
+    assert np.array_equal(alone, found.latents)
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("name", "wishes", "message"),
+    [
+        ("tmd", {"deadline": 1.0}, "a deadline is for Transition Models.*choose the number of steps"),
+        ("euler", {"deadline": 1.0}, "a deadline is for Transition Models"),
+        ("euler", {"strength": 0.5}, "start from a picture is for Transition Models"),
+        ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
+        ("text", {"label": 1}, "no numbered classes"),
+        ("text", {"deadline": 0.0}, "a deadline of 0 s is out of range"),
+        ("text", {"deadline": float("nan")}, "a deadline of nan s is out of range"),
+        ("text", {"strength": 0.0}, "a strength of 0 is out of range"),
+        ("text", {"strength": 1.5}, "a strength of 1.5 is out of range"),
+        ("text", {"strength": 0.5, "schedule": (1.0, 0.0)}, "must fall from 0.5 .the strength. to 0.*0.5,0.3,0.1,0"),
+        ("text", {"steps": 2, "schedule": (1.0, 0.0), "deadline": 1.0}, "leave the steps out"),
+        ("classes", {}, "choose a class, 0 to 4"),
+        ("classes", {"label": CLASSES}, "there is no class 5: choose one from 0 to 4"),
+        ("classes", {"label": 1, "negative_prompt": "x"}, "no negative prompt"),
+        ("classes", {"label": 1, "frames": 5}, "makes stills"),
+    ],
+)
+def test_impossible_wishes_say_what_is_possible(
+    pipelines: dict[str, Pipeline], name: str, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageFailure, match=message):
+        pipelines[name].settings(**wishes)
+
+
+def test_a_picture_and_a_strength_go_together(pipelines: dict[str, Pipeline]) -> None:
+    picture = np.zeros((1, 16, 1, 4, 4), np.float32)
+    for name, given, message in (
+        ("text", {"strength": 0.5}, "there is none: give its latents"),
+        ("text", {"init_latents": picture}, "choose a strength"),
+        ("text", {"init_latents": picture, "strength": 0.5, "size": (64, 64)}, "leave the size out"),
+        ("euler", {"init_latents": picture}, "is for Transition Models"),
+    ):
+        with pytest.raises(UsageFailure, match=message):
+            pipelines[name](PROMPT, **given)
+
+
+# Classes
+
+
+def test_a_class_takes_the_place_of_the_prompt(pipelines: dict[str, Pipeline]) -> None:
+    pipeline = pipelines["classes"]
+    one, two = pipeline(seed=1, label=1), pipeline(seed=1, label=2)
+    assert (one.steps, one.nfe, one.prompt) == (4, 7, "") and not np.array_equal(one.frames, two.frames)
+    assert np.array_equal(pipeline.denoise(None, seed=1, label=1), one.latents)
+    # Guidance steers away from the number after the last class: with none of it left, the class alone.
+    assert not np.array_equal(pipeline(seed=1, label=1, guidance=1.0).latents, one.latents)
+    for arguments, message in (((PROMPT,), "takes no prompt"), ((), "choose a class")):
+        with pytest.raises(UsageFailure, match=message):
+            pipeline(*arguments, label=1 if arguments else None)
+    with pytest.raises(UsageFailure, match="needs the embeddings of a prompt"):
+        pipelines["text"].denoise(None)
+
+
+# On the command line
+
+
+@pytest.fixture
+def run(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> Result:
+        words = ["--bundle", str(folders[name]), *map(str, arguments)]
+        return CliRunner().invoke(command, words, catch_exceptions=False)
+
+    return call
+
+
+def texts(path: str) -> dict[str, str]:
+    with Image.open(path) as image:
+        image.load()
+        return dict(image.text)  # type: ignore[attr-defined]
+
+
+def test_a_png_says_how_to_make_it_again(run: Callable[..., Result]) -> None:
+    prompt = "ein grüner Kreis, 一只猫\nand a line"
+    done = run("guided", "--prompt", prompt, "--seed", 3, "--deadline", 30, "--steps", 4, "--out", "a.png", "--json")
+    document = json.loads(done.stdout)
+    said = texts("a.png")
+    assert said == {
+        "model": "synthetic", "prompt": prompt, "seed": "3", "steps": "4", "guidance": "3",
+        "schedule": ",".join(map(repr, document["times"])),
+    }  # fmt: skip
+    assert (document["steps"], document["nfe"]) == (4, 7)
+    run("guided", "--prompt", said["prompt"], "--seed", 3, "--schedule", said["schedule"], "--out", "b.png")
+    assert np.array_equal(Image.open("a.png"), Image.open("b.png"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "wishes"),
+    [
+        ("guided", ("--prompt", "x", "--schedule", "1,0.6,0.2,0", "--rho", 0.5)),
+        ("guided", ("--prompt", "x", "--deadline", 30, "--steps", 3)),
+        ("classes", ("--class", 3, "--steps", 2)),
+    ],
+)
+def test_a_png_of_saved_latents_says_the_same(
+    run: Callable[..., Result], name: str, wishes: tuple[object, ...]
+) -> None:
+    run(name, *wishes, "--seed", 2, "--save-latents", "l.safetensors", "--out", "a.png")
+    run(name, "--latents", "l.safetensors", "--out", "again.png")
+    assert texts("again.png") == texts("a.png") and {"schedule", "class"} & set(texts("a.png"))
+    assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
+
+
+def test_every_png_of_a_video_says_it_too(run: Callable[..., Result]) -> None:
+    wishes = ("--prompt", "x", "--seed", 1, "--save-latents", "l.safetensors")
+    said = {"model": "synthetic", "prompt": "x", "seed": "1", "steps": "2", "inner_steps": "2"}
+    run("tmd", *wishes, "--out", "frames", "--frames", 5)
+    assert [texts(f"frames/frame_{k:04}.png") for k in range(5)] == [said] * 5
+    run("tmd", *wishes, "--out", "still.png", "--frames", 1)
+    assert texts("still.png") == said
+    run("tmd", "--latents", "l.safetensors", "--out", "again.png")
+    assert texts("again.png") == said
+
+
+def test_the_command_line_carries_classes_pictures_and_previews(run: Callable[..., Result]) -> None:
+    done = run("classes", "--class", 3, "--seed", 1, "--save-latents", "l.safetensors", "--preview", "p.png")
+    assert done.exit_code == 0, done.output
+    assert Path("class-3-1.png").is_file() and texts("class-3-1.png")["class"] == "3"
+    assert "p.png: preview of this run" in done.stdout and Image.open("p.png").size == (64, 64)
+    assert run("classes", "--latents", "l.safetensors", "--out", "d.png").exit_code == 0
+    assert np.array_equal(Image.open("d.png"), Image.open("class-3-1.png"))
+    start = ("--init-latents", "l.safetensors", "--strength", 0.4, "--seed", 2, "--steps", 2, "--json")
+    document = json.loads(run("classes", "--class", 0, *start, "--out", "i.png", "--preview", "q.png").stdout)
+    assert document["times"] == [0.4, 0.2, 0.0] and document["preview"] == "q.png"
+    assert texts("i.png")["strength"] == "0.4"
+    single = json.loads(run("text", "--prompt", "x", "--steps", 1, "--preview", "r.png", "--json").stdout)
+    assert single["preview"] is None and not Path("r.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "message"),
+    [
+        ("tmd", ("--prompt", "x", "--deadline", 1), 2, "a deadline is for Transition Models"),
+        ("text", ("--prompt", "x", "--deadline", -1), 2, "out of range"),
+        ("text", ("--prompt", "x", "--deadline", 1, "--preview", "p.png"), 2, "previews take time"),
+        ("text", ("--prompt", "x", "--preview", "p.jpg"), 2, "the ending '.jpg' is unknown"),
+        ("text", ("--prompt", "x", "--strength", 0.5), 2, "--init-latents and --strength go together"),
+        ("text", ("--prompt", "x", "--init-latents", "no.safetensors", "--strength", 0.5), 1, "does not exist"),
+        ("text", ("--prompt", "x", "--init-latents", "clip.safetensors", "--strength", 0.5), 2, "this run makes"),
+        ("classes", ("--prompt", "x"), 2, "choose a class, 0 to 4"),
+        ("classes", ("--prompt", "x", "--class", 1), 2, "two beginnings of a run"),
+        ("classes", ("--class", 9), 2, "there is no class 9"),
+        ("classes", ("--class", 1, "--save-embeds", "e.safetensors"), 2, "a class has no embeddings"),
+        ("text", ("--latents", "clip.safetensors", "--preview", "p.png"), 2, "leave --preview out"),
+    ],
+)
+def test_mistakes_are_one_message(
+    run: Callable[..., Result], name: str, arguments: tuple[Any, ...], code: int, message: str
+) -> None:
+    clip = np.zeros((1, 16, 2, 4, 4), np.float32)
+    save_latents("clip.safetensors", Latents(clip, "m", "p", 0, 1, 1, 1.0, "euler", 1.0, (32, 32)))
+    result = run(name, *arguments)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert message in " ".join(result.stderr.split())
+    assert sorted(path.name for path in Path().iterdir()) == ["clip.safetensors"]
