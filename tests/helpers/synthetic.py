@@ -28,7 +28,7 @@ SENTENCES = [
     "the white circle shrinks while the cyan square moves left",
     "an orange star drifts across a magenta backdrop",
 ]
-GRAPHS = ("text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
+GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
 
 
 class GraphBuilder:
@@ -152,7 +152,7 @@ def flow_head() -> GraphBuilder:
 
 
 def velocity_head() -> GraphBuilder:
-    """The second graph of kind "wan": the velocity straight from the features; of x it uses the shape."""
+    """The second graph of family "wan": the velocity straight from the features; of x it uses the shape."""
     g = GraphBuilder("flow_head")
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     features = g.input("features", ["batch", "tokens", DIM])
@@ -168,6 +168,27 @@ def velocity_head() -> GraphBuilder:
     weight = g.weight(DIM, CHANNELS, 1, 2, 2)
     g.op("ConvTranspose", volume, weight, kernel_shape=[1, 2, 2], strides=[1, 2, 2], out="velocity")
     g.output("velocity", _LATENTS)
+    return g
+
+
+def update(latents: list | None = None) -> GraphBuilder:
+    """The next x of a velocity, as docs/bundle.md says."""
+    g = GraphBuilder("update")
+    names = ("x", "velocity", "negative", "noise", "before_1", "before_2")
+    x, velocity, negative, noise, before_1, before_2 = (g.input(name, latents or _LATENTS) for name in names)
+    coefficients = g.input("coefficients", [7])
+    guidance, t, *factors = (g.op("Gather", coefficients, g.constant([k], np.int64)) for k in range(7))
+    v = g.op("Add", negative, g.op("Mul", guidance, g.op("Sub", velocity, negative)))
+    terms = [g.op("Mul", factor, z) for factor, z in zip(factors, (x, v, noise, before_1, before_2), strict=True)]
+    total = terms[0]
+    for k, term in enumerate(terms[1:], 1):
+        total = g.op("Add", total, term, out="x_next" if k == 4 else None)
+    g.op("Sub", x, g.op("Mul", t, v), out="data")
+    size = g.op("ReduceMean", g.op("Abs", total), keepdims=0)
+    g.op("Reshape", size, g.constant([1], np.int64), out="magnitude")
+    g.output("x_next", latents or _LATENTS)
+    g.output("data", latents or _LATENTS)
+    g.output("magnitude", [1])
     return g
 
 
@@ -242,7 +263,7 @@ def tokenizer_bytes() -> bytes:
 
 
 def write_graph(folder: Path, builder: GraphBuilder) -> dict:
-    """Writes `<name>.onnx` and `<name>.onnx.data`; returns the graph's manifest entry."""
+    """Writes `<name>.onnx` and, for large weights, `<name>.onnx.data`; returns the graph's manifest entry."""
     file = f"{builder.name}.onnx"
     onnx.save_model(
         builder.model(),
@@ -254,7 +275,7 @@ def write_graph(folder: Path, builder: GraphBuilder) -> dict:
     )
     return {
         "file": file,
-        "data": file + ".data",
+        "data": file + ".data" if (folder / (file + ".data")).exists() else None,
         "opset": 23,
         "precision": "fp32",
         "inputs": builder.inputs,
@@ -264,7 +285,7 @@ def write_graph(folder: Path, builder: GraphBuilder) -> dict:
 
 
 def velocity_sampler(**changes: object) -> dict:
-    """A `sampler` for kind "wan": Wan's own grid with a few UniPC steps, unless `changes` says otherwise."""
+    """A `sampler` for family "wan": Wan's own grid with a few UniPC steps, unless `changes` says otherwise."""
     return {
         "rule": "unipc",
         "steps": 3,
@@ -282,22 +303,23 @@ def velocity_sampler(**changes: object) -> dict:
 def manifest_without_files(graphs: dict, sampler: dict | None = None) -> dict:
     """The manifest of the synthetic model around the given graph entries, as `BundleWriter.commit` takes it.
 
-    With a `sampler` (see `velocity_sampler`) it is of kind "wan".
+    With a `sampler` (see `velocity_sampler`) it is of family "wan".
     """
     document = _student_manifest(graphs)
     if sampler is not None:
-        document["model"] |= {"kind": "wan", "fusion": None}
+        document["model"]["family"] = "wan"
+        del document["model"]["fusion"]
         document["sampler"] = sampler
     return document
 
 
 def _student_manifest(graphs: dict) -> dict:
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": {
             "name": "synthetic",
-            "family": "wan2.1-t2v",
-            "kind": "tmd",
+            "family": "tmd",
+            "architecture": "wan2.1-t2v",
             "dim": DIM,
             "num_layers": 3,
             "head_blocks": 1,
@@ -307,7 +329,7 @@ def _student_manifest(graphs: dict) -> dict:
             "fusion": "gated",
         },
         "sampler": {
-            "rule": "transition",
+            "rule": "euler",
             "steps": 2,
             "inner_steps": 2,
             "allowed_steps": [1, 2, 3, 4],
@@ -339,7 +361,7 @@ def _student_manifest(graphs: dict) -> dict:
 def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None) -> Path:
     """Writes a complete, valid bundle under the new folder `folder` with the named graphs; returns its path.
 
-    With a `sampler` (see `velocity_sampler`) it is of kind "wan".
+    With a `sampler` (see `velocity_sampler`) it is of family "wan".
     """
     from tmd_engines import BundleWriter
 

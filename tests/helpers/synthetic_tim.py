@@ -1,4 +1,4 @@
-"""A complete bundle of kind "tim" with tiny made-up graphs, beside the one of `synthetic.py`: for a prompt, or of
+"""A complete bundle of family "tim" with tiny made-up graphs, beside the one of `synthetic.py`: for a prompt, or of
 numbered classes."""
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.helpers.synthetic import (
     decoder_first,
     text_encoder,
     tokenizer_bytes,
+    update,
     write_graph,
 )
 
@@ -88,11 +89,17 @@ def write_plain_bundle(folder: str | Path) -> Path:
 def write_tim_bundle(
     folder: str | Path, classes: bool = False, guidance: float = 1.0, pictures: bool = False, plain: bool = False
 ) -> Path:
-    """Writes a complete, valid bundle of kind "tim" under the new folder `folder`, with `pictures` one that can start
+    """Writes a complete, valid bundle of family "tim" under the new folder `folder`, with `pictures` one that can start
     from them; returns its path."""
     from tmd_engines import BundleWriter
 
-    builders = [backbone(classes), flow_head(classes), decoder_first(), *([encoder()] if pictures else [])]
+    builders = [
+        backbone(classes),
+        flow_head(classes),
+        update(_STILL),
+        decoder_first(),
+        *([encoder()] if pictures else []),
+    ]
     with BundleWriter(folder) as writer:
         entries = {builder.name: write_graph(writer.folder, builder) for builder in builders}
         if not classes:
@@ -100,7 +107,8 @@ def write_tim_bundle(
             (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
         document = _student_manifest(entries)
         sizes = {"num_layers": 1, "head_blocks": 1, "classes": CLASSES if classes else None}
-        document["model"] |= {"family": "tim", "kind": "tim", "fusion": None, "rope": "index", **sizes}
+        document["model"] |= {"family": "tim", "architecture": "tim", "rope": "index", **sizes}
+        del document["model"]["fusion"]
         document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": guidance}
         document["video"] = {"frames": 1, "width": 64, "height": 64, "fps": 1}
         if classes:
