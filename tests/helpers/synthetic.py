@@ -192,13 +192,16 @@ def update(latents: list | None = None) -> GraphBuilder:
     return g
 
 
-def text_encoder() -> GraphBuilder:
+def text_encoder(padded: bool = True) -> GraphBuilder:
     g = GraphBuilder("text_encoder")
     ids = g.input("input_ids", ["batch", "text"], "int64")
-    mask = g.input("attention_mask", ["batch", "text"], "int64")
-    embeds = g.op("Gather", g.weight(VOCABULARY, TEXT_DIM, gain=np.sqrt(VOCABULARY)), ids)
-    keep = g.op("Unsqueeze", g.op("Cast", mask, to=TensorProto.FLOAT), g.constant([2], np.int64))
-    g.op("Mul", embeds, keep, out="prompt_embeds")
+    table = g.weight(VOCABULARY, TEXT_DIM, gain=np.sqrt(VOCABULARY))
+    if padded:
+        mask = g.input("attention_mask", ["batch", "text"], "int64")
+        keep = g.op("Unsqueeze", g.op("Cast", mask, to=TensorProto.FLOAT), g.constant([2], np.int64))
+        g.op("Mul", g.op("Gather", table, ids), keep, out="prompt_embeds")
+    else:
+        g.op("Gather", table, ids, out="prompt_embeds")
     g.output("prompt_embeds", ["batch", "text", TEXT_DIM])
     return g
 

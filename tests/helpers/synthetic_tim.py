@@ -103,7 +103,7 @@ def write_tim_bundle(
     with BundleWriter(folder) as writer:
         entries = {builder.name: write_graph(writer.folder, builder) for builder in builders}
         if not classes:
-            entries["text_encoder"] = write_graph(writer.folder, text_encoder())
+            entries["text_encoder"] = write_graph(writer.folder, text_encoder(padded=not plain))
             (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
         document = _student_manifest(entries)
         sizes = {"num_layers": 1, "head_blocks": 1, "classes": CLASSES if classes else None}
