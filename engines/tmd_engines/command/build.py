@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 _COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
 _AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
-_ROWS = ("backbone", "flow_head")
+_DENOISER = ("backbone", "flow_head", "update")
 
 
 def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> list[dict[str, int]]:
-    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set, or two
-    for a Transition Model with guidance, which has steps of one row and of two.
+    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set for each
+    batch size that the family binds.
 
     Raises ValueError for a size that the model cannot make.
     """
@@ -36,9 +36,8 @@ def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) 
     sizes = graph_sizes(manifest, width, height, frames)
     if graph in _AUTOENCODER:
         return [{**autoencoder_sizes(manifest, sizes), "frames": 1}]
-    if graph in _ROWS and manifest.sampler.rule == "flow_map" and manifest.sampler.guidance != 1:
-        return [sizes, {**sizes, "batch": 2}]
-    return [sizes]
+    rows = manifest.family.rows(manifest.sampler) if graph in _DENOISER else (1,)
+    return [{**sizes, "batch": count} for count in rows]
 
 
 def input_shapes(bundle: Bundle, graph: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
