@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..cost.sizing import autoencoder_sizes, graph_sizes
+from ..device.gpu import split_device
 from ..errors import EngineError
-from ..registry import choose, load
+from ..registry import choose, engine_class, load
 from ..tensorrt.engine import lowered_graph, workspace_limit
 
 if TYPE_CHECKING:
@@ -55,19 +56,14 @@ def build(
 ) -> Iterator[tuple[str, str, str]]:
     """Compiles the graphs in turn for `size` (width, height, frames); yields (graph, engine, device) after each.
 
-    All are checked before the first is built where TensorRT is to build them. Raises EngineError, and ValueError for a
-    size that the model cannot make.
+    All are checked before the first is built, as far as their engine can. Raises EngineError, and ValueError for a size
+    that the model cannot make.
     """
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
     sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
-    if any(name == "tensorrt" for name, _ in chosen.values()):
-        from ..tensorrt.engine import import_tensorrt
-
-        version = import_tensorrt()[0].version()
-        for graph, (name, _) in chosen.items():
-            if name == "tensorrt":
-                for each in sizes[graph]:
-                    _lowered(bundle, graph, input_shapes(bundle, graph, each), version)
+    for graph, (name, where) in chosen.items():
+        for each in sizes[graph]:
+            engine_class(name, split_device(where)[0]).check(bundle, graph, input_shapes(bundle, graph, each))
     for graph, (name, where) in chosen.items():
         with load(bundle, graph, name, where, threads, progress) as loaded:
             for run in sizes[graph]:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BundleError, EngineError
+from ..registry import engine_names
 
 if TYPE_CHECKING:
     from ..bundle.manifest import GraphInfo, TensorSpec
     from ..bundle.reader import Bundle
+
+_ENGINES = f"{', '.join(engine_names()[:-1])} or {engine_names()[-1]}."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,7 +98,7 @@ def inspect(
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
@@ -132,7 +135,7 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."

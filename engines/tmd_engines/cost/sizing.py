@@ -237,7 +237,7 @@ def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int], picture:
     # The caches pass back and forth between two sets of buffers, where there is a second latent frame; latents come in
     # one buffer for both graphs. The clip lies there in pieces, and once more when they are put together.
     caches = {spec.name.removesuffix("_next"): spec for spec in every if spec.name.startswith("cache_")}
-    others = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
+    rest = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
     sets = 1 if sizes["frames"] == 1 else 2
     clip = 3 * picture * (1 + (sizes["frames"] - 1) * manifest.latents.temporal_stride)
-    return nbytes(others.values()) + sets * nbytes(caches.values()) + 2 * clip
+    return nbytes(rest.values()) + sets * nbytes(caches.values()) + 2 * clip

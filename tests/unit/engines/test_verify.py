@@ -57,7 +57,7 @@ def test_engine_that_is_off_fails(
     assert result.exit_code == 1
     (failed,) = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert failed.startswith("backbone") and said in failed
-    assert "1 of 5 graphs failed (backbone)" in result.stderr
+    assert "1 of 6 graphs failed (backbone)" in result.stderr
 
 
 def test_graph_that_the_engine_does_not_take_has_failed(
