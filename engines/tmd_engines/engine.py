@@ -122,8 +122,8 @@ class Engine(ABC):
         info = bundle.graph_info(graph)
         if not cls.takes(info):
             raise EngineError(
-                f"Graph {graph} is {info.precision} with weights in {info.storage or info.precision}, which this engine "
-                f"does not compute: use a bundle in {', '.join(cls.precisions)}."
+                f"Graph {graph} is {info.precision} with weights in {info.storage or info.precision}, which this "
+                f"engine does not compute: use a bundle in {', '.join(cls.precisions)}."
             )
 
     @classmethod

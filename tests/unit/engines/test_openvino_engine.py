@@ -320,7 +320,7 @@ def test_auto_takes_openvino_only_where_it_was_measured_faster(
     edit_manifest(synthetic_bundle, lambda document: document["graphs"]["backbone"].update(precision=precision))
     monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
     real = importlib.util.find_spec
-    monkeypatch.setattr(engine, "find_spec", lambda name: real(name) if installed else None)
+    monkeypatch.setattr(engine, "find_spec", lambda name: real(name) if installed or name != "openvino" else None)
     assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
 
 

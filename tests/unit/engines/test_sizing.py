@@ -153,6 +153,7 @@ def test_a_run_of_the_built_in_model():
         "text_encoder": 1,
         "backbone": 2,
         "flow_head": 8,
+        "update": 2,
         "decoder": 1,
     }
     assert found.nfe == 2 * (1 + 3 * 2 / 8)

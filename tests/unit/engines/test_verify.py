@@ -63,7 +63,7 @@ def test_engine_that_is_off_fails(
 def test_graph_that_the_engine_does_not_take_has_failed(
     synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(engine: str, device: str, graph: str, info: Any) -> None:
+    def refuse(engine: str, device: str, graph: str, info: Any, precisions: tuple[str, ...]) -> None:
         check_graph_types(engine, graph, info, ("fp16",))
 
     monkeypatch.setattr("tmd_engines.openvino.engine.check_cpu_graph", refuse)
