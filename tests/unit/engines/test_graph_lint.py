@@ -53,7 +53,9 @@ def test_graphs_of_the_built_in_model_pass_lowered_and_not_before(built_in: Bund
     model = in_precision(parse_graph(built_in.read_graph(graph), graph), precision)
     shapes = {spec.name: spec.resolve(**_dims(built_in)) for spec in built_in.graph_info(graph).inputs}
     for version in VERSIONS:
-        assert graph == "update" or lint(model, shapes, version, built_in.folder)  # each has something for the lowering to do
+        assert graph == "update" or lint(
+            model, shapes, version, built_in.folder
+        )  # each has something for the lowering to do
         lowered = onnx.ModelProto()
         lowered.CopyFrom(model)
         lower(lowered, version, shapes)
