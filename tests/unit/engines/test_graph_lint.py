@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers.built_in import BUILT_IN
 from tests.helpers.synthetic import GRAPHS
-from tests.unit.engines.test_tensorrt_lowering import BUILT_IN
 from tmd_engines import Bundle, EngineError
 from tmd_engines.bundle.graph_file import parse_graph
 from tmd_engines.command.verify import _dims

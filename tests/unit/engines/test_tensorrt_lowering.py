@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.helpers.built_in import BUILT_IN
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle, load
 from tmd_engines.bundle.graph_file import parse_graph
@@ -18,7 +19,6 @@ from tmd_engines.command.verify import _dims, _inputs
 from tmd_engines.onnxruntime.lowering import low_precision_to_float32
 from tmd_engines.tensorrt.lowering import lower, mark_decomposable
 
-BUILT_IN = Path(__file__).parents[3] / "runtime/tmd_runtime/bundles/tiny"
 VERSIONS = [(10, 3), (10, 16), (11, 4)]
 LATER = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 
