@@ -1,8 +1,8 @@
 """What a graph of a bundle may be made of: operators that tmd-export writes, with their attributes, and plain tensors.
 
 All of them are of the standard domain and known to every engine (ONNX Runtime, OpenVINO, TensorRT 10.15 and newer), and
-none is control flow: what a graph asks of memory and time can be told before it runs. As data, because the C++ library has the
-same table (`runtime/cpp/tools/make_onnx_schema.py` writes it).
+none is control flow: what a graph asks of memory and time can be told before it runs. The C++ library has the same
+table (`runtime/cpp/tools/make_onnx_schema.py` writes it).
 """
 
 from __future__ import annotations
