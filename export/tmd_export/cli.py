@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .parts import MODELS, PARTS, QUANTIZED, ordered, parse_precision
-from .presets import PRESETS
+from .families import FAMILIES, built_in, models, presets
+from .parts import PARTS, QUANTIZED, ordered, parse_precision
 
 if TYPE_CHECKING:
     from .export import ExportResult, Progress
@@ -100,7 +100,7 @@ error above 1e-4 is a failure, in units of an output's RMS where that is above 1
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
 The bundle appears under its name only when it is complete.""",
 )
-@click.option("--model", type=click.Choice(MODELS), required=True, help="Architecture, and name in the manifest.")
+@click.option("--model", type=click.Choice(models()), required=True, help="Architecture, and name in the manifest.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -145,7 +145,7 @@ The bundle appears under its name only when it is complete.""",
 )
 @click.option(
     "--preset",
-    type=click.Choice(tuple(PRESETS)),
+    type=click.Choice(tuple(presets())),
     help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
     "students, wan for all others]",
 )
@@ -186,7 +186,7 @@ def command(
     """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
     if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
-    if not checkpoint and random_weights is None and model not in ("tiny", "tim-tiny"):
+    if not checkpoint and random_weights is None and model not in built_in():
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
         if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
@@ -233,10 +233,9 @@ def _export(
         if line is not None:
             line.show("loading")
         from .export import export_bundle
-        from .sources.source import open_source
+        from .sources.open import open_source
 
-        kind = PRESETS[options["preset"] or "tmd"].kind
-        source = open_source(model, checkpoint, random_weights, decoder, kind, text_encoder)
+        source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder)
         if not quiet:
             for note in (*source.notes, *_left_out(source, checkpoint, parts)):
                 click.echo(f"tmd-export: {note}", err=True)
@@ -259,9 +258,7 @@ def _left_out(source: Source, checkpoint: tuple[Path, ...], parts: tuple[str, ..
     absent = [part for part in source.parts if part not in source.default_parts]
     if not checkpoint or parts is not None or not absent:
         return []
-    how = "give another --checkpoint that has them"
-    if source.kind == "tim":  # other people's models, each in a folder of its own
-        how = "name its folder (--text-encoder for text_encoder, --decoder for the others)"
+    how = FAMILIES[source.family].missing_parts
     return [f"{', '.join(absent)} left out: the checkpoint has no weights for it. To add it, {how}."]
 
 

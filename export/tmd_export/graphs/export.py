@@ -28,8 +28,9 @@ from ..sources.source import Source
 from ..weights.int8 import to_int8
 from ..weights.storage import Stored, compare, save
 from ..weights.tables import write_table
-from ..weights.weights import Weights, blocks_of, build, kept_blocks
+from ..weights.weights import Weights
 from . import accuracy
+from .build import blocks_of, build, kept_blocks
 from .graph import Graph
 from .rules import lint
 from .trace import OPSET, trace
@@ -37,12 +38,11 @@ from .trace import OPSET, trace
 if TYPE_CHECKING:
     from ..quantization.quantizer import Quantizer
 
-STAGES = ("calibrate", "trace", "write", "verify")
 LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCKS blocks is compared
 KEPT_BLOCKS = 2
 
 Tell = Callable[..., None]
-"""Hears of (stage, bytes done, bytes in all) of one graph."""
+"""Hears of (stage, bytes done, bytes in all) of one graph. Stages are calibrate, trace, write and verify."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ALLOWED = frozenset((
     "Abs", "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
     "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
-    "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin",
+    "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 ))  # fmt: skip
 
 

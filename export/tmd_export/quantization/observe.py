@@ -28,14 +28,14 @@ _LEAST_SCALE = 1e-12  # of a weight whose column is zero
 class Observed:
     """A graph that remembers the largest absolute value of every activation that can be quantized: `ranges`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, products: str) -> None:
         import onnx_ir as ir
 
         model = ir.load(path)
         self.outputs = [value.name or "" for value in model.graph.outputs]
         self.ranges: dict[str, float] = {}
         self._names: list[tuple[str, str]] = []  # range, output that has it
-        for layer in find(model):
+        for layer in find(model, products):
             for name, value in layer.operands.items():
                 size = add("Abs", [value], f"{name}.abs", layer.node)
                 largest = add("ReduceMax", [size], f"{name}.max", layer.node, keepdims=0)
@@ -56,12 +56,12 @@ class Observed:
 class Switched:
     """A graph of which every layer in `layers` can be computed as it is or as it would be in `precision`."""
 
-    def __init__(self, path: Path, precision: str, ranges: Mapping[str, float]) -> None:
+    def __init__(self, path: Path, precision: str, ranges: Mapping[str, float], products: str) -> None:
         import onnx_ir as ir
 
         model = ir.load(path)
         self._outputs = [value.name or "" for value in model.graph.outputs]
-        found = find(model, FORMATS[precision].attention)
+        found = find(model, products, FORMATS[precision].attention)
         self.layers = [layer.name for layer in found]
         rewrite(model.graph, found, ranges, _Switches(model.graph, self.layers, precision))
         self._session = _session(model, path.parent)

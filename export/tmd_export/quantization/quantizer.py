@@ -14,10 +14,10 @@ import numpy as np
 from tmd_engines import Bundle, TensorSpec
 
 from ..errors import ExportError
+from ..families import FAMILIES, built_in
 from ..graphs import accuracy
 from ..graphs.export import export_graph, unfinished
-from ..sources.source import RandomSource, Source
-from ..sources.tim import RandomTiM
+from ..sources.source import Source
 from ..weights.weights import Weights
 from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
 from .embeds import embed_prompts
@@ -62,16 +62,16 @@ class Quantizer:
         Raises ExportError if the calibration is another checkpoint's, or if there is no text encoder to calibrate with.
         """
         self._source, self._document, self._folder, self._verify = source, document, folder, verify
-        self._keep_layers = keep_layers
+        self._keep_layers, self._products = keep_layers, FAMILIES[source.family].products
         self._precisions = {part: said for part, said in precisions.items() if said in FORMATS and part in QUANTIZABLE}
         self._identity = identity(source)
         self._given = given if isinstance(given, Calibration) else None
         told = None if isinstance(given, Calibration) else given
-        self._prompts = default_prompts(source.model) if told is None else tuple(told)
+        self._prompts = default_prompts(source.model in built_in()) if told is None else tuple(told)
         if self._given:
             check_identity(self._given, self._identity, "the calibration")
         self._encodes = "text_encoder" in precisions and source.tokenizer is not None
-        reads = not isinstance(source, RandomSource | RandomTiM) and document["model"].get("classes") is None
+        reads = source.trained and document["model"].get("classes") is None
         if self.runs_float32 and reads and not self._encodes:
             raise ExportError(
                 f"{', '.join(dict.fromkeys(self._precisions.values()))} is calibrated on prompts, and text_encoder is "
@@ -100,7 +100,7 @@ class Quantizer:
             document = {**self._document, "graphs": {}}
             for part in QUANTIZABLE:
                 export_graph(self._source, part, "fp32", scratch, document, self._verify, lambda *_: tell("calibrate"))
-            graphs = {part: Observed(scratch / f"{part}.onnx") for part in QUANTIZABLE}
+            graphs = {part: Observed(scratch / f"{part}.onnx", self._products) for part in QUANTIZABLE}
             found = self._given or self._calibrate(graphs, tell)
             self._hold_out(graphs)
             del graphs
@@ -116,7 +116,7 @@ class Quantizer:
         """Quantizes the traced graph `part` in place; returns what to write as its weights. Raises ExportError."""
         calibration, precision = self._prepared(), self._precisions[part]
         kept = frozenset(calibration.sensitivity[precision][part].kept)
-        return quantize(model, weights, precision, calibration.ranges.get(part, {}), kept)
+        return quantize(model, weights, precision, calibration.ranges.get(part, {}), self._products, kept)
 
     def measure(self, bundle: Bundle, part: str) -> accuracy.Accuracy:
         """The written graph `part` against float32, on every pass of samplings of prompts held out, worst case."""
@@ -169,7 +169,7 @@ class Quantizer:
         """Records samplings of other prompts from other noise, with every number of steps and the default inner one."""
         sampler = self._document["sampler"]
         rng = np.random.default_rng(1)
-        embeds, negative = self._embeds(default_prompts(self._source.model, held_out=True), rng)
+        embeds, negative = self._embeds(default_prompts(self._source.model in built_in(), held_out=True), rng)
         inner = sampler.get("inner_steps", 1)
         self._passes = {part: {} for part in QUANTIZABLE}
         for steps in sorted({steps for steps, _ in step_counts(sampler)}):
@@ -191,7 +191,7 @@ class Quantizer:
     def _measure_layers(
         self, scratch: Path, part: str, precision: str, ranges: Mapping[str, float], tell: Tell
     ) -> Sensitivity:
-        switched = Switched(scratch / f"{part}.onnx", precision, ranges)
+        switched = Switched(scratch / f"{part}.onnx", precision, ranges, self._products)
         small = (scratch / f"{part}.onnx.data").stat().st_size <= MAX_TABLE_BYTES
         passes = self._passes[part][self._document["sampler"]["steps"]]
         each = small if self._keep_layers else None
