@@ -20,8 +20,8 @@ from .errors import ExportError
 
 if TYPE_CHECKING:
     from .export import ExportResult, GraphReport, Progress, export_bundle
+    from .families.open import open_source
     from .sources.folder import FolderSource
-    from .sources.open import open_source
     from .sources.random_wan import RandomSource
     from .sources.source import Source
     from .sources.wan import WanSource
@@ -47,7 +47,7 @@ _HOME = {
     "FolderSource": "sources.folder",
     "RandomSource": "sources.random_wan",
     "Source": "sources.source",
-    "open_source": "sources.open",
+    "open_source": "families.open",
     "WanSource": "sources.wan",
 }
 

@@ -233,7 +233,7 @@ def _export(
         if line is not None:
             line.show("loading")
         from .export import export_bundle
-        from .sources.open import open_source
+        from .families.open import open_source
 
         source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder)
         if not quiet:

@@ -16,8 +16,8 @@ from tmd_engines.bundle.reader import format_size
 
 from .errors import ExportError
 from .families import FAMILIES, find_preset
-from .graphs.build import build, sections
-from .graphs.export import GraphReport, Tell, export_graph
+from .families.build import build, sections
+from .graph_export import GraphReport, Tell, export_graph
 from .parts import QUANTIZED, UPDATE, ordered, parse_precision
 from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
@@ -30,7 +30,7 @@ from .weights.tables import write_null_embeds
 class Progress(NamedTuple):
     """Told before each stage of each graph and, while weights are written or read, after each piece of them.
 
-    `done` of `total` graphs are over, `graph` is now in `stage`, see `graphs.export.Tell`; `bytes_done` of
+    `done` of `total` graphs are over, `graph` is now in `stage`, see `graph_export.Tell`; `bytes_done` of
     `bytes_total` in that stage, 0 if it does not count bytes.
     """
 

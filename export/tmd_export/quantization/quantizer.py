@@ -15,8 +15,8 @@ from tmd_engines import Bundle, TensorSpec
 
 from ..errors import ExportError
 from ..families import FAMILIES, built_in
+from ..graph_export import export_graph, unfinished
 from ..graphs import accuracy
-from ..graphs.export import export_graph, unfinished
 from ..sources.source import Source
 from ..weights.weights import Weights
 from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity

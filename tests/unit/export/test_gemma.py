@@ -19,14 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel, GemmaTokenizer
 
-from tests.unit.export.test_tim_bundle import network
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import TEXT_16, network
 from tmd_engines import Bundle, load
 from tmd_engines.tensorrt.lowering import lower
-from tmd_export import ExportError, ExportResult, export_bundle, open_source
+from tmd_export import ExportError, ExportResult, export_bundle, graph_export, open_source
 from tmd_export.cli import command as export_command
-from tmd_export.graphs import export as graph_export
-from tmd_export.graphs import graph as graphs
+from tmd_export.graphs import text as graphs
 from tmd_export.quantization.embeds import embed_prompts
 from tmd_export.sources.gemma import CONFIG, INDEX, TOKENIZER, WEIGHTS, GemmaFolder, read_gemma_config
 from tmd_export.sources.tim import RandomTiM, TiMFolder
@@ -41,7 +39,7 @@ from tmd_runtime.sampling.noise import NoiseStream
 from tmd_runtime.text.tokenizer import Tokenizer
 
 WIDTH, LENGTH = 32, 24
-TIM = replace(test_tim.TEXT, in_channels=16, num_layers=1, text_dim=WIDTH, text_len=LENGTH)
+TIM = replace(TEXT_16, num_layers=1, text_dim=WIDTH, text_len=LENGTH)
 SENTENCES = ["a red circle on a black background", "two blue squares; 123 left-to-right!", "A photo of  an astronaut"]
 PROMPT = "a red  circle, Überraschung &amp; 日本"
 SMALL: dict[str, Any] = {

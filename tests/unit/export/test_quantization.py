@@ -22,6 +22,7 @@ from tests.helpers.quantized_tools import export_small, quantized
 from tmd_engines.tensorrt.lint import lint as tensorrt_lint
 from tmd_engines.tensorrt.lowering import lower
 from tmd_export import ExportError
+from tmd_export.families.build import build
 from tmd_export.graphs import rules as lint
 from tmd_export.quantization import qdq, sensitivity
 from tmd_export.quantization.calibration import FILE, read_calibration
@@ -32,7 +33,6 @@ from tmd_export.quantization.prompts import default_prompts, read_prompts
 from tmd_export.quantization.qdq import quantize
 from tmd_export.quantization.rollout import rollout, step_counts
 from tmd_export.quantization.weights import SCALES, VALUES, QuantizedWeights
-from tmd_export.weights.weights import build
 from tmd_ref.samplers import euler_sample, tmd_sample
 from tmd_ref.student import TMDStudent
 

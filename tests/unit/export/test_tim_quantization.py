@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 
-from tests.unit.export.test_tim_bundle import CLASSES, PARTS, network
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import CLASSES_16 as CLASSES
+from tests.helpers.tim_models import PARTS, TEXT_16, network
 from tmd_engines import load
 from tmd_engines.tensorrt.lint import lint
 from tmd_engines.tensorrt.lowering import lower
@@ -24,7 +24,7 @@ from tmd_export.sources.tim import RandomTiM, TiMFolder
 from tmd_ref.tim.sampling import tim_sample, uniform_times
 from tmd_ref.tim.split import SplitTiM
 
-TEXT = replace(test_tim.TEXT, in_channels=16, num_layers=1)
+TEXT = replace(TEXT_16, num_layers=1)
 BLOCK = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ExportError
-from ..families import FAMILIES, Request, find_preset, models, presets
-from .source import Source
+from ..sources.source import Source
+from . import FAMILIES, Request, find_preset, models, presets
 
 
 def open_source(

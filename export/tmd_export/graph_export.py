@@ -23,20 +23,20 @@ from tmd_engines import Bundle
 from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.bundle.manifest import parse_manifest
 
-from ..errors import ExportError
-from ..sources.source import Source
-from ..weights.int8 import to_int8
-from ..weights.storage import Stored, compare, save
-from ..weights.tables import write_table
-from ..weights.weights import Weights
-from . import accuracy
-from .build import blocks_of, build, kept_blocks
-from .graph import Graph
-from .rules import lint
-from .trace import OPSET, trace
+from .errors import ExportError
+from .families.build import blocks_of, build, kept_blocks
+from .graphs import accuracy
+from .graphs.graph import Graph
+from .graphs.rules import lint
+from .graphs.trace import OPSET, trace
+from .sources.source import Source
+from .weights.int8 import to_int8
+from .weights.storage import Stored, compare, save
+from .weights.tables import write_table
+from .weights.weights import Weights
 
 if TYPE_CHECKING:
-    from ..quantization.quantizer import Quantizer
+    from .quantization.quantizer import Quantizer
 
 LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCKS blocks is compared
 KEPT_BLOCKS = 2

@@ -11,13 +11,13 @@ from torch import nn
 from tmd_engines.bundle.families import FAMILIES as ENGINE_FAMILIES
 from tmd_engines.bundle.manifest import LatentInfo, Manifest, TextInfo
 
-from ..families import FAMILIES
+from ..graphs.graph import Graph, Interface
+from ..graphs.update import update
 from ..parts import MODEL_OF, UPDATE
 from ..sources.source import Source
 from ..weights.precision import lower
 from ..weights.weights import Weights
-from .graph import Graph, Interface
-from .update import update
+from . import FAMILIES
 
 
 def build(source: Source, part: str, precision: str = "fp32", blocks: int | None = None) -> tuple[Graph, Weights]:
