@@ -112,6 +112,8 @@ def export_bundle(
         try:
             if tokenizer:
                 shutil.copyfile(tokenizer, writer.folder / TOKENIZER)
+            if (null_embeds := source.null_embeds()) is not None:
+                document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
             for done, part in enumerate(graphs):
                 tell = _told(report, part, done, len(graphs))
                 needed = quantizer if precisions[part] in QUANTIZED else None
@@ -120,8 +122,6 @@ def export_bundle(
                 )
             if quantizer:
                 quantizer.write()
-            if (null_embeds := source.null_embeds()) is not None:
-                document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
         except OSError as error:
             raise ExportError(
                 f"{writer.target.parent} cannot be written: {error}. Free some space, or choose another --out."

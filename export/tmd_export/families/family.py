@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..presets import Preset
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..graphs.graph import Graph, Interface
     from ..sources.source import Source
 
+    Arrays = dict[str, np.ndarray]
     Builder = Callable[[Any, Interface], Graph]
 
 
@@ -38,7 +41,7 @@ class ExportFamily(ABC):
 
     `exact` and `products` are patterns of the names of layers in the two graphs of the denoiser: those that stay in
     float32 in every precision, because the whole result would feel their rounding, and the linear ones that can have 8
-    bits.
+    bits. `small_patches` (frames, height, width) is what a model of large videos is calibrated on.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ExportFamily(ABC):
     missing_parts: str = "give another --checkpoint that has them"
     exact: str
     products: str
+    small_patches: tuple[int, int, int] = (2, 10, 10)
 
     @abstractmethod
     def open(self, request: Request) -> Source:
@@ -73,3 +77,15 @@ class ExportFamily(ABC):
     def has_products(self, part: str, model: Any) -> bool:
         """Whether the graph `part` has products that 8 bits are for; `model` is that section of the manifest."""
         return True
+
+    def samplings(self, sampler: Any) -> list[tuple[int, int]]:
+        """The (steps, inner steps) to calibrate on; `sampler` is that section of the manifest."""
+        return [(sampler.steps, 1)]
+
+    def beside(self, part: str, inputs: Arrays) -> list[Arrays]:
+        """Further inputs to measure the graph `part` on, beside those `inputs` of a call in a run."""
+        return []
+
+    def compared(self, part: str, inputs: Arrays) -> Arrays:
+        """The inputs to compare the graph `part` on in two precisions, made of those of a call in a run."""
+        return inputs

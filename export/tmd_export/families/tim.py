@@ -9,7 +9,11 @@ from .family import ExportFamily, Request
 
 if TYPE_CHECKING:
     from ..sources.source import Source
-    from .family import Builder
+    from .family import Arrays, Builder
+
+
+JUMPS = (1, 4, 16)
+"""Numbers of steps to calibrate on, with steps of very different lengths."""
 
 
 def _still(side: int) -> dict[str, int]:
@@ -27,6 +31,24 @@ class _Tim(ExportFamily):
     missing_parts = "name its folder (--text-encoder for text_encoder, --decoder for the others)"
     exact = r"(t|delta|x)_embedder|final_layer"
     products = r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q|proj)|mlp\.(fc1_g|fc1_x|fc2))|sides\.\d+\.kv"
+
+    small_patches = (1, 16, 16)
+
+    def samplings(self, sampler: Any) -> list[tuple[int, int]]:
+        """A few, from the shortest run to a long one: a step may have any length."""
+        return [(steps, 1) for steps in sorted({*JUMPS, sampler.steps})]
+
+    def beside(self, part: str, inputs: Arrays) -> list[Arrays]:
+        """From each time between also the jump to 0, which ends a run with a deadline."""
+        if part != "flow_head" or inputs["t"][0] == 1 or inputs["r"][0] == 0:
+            return []
+        return [{**inputs, "r": 0 * inputs["r"]}]
+
+    def compared(self, part: str, inputs: Arrays) -> Arrays:
+        """A jump of length 1, x - F: a short one would hide what F loses."""
+        if part != "flow_head":
+            return inputs
+        return {**inputs, "guidance": inputs["guidance"] / (inputs["t"] - inputs["r"])}
 
     def open(self, request: Request) -> Source:
         from ..sources.tim import open_tim

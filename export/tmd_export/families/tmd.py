@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 from ..presets.tmd import PRESETS
 from .wan import Wan21
@@ -17,6 +18,10 @@ class _Tmd(Wan21):
     known_by = "has a flow head with inner steps"
     products = rf"{Wan21.products}|fusion\.(ffn\.[02]|linear)"
     fusion = "gated"
+
+    def samplings(self, sampler: Any) -> list[tuple[int, int]]:
+        """All that the student is made for."""
+        return list(product(sampler.allowed_steps, sampler.allowed_inner_steps))
 
     def builders(self) -> dict[str, Builder]:
         from ..graphs.tmd import backbone, flow_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
 from ..presets.wan import PRESETS
@@ -70,6 +70,10 @@ class _Wan(Wan21):
     presets = PRESETS
     known_by = "has not a flow head with inner steps"
     fusion = None
+
+    def samplings(self, sampler: Any) -> list[tuple[int, int]]:
+        """Every number of steps that the model is made for; of one for any number its default."""
+        return [(steps, 1) for steps in sampler.allowed_steps or (sampler.steps,)]
 
     def builders(self) -> dict[str, Builder]:
         from ..graphs.wan import backbone, flow_head

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -17,6 +19,7 @@ from tmd_export.families import models
 from tmd_export.families import open as opening
 from tmd_export.parts import VIDEO_PARTS
 from tmd_export.sources.wan21 import HEAD_BLOCKS
+from tmd_ref.distill.cli import main as distill
 
 
 @pytest.fixture
@@ -119,6 +122,12 @@ def test_a_full_disk_is_one_sentence(quick: None, tmp_path: Path, monkeypatch: p
     result = run("--model", "tiny", "--out", tmp_path / "b", "--parts", "text_encoder", "--quiet")
     assert result.exit_code == 1 and "No space left on device. Free some space" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "name"), [(command, "tmd-export"), (distill, "tmd-distill")])
+def test_a_command_prints_its_version(command: click.Command, name: str) -> None:
+    result = CliRunner().invoke(command, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"{name} {version('tmd-runtime')}\n")
 
 
 def test_models_of_the_command_line_are_those_of_the_reference() -> None:
