@@ -10,11 +10,11 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from tmd_export.weights.precision import DTYPES, lower
 from torch import nn
 
 from tmd_export import open_source
 from tmd_export.checkpoints.names import converted, uncut
+from tmd_export.weights.precision import DTYPES, lower
 from tmd_ref.samplers import effective_nfe
 
 from .families import REFERENCE, default_preset
