@@ -11,8 +11,8 @@ from tests.helpers.documents import valid_document, valid_tim_document, valid_wa
 from tmd_engines import Manifest
 from tmd_export.errors import ExportError
 from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find
-from tmd_runtime.sampling.schedule import told_time
 from tmd_runtime.sampling import resolve_settings
+from tmd_runtime.sampling.schedule import told_time
 
 
 def manifest_of(name: str) -> Manifest:
