@@ -35,11 +35,13 @@ _INSTEAD = {
     "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
 }
 
+_PARTS = {"update": "flow_head"}  # a part of an export that brings another graph as well
+
 
 def missing_graph(name: str) -> RuntimeFailure:
     return RuntimeFailure(
         f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
-        f"Export it again with {name} among --parts, or use another bundle."
+        f"Export it again with {_PARTS.get(name, name)} among --parts, or use another bundle."
     )
 
 
