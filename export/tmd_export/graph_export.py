@@ -195,18 +195,22 @@ def _entry(path: Path, graph: Graph, precision: str) -> dict[str, Any]:
 def unfinished(folder: Path, document: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Bundle:
     """The files of a few graphs as a bundle that an engine can load, before there is a bundle.
 
-    `entries`: graph -> its entry in the manifest. With the text encoder come the tokenizer and the tables of text.
+    `entries`: graph -> its entry in the manifest. With the text encoder come what lies beside it of tokenizer and tables.
     """
-    files, text = {}, dict(document["text"])
     names = [entry[key] for entry in entries.values() for key in ("file", "data") if entry[key]]
+    text = dict(document["text"])
     if "text_encoder" not in entries:
         text = {key: value for key, value in text.items() if key not in ("tokenizer", "embedding", "null_embeds")}
-    names += filter(None, (text.get("tokenizer"),))
+    elif (tokenizer := text["tokenizer"]) and (folder / tokenizer).is_file():
+        names.append(tokenizer)
+    else:
+        text["tokenizer"] = None
+    files = {}
     for name in names:
         with open(folder / name, "rb", buffering=0) as file:
             files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": sha256_hex(file)}
     for table in filter(None, (text.get("embedding"), text.get("null_embeds"))):
-        # Its sha256 would take a while, and nothing checks it here.
-        files[table["file"]] = {"size": (folder / table["file"]).stat().st_size, "sha256": "0" * 64}
+        size = table["rows"] * table["dim"] * (4 if table["dtype"] == "float32" else 2)
+        files[table["file"]] = {"size": size, "sha256": "0" * 64}  # no engine opens it
     single = {**document, "text": text, "graphs": entries, "files": files}
     return Bundle(folder, parse_manifest(json.dumps(single).encode(), f"the manifest of {' and '.join(entries)}"))

@@ -46,7 +46,7 @@ class TorchRun:
         for name, _ in list(module.named_parameters()):
             module.load_state_dict({name: source.tensor("student", name).float()}, strict=False, assign=True)
         if work.precision != "fp32":
-            lower(module, work.precision)
+            lower(module, work.precision, FAMILIES[source.family].exact)
         if self._compiled:
             import torch._inductor.config as inductor
 

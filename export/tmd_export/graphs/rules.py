@@ -24,8 +24,8 @@ def lint(path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, 
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    for rule in RULES:
-        problem = next(rule(model, path.name, inputs, outputs), None)
+    for check in CHECKS:
+        problem = next(check(model, path.name, inputs, outputs), None)
         if problem:
             raise ExportError(f"{path.name}: {problem}.")
     return len(model.graph.node)
@@ -144,7 +144,7 @@ def no_notes(model: onnx.ModelProto, *_: object) -> Problems:
             yield f"{getattr(part, 'name', '') or 'the model'} carries notes of the exporter"
 
 
-RULES: tuple[Callable[..., Problems], ...] = (
+CHECKS: tuple[Callable[..., Problems], ...] = (
     one_opset,
     no_functions,
     allowed_operators,
