@@ -195,7 +195,7 @@ def _entry(path: Path, graph: Graph, precision: str) -> dict[str, Any]:
 def unfinished(folder: Path, document: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Bundle:
     """The files of a few graphs as a bundle that an engine can load, before there is a bundle.
 
-    `entries`: graph -> its entry in the manifest. With the text encoder come what lies beside it of tokenizer and tables.
+    `entries`: graph -> its entry in the manifest. With the text encoder come its tokenizer and tables.
     """
     names = [entry[key] for entry in entries.values() for key in ("file", "data") if entry[key]]
     text = dict(document["text"])

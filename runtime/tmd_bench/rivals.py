@@ -14,6 +14,7 @@ from torch import nn
 
 from tmd_export import open_source
 from tmd_export.checkpoints.names import converted, uncut
+from tmd_export.families import FAMILIES
 from tmd_export.weights.precision import DTYPES, lower
 from tmd_ref.samplers import effective_nfe
 
