@@ -14,8 +14,8 @@
 #include <mutex>
 #include <vector>
 
-#include "bundle.hpp"
-#include "engine.hpp"
+#include "bundle/reader.hpp"
+#include "engines/engine.hpp"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include "tensorrt_stubs.inc"  // made by tools/make_tensorrt_stubs.py

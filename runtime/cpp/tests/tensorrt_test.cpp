@@ -12,8 +12,8 @@
 #include <fstream>
 #include <future>
 
-#include "files.hpp"
-#include "plan_cache.hpp"
+#include "bundle/files.hpp"
+#include "engines/plan_cache.hpp"
 #include "tmd/tmd.hpp"
 
 namespace fs = std::filesystem;

@@ -8,20 +8,21 @@
 
 #include <nlohmann/json.hpp>
 
-#include "bundle.hpp"
-#include "clean_prompt.hpp"
-#include "context.hpp"
-#include "cpu.hpp"
-#include "deadline.hpp"
-#include "memory.hpp"
-#include "mojibake.hpp"
-#include "noise.hpp"
-#include "onnxruntime_lowering.hpp"
-#include "plan_cache.hpp"
-#include "rules.hpp"
-#include "schedule.hpp"
-#include "tokenizer.hpp"
-#include "utf8.hpp"
+#include "api/context.hpp"
+#include "base/utf8.hpp"
+#include "bundle/reader.hpp"
+#include "engines/cpu.hpp"
+#include "engines/onnxruntime_lowering.hpp"
+#include "engines/plan_cache.hpp"
+#include "run/memory.hpp"
+#include "sampling/deadline.hpp"
+#include "sampling/noise.hpp"
+#include "sampling/rules.hpp"
+#include "sampling/schedule.hpp"
+#include "text/clean_prompt.hpp"
+#include "text/embedding.hpp"
+#include "text/mojibake.hpp"
+#include "text/tokenizer.hpp"
 
 namespace {
 

@@ -8,14 +8,14 @@
 #include <fstream>
 #include <sstream>
 
-#include "clean_prompt.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "json_fields.hpp"
-#include "mojibake.hpp"
-#include "noise.hpp"
-#include "schedule.hpp"
-#include "utf8.hpp"
+#include "base/error.hpp"
+#include "base/utf8.hpp"
+#include "bundle/files.hpp"
+#include "bundle/json_fields.hpp"
+#include "sampling/noise.hpp"
+#include "sampling/schedule.hpp"
+#include "text/clean_prompt.hpp"
+#include "text/mojibake.hpp"
 
 using namespace tmd::internal;
 
