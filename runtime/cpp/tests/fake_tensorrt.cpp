@@ -40,10 +40,15 @@ std::mutex mutex;
 std::map<const char*, std::size_t> allocated;  // device memory: address, size
 std::atomic<int> launches{0};
 
+// Whether `size` bytes from this address on lie inside one piece of device memory.
 bool on_device(const void* address, std::size_t size) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = allocated.find(static_cast<const char*>(address));
-  return found != allocated.end() && size <= found->second;
+  const char* at = static_cast<const char*>(address);
+  const auto next = allocated.upper_bound(at);
+  if (next == allocated.begin()) return false;
+  const auto& [start, bytes] = *std::prev(next);
+  const auto offset = static_cast<std::size_t>(at - start);
+  return offset < bytes && size <= bytes - offset;
 }
 
 const TensorSpec* find_spec(const GraphInfo& info, const std::string& name, bool* is_input = nullptr) {
@@ -101,9 +106,9 @@ class ContextImpl : public nvinfer1::StubContext {
     if (addresses_.size() != inputs_.size() + outputs_.size()) return false;
     // What was asked for keeps the addresses of its time, as the launch of a kernel does.
     const auto work = [this, addresses = addresses_] {
-      for (const auto& [name, buffer] : inputs_) std::memcpy(buffer.data(), addresses.at(name), buffer.bytes());
+      for (const auto& [name, buffer] : inputs_) std::memcpy(buffer.address(), addresses.at(name), buffer.bytes());
       step_->run();
-      for (const auto& [name, buffer] : outputs_) std::memcpy(addresses.at(name), buffer.data(), buffer.bytes());
+      for (const auto& [name, buffer] : outputs_) std::memcpy(addresses.at(name), buffer.address(), buffer.bytes());
     };
     if (stream->recording)
       stream->recorded.emplace_back(work);
@@ -272,6 +277,15 @@ cudaError_t cudaFreeHost(void* address) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDeviceToDevice) {
+    if (!on_device(to, size) || !on_device(from, size)) return cudaErrorInvalidValue;
+    const auto work = [=] { std::memcpy(to, from, size); };
+    if (stream->recording)
+      stream->recorded.emplace_back(work);
+    else
+      work();
+    return cudaSuccess;
+  }
   if (stream->recording) return cudaErrorStreamCaptureUnsupported;
   if (!on_device(kind == cudaMemcpyHostToDevice ? to : from, size)) return cudaErrorInvalidValue;
   if (on_device(kind == cudaMemcpyHostToDevice ? from : to, 0)) return cudaErrorInvalidMemcpyDirection;

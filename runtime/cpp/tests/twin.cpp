@@ -194,7 +194,7 @@ json encode_image(const json& question) {
   tmd_result_init(&result);
   check(context, tmd_encode_image(context, reinterpret_cast<const std::uint8_t*>(rgb.data()), width, height,
                                   latents.data(), latents.size(), &result));
-  return {{"ok", hex(latents)}, {"seconds", result.encode_seconds}};
+  return {{"ok", hex(latents)}, {"seconds", result.seconds[TMD_STAGE_ENCODE]}};
 }
 
 // Every step that a deadline lets a run take, with the seconds left and the costs that a test says.
@@ -297,17 +297,15 @@ json answer(const json& question) {
   if (what == "grid") return {{"ok", shift_grid(question.at("steps"), question.at("shift"), question.at("t_max"))}};
   if (what == "wan_grid") return {{"ok", wan_grid(question.at("steps"), question.at("shift"))}};
   if (what == "told") return {{"ok", told_time(question.at("t"), question.at("rounding"))}};
-  if (what == "rule") {  // a run of a rule on given velocities
-    std::vector<float> x = floats(question.at("x"));
-    NoiseStream stream(question.at("seed"));
-    const std::unique_ptr<Rule> rule = make_rule(question.at("rule"));
-    rule->start(question.at("times"), x.size(), &stream);
-    std::size_t i = 0;
-    for (const json& velocity : question.at("velocities")) {
-      std::vector<float> v = floats(velocity);
-      rule->step(i++, x.data(), v.data());
+  if (what == "rule") {  // the coefficients of every step
+    const Rule rule = find_rule(question.at("rule"));
+    const std::vector<double> times = question.at("times");
+    json steps = json::array();
+    for (std::size_t i = 0; i + 1 < times.size(); ++i) {
+      const Coefficients c = rule(times, i);
+      steps.push_back({c.x, c.velocity, c.noise, c.before_1, c.before_2});
     }
-    return {{"ok", hex(x)}};
+    return {{"ok", steps}};
   }
   if (what == "settings") {
     const Wishes wishes(question.at("wishes"));

@@ -27,16 +27,16 @@ tmd_description describe(tmd_context* context) {
   const auto has = [&](const char* name) { return manifest.graphs.count(name) ? 1 : 0; };
   tmd_description out;
   tmd_description_init(&out);
-  out.name = manifest.model.name.c_str();
-  out.family = manifest.model.family.c_str();
-  out.kind = manifest.model.kind.c_str();
-  out.rule = manifest.sampler.rule.c_str();
+  out.name = manifest.model->name.c_str();
+  out.family = manifest.family->name();
+  out.architecture = manifest.model->architecture.c_str();
+  out.rule = manifest.sampler->rule.c_str();
   out.source = manifest.source.c_str();
   out.engine = pipeline.shared()->engine->name();
   out.engine_version = context->engine_version.c_str();
-  out.steps = narrow_int(manifest.sampler.steps);
-  out.inner_steps = narrow_int(manifest.sampler.inner_steps);
-  if (!manifest.sampler.any_steps) {
+  out.steps = narrow_int(manifest.sampler->steps);
+  out.inner_steps = narrow_int(manifest.sampler->inner_steps);
+  if (!manifest.sampler->allowed_steps.empty()) {
     out.allowed_steps = context->allowed_steps.data();
     out.allowed_steps_count = narrow_int(static_cast<std::int64_t>(context->allowed_steps.size()));
   }
@@ -49,23 +49,23 @@ tmd_description describe(tmd_context* context) {
   out.channels = narrow_int(manifest.latents.channels);
   out.temporal_stride = narrow_int(manifest.latents.temporal_stride);
   out.spatial_stride = narrow_int(manifest.latents.spatial_stride);
-  out.width_multiple = narrow_int(manifest.latents.spatial_stride * manifest.model.patch_size[2]);
-  out.height_multiple = narrow_int(manifest.latents.spatial_stride * manifest.model.patch_size[1]);
+  out.width_multiple = narrow_int(manifest.latents.spatial_stride * manifest.model->patch_size[2]);
+  out.height_multiple = narrow_int(manifest.latents.spatial_stride * manifest.model->patch_size[1]);
   out.text_tokens = narrow_int(manifest.text.max_length);
   out.text_dim = narrow_int(manifest.text.dim);
   out.can_encode = has("text_encoder") && manifest.text.tokenizer ? 1 : 0;
-  out.can_denoise = has("backbone") && has("flow_head");
+  out.can_denoise = has("backbone") && has("flow_head") && has("update");
   out.can_decode = has("decoder_first");
   out.can_encode_image = has("encoder");
-  out.classes = narrow_int(manifest.model.classes);
+  out.classes = narrow_int(manifest.classes());
   return out;
 }
 
 void fill_description_places(tmd_context* context) {
   const Manifest& manifest = context->pipeline->manifest();
   context->engine_version = context->pipeline->shared()->engine->version();
-  context->allowed_steps = narrow(manifest.sampler.allowed_steps);
-  context->allowed_inner_steps = narrow(manifest.sampler.allowed_inner_steps);
+  context->allowed_steps = narrow(manifest.sampler->allowed_steps);
+  context->allowed_inner_steps = narrow(manifest.sampler->allowed_inner_steps);
 }
 
 }  // namespace

@@ -12,10 +12,6 @@ tmd_run_options options_of(const tmd_run_options* given) {
 
 std::size_t frames_size(const Settings& s) { return static_cast<std::size_t>(s.frames * s.height * s.width * 3); }
 
-std::size_t latents_count(const Settings& s) {
-  return static_cast<std::size_t>(s.channels * s.latent_frames * s.latent_height * s.latent_width);
-}
-
 std::size_t embeds_count(const Manifest& manifest) {
   return static_cast<std::size_t>(manifest.text.max_length * manifest.text.dim);
 }
@@ -26,24 +22,18 @@ void need_room(const char* what, std::size_t have, std::size_t need, const char*
                  std::to_string(need) + ": see tmd_plan_run.");
 }
 
-// Steps that a call will report, for the fraction.
-std::int64_t denoise_steps(const Manifest& manifest, const Settings& s) {
-  return manifest.model.kind == "tim" ? 1 + s.steps : s.steps * (1 + s.inner_steps) * s.passes();
-}
-
 tmd_result result_of(const Progress& progress) {
   tmd_result result;
   tmd_result_init(&result);
   for (int stage = 0; stage < TMD_STAGES; ++stage)
     result.seconds[stage] = progress.seconds(static_cast<tmd_stage>(stage));
-  result.encode_seconds = progress.seconds(TMD_STAGE_ENCODE);
   return result;
 }
 
-// Of a run through `way`, which is empty for other kinds than "tim".
+// Of a run through `times`, if its family tells them.
 void write_result(tmd_result* out, tmd_context* context, const Settings& settings, const Progress& progress,
-                  std::int32_t dropped, std::vector<double> way) {
-  context->times = std::move(way);
+                  std::int32_t dropped, std::vector<double> times) {
+  context->times = std::move(times);
   if (!out) return;
   tmd_result result = result_of(progress);
   result.seed = settings.seed;
@@ -57,12 +47,11 @@ void write_result(tmd_result* out, tmd_context* context, const Settings& setting
   write_struct(out, result);
 }
 
-LatentSize latent_size(const Settings& s) {
-  const bool both = std::any_of(s.times.begin(), s.times.end(), [&](double t) { return s.guided(t); });
-  return {s.latent_frames, s.latent_height, s.latent_width, both ? 2 : 1};
+LatentSize latent_size(const Manifest& manifest, const Settings& s) {
+  return {s.latent_frames, s.latent_height, s.latent_width, family_of(manifest).rows(s)};
 }
 
-// The callback's part of a run's start; throws unless picture and strength go together.
+// Picture and previews of a run; throws unless picture and strength go together.
 Start start_of(Pipeline& pipeline, const tmd_run_options& options, const Settings& settings, Progress& progress) {
   if ((options.init_latents != nullptr) != settings.strength.has_value())
     refuse_usage(settings.strength
@@ -169,7 +158,7 @@ tmd_status tmd_plan_run(tmd_context* context, const tmd_run_options* given, tmd_
     out.latent_height = narrow(settings.latent_height);
     out.latent_width = narrow(settings.latent_width);
     out.frames_size = frames_size(settings);
-    out.latents_count = latents_count(settings);
+    out.latents_count = settings.latents_count();
     out.embeds_count = embeds_count(manifest);
     out.nfe = settings.nfe;
     context->warnings = settings.warnings;
@@ -185,29 +174,28 @@ tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_
     const Manifest& manifest = pipeline.manifest();
     const tmd_run_options options = options_of(given);
     const Settings settings = resolve_settings(manifest, options);
-    if (manifest.model.classes && prompt && *prompt)
+    if (manifest.classes() && prompt && *prompt)
       refuse_usage("this model draws numbered classes and takes no prompt: leave the prompt out.");
-    if (!manifest.model.classes && !prompt) refuse_usage("the prompt is NULL: describe the video in a few words.");
+    if (!manifest.classes() && !prompt) refuse_usage("the prompt is NULL: describe the video in a few words.");
     if (frames) need_room("frames", size, frames_size(settings), "bytes");
     Frames pieces(options, frames, frames_size(settings), settings.width, settings.height);
     std::string warnings = settings.warnings;
-    pipeline.prepare(latent_size(settings), warnings);
+    pipeline.prepare(latent_size(manifest, settings), warnings);
     const std::int64_t decodes =
         pipeline.decode_steps(settings.latent_frames, settings.latent_height, settings.latent_width);
     Progress progress(options.on_progress, options.user,
-                      pipeline.prompts(settings) + denoise_steps(manifest, settings) + decodes);
+                      pipeline.prompts(settings) + family_of(manifest).reported_steps(settings) + decodes);
     Start start = start_of(pipeline, options, settings, progress);
     std::int32_t dropped = 0;
     const Condition condition = pipeline.condition(prompt ? prompt : "", settings, progress, warnings, &dropped);
     start.embeds = condition.embeds.data();
     if (!condition.negative.empty()) start.negative = condition.negative.data();
-    std::vector<double> way;
-    const std::vector<float> latents = pipeline.denoise(start, condition.tokens, settings, progress, &way);
-    pipeline.decode(latents.data(), settings.latent_frames, settings.latent_height, settings.latent_width,
+    Denoised made = pipeline.denoise(start, condition.tokens, settings, progress);
+    pipeline.decode(made.latents.data(), settings.latent_frames, settings.latent_height, settings.latent_width,
                     std::ref(pieces), progress);
     context->warnings = std::move(warnings);
     pieces.finish();
-    write_result(result, context, settings, progress, dropped, std::move(way));
+    write_result(result, context, settings, progress, dropped, std::move(made.times));
   });
 }
 
@@ -249,7 +237,7 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);
     const Manifest& manifest = pipeline.manifest();
-    const bool classes = manifest.model.classes != 0;
+    const bool classes = manifest.classes() != 0;
     if ((!embeds && !classes) || !latents) refuse_usage("the embeddings or the place for the latents is NULL.");
     if (classes && (embeds || negative || tokens))
       refuse_usage("this model draws numbered classes and takes no embeddings: give NULL, and 0 tokens.");
@@ -263,18 +251,17 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
     if (!classes && (settings.passes() == 2) != (negative != nullptr))
       refuse_usage(negative ? "negative_embeds need guidance, and this run has none: leave them out, or set guidance."
                             : "this run has guidance, which needs negative_embeds: give them, or set guidance to 1.");
-    need_room("latents", count, latents_count(settings), "floats");
+    need_room("latents", count, settings.latents_count(), "floats");
     std::string warnings = settings.warnings;
-    pipeline.prepare(latent_size(settings), warnings);
-    Progress progress(options.on_progress, options.user, denoise_steps(manifest, settings));
+    pipeline.prepare(latent_size(manifest, settings), warnings);
+    Progress progress(options.on_progress, options.user, family_of(manifest).reported_steps(settings));
     Start start = start_of(pipeline, options, settings, progress);
     start.embeds = embeds;
     start.negative = negative;
-    std::vector<double> way;
-    const std::vector<float> values = pipeline.denoise(start, classes ? 1 : tokens, settings, progress, &way);
+    Denoised made = pipeline.denoise(start, classes ? 1 : tokens, settings, progress);
     context->warnings = std::move(warnings);
-    std::copy(values.begin(), values.end(), latents);
-    write_result(result, context, settings, progress, 0, std::move(way));
+    std::copy(made.latents.begin(), made.latents.end(), latents);
+    write_result(result, context, settings, progress, 0, std::move(made.times));
   });
 }
 

@@ -24,7 +24,6 @@ class Decoder {
            Progress& progress);
 
  private:
-  Buffer make_frames(const LoadedGraph& graph, std::int64_t count) const;
   void bind_step(std::shared_ptr<LoadedGraph> step);
   void check_last_cache(const Buffers& caches) const;
 

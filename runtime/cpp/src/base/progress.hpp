@@ -1,4 +1,4 @@
-// Seconds per stage of one call, and the callback's voice in it.
+// Seconds per stage of one call, and its callback, which is told of each step and may stop the call.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +27,13 @@ class Progress {
 
   void add(tmd_stage stage, double seconds) { seconds_[stage] += seconds; }
   double seconds(tmd_stage stage) const { return seconds_[stage]; }
+  // Runs `work`, which counts as time of the stage.
+  template <typename Work>
+  void timed(tmd_stage stage, const Work& work) {
+    const Stopwatch clock;
+    work();
+    add(stage, clock.seconds());
+  }
   // So many steps more, or less, than was said will be reported.
   void expect(std::int64_t more) { expected_ += more; }
 
@@ -53,18 +60,25 @@ class Progress {
   void* user_;
   std::int64_t expected_, done_ = 0;
   double fraction_ = 0;
-  double seconds_[TMD_STAGE_ENCODE + 1] = {};
+  double seconds_[TMD_STAGES] = {};
 };
 
-// Throws Error(RUN) naming the stage if `count` values hold NaN or Inf.
-inline void check_finite(tmd_stage stage, const float* values, std::size_t count) {
+[[noreturn]] inline void fail_not_finite(tmd_stage stage) {
+  fail_run(std::string("the stage ") + tmd_stage_name(stage) +
+           " gave NaN or Inf: there is no video to show. Try another engine or a bundle of higher precision (fp32); "
+           "if it stays, the weights are damaged: export the bundle again.");
+}
+
+inline bool all_finite(const float* values, std::size_t count) {
   // The sum is NaN or Inf exactly if one of them is: float cannot overflow double.
   double total = 0.0;
   for (std::size_t i = 0; i < count; ++i) total += static_cast<double>(values[i]);
-  if (!std::isfinite(total))
-    fail_run(std::string("the stage ") + tmd_stage_name(stage) +
-             " gave NaN or Inf: there is no video to show. Try another engine or a bundle of higher precision (fp32); "
-             "if it stays, the weights are damaged: export the bundle again.");
+  return std::isfinite(total);
+}
+
+// Throws Error(RUN) naming the stage if `count` values hold NaN or Inf.
+inline void check_finite(tmd_stage stage, const float* values, std::size_t count) {
+  if (!all_finite(values, count)) fail_not_finite(stage);
 }
 
 }  // namespace tmd::internal

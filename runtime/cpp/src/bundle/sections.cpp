@@ -1,15 +1,19 @@
 #include "bundle/sections.hpp"
 
+#include <algorithm>
 #include <set>
 
 #include "base/ascii.hpp"
 #include "base/error.hpp"
 #include "base/quote.hpp"
+#include "bundle/family.hpp"
 
 namespace tmd::internal {
 namespace {
 
 constexpr std::size_t kMaxTensors = 256;
+constexpr std::int64_t kMaxCount = 1 << 20;
+constexpr std::int64_t kMaxTokenId = 1 << 24;
 
 // [[1-9]digits*]symbol: "height", "8*height".
 Dimension symbolic(const Field& field, const std::string& text) {
@@ -22,6 +26,7 @@ Dimension symbolic(const Field& field, const std::string& text) {
     good = star >= 1 && star <= 6 && text[0] != '0';
     for (std::size_t i = 0; i < star && good; ++i) good = digit(text[i]);
     if (good) dimension.factor = std::stoll(text.substr(0, star));
+    dimension.starred = true;
   }
   dimension.symbol = star == std::string::npos ? text : text.substr(star + 1);
   good = good && !dimension.symbol.empty() && dimension.symbol.size() <= 32 && letter(dimension.symbol[0]);
@@ -40,14 +45,172 @@ TensorSpec read_tensor(const Field& field) {
     if (item.value().is_string()) {
       spec.shape.push_back(symbolic(item, item.string()));
     } else {
-      spec.shape.push_back({item.integer(1, std::int64_t{1} << 31), ""});
+      spec.shape.push_back({item.integer(1, std::int64_t{1} << 31), "", false});
     }
   }
   object.done();
   return spec;
 }
 
+EmbeddingTable read_table(const Field& field) {
+  Object object(field);
+  EmbeddingTable table;
+  table.file = object.need("file").file_name();
+  table.dtype = dtype_of(object.need("dtype").one_of({"float32", "float16", "bfloat16"}));
+  table.rows = object.need("rows").integer(1, 1 << 24);
+  table.dim = read_count(object.need("dim"));
+  object.done();
+  return table;
+}
+
 }  // namespace
+
+std::int64_t read_count(const Field& field) { return field.integer(1, kMaxCount); }
+
+std::int64_t read_steps(const Field& field) { return field.integer(1, kMaxSteps); }
+
+std::vector<std::int64_t> read_allowed_steps(const Field& field, std::size_t most, const Field& chosen,
+                                             std::int64_t value) {
+  std::vector<std::int64_t> steps;
+  for (const Field& item : field.list(1, most)) steps.push_back(read_steps(item));
+  for (std::size_t i = 1; i < steps.size(); ++i)
+    if (steps[i] <= steps[i - 1]) field.refuse("must be ascending without repeats");
+  if (std::find(steps.begin(), steps.end(), value) == steps.end()) chosen.refuse("is not among " + field.place());
+  return steps;
+}
+
+std::shared_ptr<const ModelInfo> read_model(const Field& field, const Family& family) {
+  Object object(field);
+  object.need("family");
+  const std::shared_ptr<ModelInfo> model = family.read_model(object);
+  model->name = object.need("name").text();
+  model->architecture = object.need("architecture").text();
+  model->dim = read_count(object.need("dim"));
+  model->num_layers = read_count(object.need("num_layers"));
+  model->head_blocks = read_count(object.need("head_blocks"));
+  model->num_heads = read_count(object.need("num_heads"));
+  model->head_dim = read_count(object.need("head_dim"));
+  const std::vector<Field> patch = object.need("patch_size").list(3, 3);
+  for (std::size_t i = 0; i < 3; ++i) model->patch_size[i] = read_count(patch[i]);
+  object.done();
+  if (model->dim != model->num_heads * model->head_dim) object.refuse("dim is not num_heads x head_dim");
+  if (model->head_dim % 2) object.refuse("head_dim is odd, but rotary embedding turns pairs");
+  family.check_model(*model, object);
+  return model;
+}
+
+std::shared_ptr<ModelInfo> Family::read_model(Object&) const { return std::make_shared<ModelInfo>(); }
+
+void Family::check_model(const ModelInfo& model, const Object& object) const {
+  // A model that is cut in two.
+  if (model.head_blocks >= model.num_layers)
+    object.refuse("head_blocks leaves no block of num_layers to the backbone");
+}
+
+std::shared_ptr<const SamplerInfo> read_sampler(const Field& field, const Family& family) {
+  Object object(field);
+  std::shared_ptr<const SamplerInfo> sampler = family.read_sampler(object);
+  object.done();
+  return sampler;
+}
+
+LatentInfo read_latents(const Field& field) {
+  Object object(field);
+  LatentInfo latents;
+  latents.channels = object.need("channels").integer(1, 1024);
+  latents.temporal_stride = object.need("temporal_stride").integer(1, 64);
+  latents.spatial_stride = object.need("spatial_stride").integer(1, 256);
+  // For information only: the decoder graphs take normalised latents.
+  const std::vector<Field> mean = object.need("mean").list(0, 1024), deviation = object.need("std").list(0, 1024);
+  for (const Field& item : mean) item.number();
+  for (const Field& item : deviation)
+    if (item.number() <= 0) item.refuse("must be above 0");
+  object.done();
+  const auto channels = static_cast<std::size_t>(latents.channels);
+  if (mean.size() != channels || deviation.size() != channels)
+    object.refuse("mean has " + std::to_string(mean.size()) + " and std " + std::to_string(deviation.size()) +
+                  " values for " + std::to_string(channels) + " channels");
+  return latents;
+}
+
+VideoInfo read_video(const Field& field) {
+  Object object(field);
+  VideoInfo video;
+  video.frames = object.need("frames").integer(1, 100000);
+  video.width = object.need("width").integer(1, 65536);
+  video.height = object.need("height").integer(1, 65536);
+  video.fps = object.need("fps").integer(1, 1000);
+  object.done();
+  return video;
+}
+
+TextInfo read_text(const Field& field) {
+  Object object(field);
+  TextInfo text;
+  if (const Field name = object.maybe("tokenizer"); !name.is_null()) text.tokenizer = name.file_name();
+  text.max_length = object.need("max_length").integer(1, 65536);
+  text.dim = read_count(object.need("dim"));
+  std::vector<std::int64_t> ids = {text.pad_id = object.need("pad_id").integer(0, kMaxTokenId)};
+  const Field eos = object.need("eos_id"), bos = object.maybe("bos_id");
+  if (!eos.is_null()) ids.push_back(*(text.eos_id = eos.integer(0, kMaxTokenId)));
+  if (!bos.is_null()) ids.push_back(*(text.bos_id = bos.integer(0, kMaxTokenId)));
+  if (const Field word = object.maybe("tokenization"); word.present())
+    text.tokenization = word.one_of({"wan", "plain"});
+  if (const Field table = object.maybe("embedding"); !table.is_null()) text.embedding = read_table(table);
+  if (const Field table = object.maybe("null_embeds"); !table.is_null()) text.null_embeds = read_table(table);
+  object.done();
+  if (text.tokenization == "wan" && (eos.is_null() || !bos.is_null()))
+    object.refuse("tokenization 'wan' has an eos_id and no bos_id");
+  if (static_cast<std::int64_t>(ids.size()) > text.max_length + 1)
+    object.refuse("max_length has no room for bos_id and eos_id");
+  if (text.embedding && *std::max_element(ids.begin(), ids.end()) >= text.embedding->rows)
+    object.refuse("pad_id, eos_id and bos_id must be rows of embedding");
+  if (text.null_embeds && (text.null_embeds->rows != text.max_length || text.null_embeds->dim != text.dim))
+    object.refuse("null_embeds has not max_length x dim values");
+  return text;
+}
+
+std::string read_provenance(const Field& field) {
+  Object object(field);
+  std::string source = object.need("source").text();
+  object.need("source_sha256").entries(0, 1024, [](const Field& key, const Field& value) {
+    key.text();
+    value.sha256();
+  });
+  object.need("tool").text();
+  object.need("versions").entries(0, 64, [](const Field& key, const Field& value) {
+    key.text();
+    value.text();
+  });
+  const Field created = object.need("created");
+  // 2026-01-31T12:00:00, up to nine decimals of a second, then Z or +hh:mm.
+  const std::string time = created.string();
+  std::size_t at = 0;
+  const auto digits = [&](std::size_t low, std::size_t high) {
+    const std::size_t start = at;
+    while (at < time.size() && at - start < high && time[at] >= '0' && time[at] <= '9') ++at;
+    return at - start >= low;
+  };
+  const auto mark = [&](const char* any) {
+    return at < time.size() && std::string_view(any).find(time[at]) != std::string_view::npos && (++at, true);
+  };
+  bool good = digits(4, 4) && mark("-") && digits(2, 2) && mark("-") && digits(2, 2) && mark("T") && digits(2, 2) &&
+              mark(":") && digits(2, 2) && mark(":") && digits(2, 2);
+  if (good && mark(".")) good = digits(1, 9);
+  good = good && (mark("Z") || (mark("+-") && digits(2, 2) && mark(":") && digits(2, 2)));
+  if (!good || at != time.size()) created.refuse("must be an ISO 8601 time with zone, as 2026-01-31T12:00:00Z");
+  object.done();
+  return source;
+}
+
+FileInfo read_file(const Field& field) {
+  Object object(field);
+  FileInfo info;
+  info.size = static_cast<std::uint64_t>(object.need("size").integer(0, std::int64_t{1} << 40));
+  info.sha256 = object.need("sha256").sha256();
+  object.done();
+  return info;
+}
 
 GraphInfo read_graph(const Field& field) {
   Object object(field);

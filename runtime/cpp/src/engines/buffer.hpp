@@ -7,9 +7,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
-#include "bundle/manifest.hpp"
+#include "base/error.hpp"
+#include "bundle/sections.hpp"
 
 namespace tmd::internal {
 
@@ -28,6 +30,21 @@ inline std::size_t bytes_of(DType dtype, const Shape& shape) {
   return bytes;
 }
 
+template <typename T>
+constexpr DType dtype_for();
+template <>
+constexpr DType dtype_for<float>() {
+  return DType::f32;
+}
+template <>
+constexpr DType dtype_for<std::int64_t>() {
+  return DType::i64;
+}
+template <>
+constexpr DType dtype_for<std::uint8_t>() {
+  return DType::u8;
+}
+
 // Memory of a device, and a copy of it that the host sees. Throws Error(ENGINE).
 class DeviceMemory {
  public:
@@ -36,11 +53,16 @@ class DeviceMemory {
   virtual void* host() = 0;           // the copy; made when it is first asked for
   virtual void upload() = 0;          // the copy goes to the device
   virtual void download() = 0;        // and back
+  // `bytes` of another memory of this device to the place `at` of this one; may be recorded.
+  virtual void copy(std::size_t at, const DeviceMemory& from, std::size_t bytes) = 0;
 };
 
 // A tensor that owns its memory, or shares it with a copy of itself. Aligned for vector instructions, not initialised.
-// An engine of a device has it there: then what the host writes into `data` counts after `upload`, and what a graph has
-// written is in `data` after `download`. In the host's own memory these do nothing.
+// An engine of a device has it there: then what the host writes counts after `upload`, and what a graph has written is
+// seen after `download`. In the host's own memory these do nothing.
+//
+// Whoever reads or writes says how many values of which type there must be: a buffer of another size or type is an
+// Error(RUN), whatever the manifest said of it.
 class Buffer {
  public:
   Buffer() = default;
@@ -56,11 +78,6 @@ class Buffer {
   const Shape& shape() const { return shape_; }
   std::size_t bytes() const { return bytes_; }
   std::size_t count() const { return bytes_ / item_size(dtype_); }
-  void* data() const { return device_ ? device_->host() : memory_.get(); }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data());
-  }
   bool on_device() const { return device_ != nullptr; }
   void* address() const { return device_ ? device_->address() : memory_.get(); }  // for the engine
   void upload() const {
@@ -69,14 +86,62 @@ class Buffer {
   void download() const {
     if (device_) device_->download();
   }
-  void fill(float value) const {
-    float* values = as<float>();
-    for (std::size_t i = 0; i < count(); ++i) values[i] = value;
+
+  // The `count` values, where the host sees them.
+  template <typename T>
+  T* values(std::size_t count) const {
+    if (dtype_ != dtype_for<T>() || count != this->count()) refuse(count, dtype_name(dtype_for<T>()));
+    return static_cast<T*>(device_ ? device_->host() : memory_.get());
+  }
+  template <typename T>
+  void write(const T* from, std::size_t count) const {
+    std::memcpy(values<T>(count), from, bytes_);
     upload();
+  }
+  template <typename T>
+  std::vector<T> read(std::size_t count) const {
+    const T* from = values<T>(count);
+    download();
+    return std::vector<T>(from, from + count);
+  }
+  void fill(float value) const {
+    float* to = values<float>(count());
+    for (std::size_t i = 0; i < count(); ++i) to[i] = value;
+    upload();
+  }
+
+  // From a buffer of the same engine and type, on the device where there is one: one of the same size; one that fits
+  // into this one a whole number of times; the first part of a larger one.
+  void copy(const Buffer& from) const {
+    if (from.bytes_ != bytes_) refuse(from.count(), dtype_name(from.dtype_));
+    copy_at(0, from, bytes_);
+  }
+  void repeat(const Buffer& from) const {
+    if (!from.bytes_ || bytes_ % from.bytes_) refuse(from.count(), dtype_name(from.dtype_));
+    for (std::size_t at = 0; at < bytes_; at += from.bytes_) copy_at(at, from, from.bytes_);
+  }
+  void take(const Buffer& from) const {
+    if (from.bytes_ < bytes_) refuse(from.count(), dtype_name(from.dtype_));
+    copy_at(0, from, bytes_);
   }
 
  private:
   static constexpr std::size_t kAlignment = 64;
+
+  // `at + bytes` lies inside this buffer, and `bytes` inside the other one.
+  void copy_at(std::size_t at, const Buffer& from, std::size_t bytes) const {
+    if (from.dtype_ != dtype_ || from.on_device() != on_device()) refuse(from.count(), dtype_name(from.dtype_));
+    if (device_) {
+      device_->copy(at, *from.device_, bytes);
+    } else {
+      std::memcpy(static_cast<char*>(memory_.get()) + at, from.memory_.get(), bytes);
+    }
+  }
+  [[noreturn]] void refuse(std::size_t count, const char* type) const {
+    fail_run("a tensor of this bundle has " + std::to_string(this->count()) + " values of " + dtype_name(dtype_) +
+             ", and the run has " + std::to_string(count) + " of " + type + " for it. Export the bundle again.");
+  }
+
   DType dtype_ = DType::f32;
   Shape shape_;
   std::size_t bytes_ = 0;

@@ -55,8 +55,6 @@ std::shared_ptr<Engine> open_first(const EngineOptions& options) {
 
 }  // namespace
 
-std::unique_ptr<Step> LoadedGraph::record(const std::function<void()>&) { return nullptr; }
-
 std::shared_ptr<Engine> open_engine(const EngineOptions& options) {
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
     refuse_usage("there is no device " + quote(options.device) + " in this version of tmd: use cpu or cuda.");

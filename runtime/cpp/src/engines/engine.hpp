@@ -29,9 +29,12 @@ class LoadedGraph {
   // Ties the graph to buffers, all inputs and all outputs by name; the step keeps them alive. Throws Error(ENGINE).
   virtual std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs) = 0;
   virtual const GraphInfo& info() const = 0;
-  // `work`, which runs steps of this engine and nothing else, as one launch; nullptr: this engine has no such thing.
-  // All its graphs have run before; their steps and buffers must outlive what is returned. Throws Error(ENGINE).
-  virtual std::unique_ptr<Step> record(const std::function<void()>& work);
+  // Whether the engine can keep work as one launch.
+  virtual bool records() const { return false; }
+  // `work`, which runs steps of this engine and copies its buffers and nothing else, as one launch; nullptr: this engine
+  // has no such thing. All its graphs have run before; their steps and buffers must outlive what is returned. Throws
+  // Error(ENGINE).
+  virtual std::unique_ptr<Step> record(const std::function<void()>&) { return nullptr; }
 
   // An uninitialised buffer for the input or output `name`.
   Buffer empty(const std::string& name, const Dims& dims) const {

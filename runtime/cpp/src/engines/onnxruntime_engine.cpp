@@ -111,7 +111,7 @@ class OnnxRuntimeStep : public Step {
   void tie(Bind bind, const std::string& name, const Buffer& buffer) {
     const std::string what = "cannot bind " + name + " of " + graph_->info().file;
     OrtValue* made = nullptr;
-    graph_->check(graph_->api().CreateTensorWithDataAsOrtValue(graph_->memory(), buffer.data(), buffer.bytes(),
+    graph_->check(graph_->api().CreateTensorWithDataAsOrtValue(graph_->memory(), buffer.address(), buffer.bytes(),
                                                                buffer.shape().data(), buffer.shape().size(),
                                                                element_type(buffer.dtype()), &made),
                   what);

@@ -57,7 +57,7 @@ class OpenVinoStep : public Step {
     const Owner shape_owner(&shape, [this](void* s) { library_->ov_shape_free(static_cast<ov_shape_t*>(s)); });
     ov_tensor_t* tensor = nullptr;
     library_->check(
-        library_->ov_tensor_create_from_host_ptr(element_type(buffer.dtype()), shape, buffer.data(), &tensor), what);
+        library_->ov_tensor_create_from_host_ptr(element_type(buffer.dtype()), shape, buffer.address(), &tensor), what);
     const Owner tensor_owner(tensor, [this](void* t) { library_->ov_tensor_free(static_cast<ov_tensor_t*>(t)); });
     library_->check(library_->ov_infer_request_set_tensor(request_.get(), name.c_str(), tensor), what);
     kept_.push_back(buffer);
@@ -106,7 +106,7 @@ class OpenVinoGraph : public LoadedGraph {
   Compiled compiled_for(const Buffers& inputs) {
     Shapes shapes;
     for (const auto& [name, buffer] : inputs) shapes[name] = buffer.shape();
-    if (bundle_.manifest.text.tokenization == "plain")
+    if (!bundle_.manifest.text.is_padded())
       for (const TensorSpec& spec : info_.inputs)
         for (std::size_t k = 0; k < spec.shape.size(); ++k)
           if (spec.shape[k].symbol == "text") shapes[spec.name][k] = kAnyLength;

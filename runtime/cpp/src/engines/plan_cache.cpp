@@ -174,7 +174,7 @@ PlanKey plan_key(const Bundle& bundle, const GraphInfo& info, const std::map<std
     shapes += (shapes.empty() ? "" : ", ") + name + " ";
     for (std::size_t i = 0; i < shape.size(); ++i) shapes += (i ? "x" : "") + std::to_string(shape[i]);
   }
-  return {{"title", bundle.manifest.model.name + " " + graph},
+  return {{"title", bundle.manifest.model->name + " " + graph},
           {"graph", hashes},
           {"engine", "tensorrt " + target.version},
           {"device", target.device},

@@ -196,6 +196,7 @@ class TensorRtGraph : public LoadedGraph {
     return std::make_unique<TensorRtStep>(library_, plan_for(inputs), inputs, outputs);
   }
 
+  bool records() const override { return true; }
   std::unique_ptr<Step> record(const std::function<void()>& work) override {
     return std::make_unique<CudaGraph>(library_, work);
   }

@@ -88,7 +88,7 @@ std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
 }
 
 Need estimate_need(const Manifest& manifest, const LatentSize& size) {
-  const auto& patch = manifest.model.patch_size;
+  const auto& patch = manifest.model->patch_size;
   const Dims dims = {{"batch", 1},
                      {"frames", size.frames},
                      {"height", size.height},
@@ -97,13 +97,13 @@ Need estimate_need(const Manifest& manifest, const LatentSize& size) {
                      {"text", manifest.text.max_length}};
   Dims denoised = dims, decoded = dims;
   denoised["batch"] = size.rows;
-  if (manifest.model.kind == "tim") {
+  if (manifest.family->makes_stills()) {
     decoded["height"] = Tiling(size.height, manifest.latents.spatial_stride).tile;
     decoded["width"] = Tiling(size.width, manifest.latents.spatial_stride).tile;
   }
   Need need;
   const std::pair<std::vector<const char*>, const Dims&> stages[] = {
-      {{"text_encoder"}, dims}, {{"backbone", "flow_head"}, denoised}, {{"decoder_first", "decoder_step"}, decoded}};
+      {{"text_encoder"}, dims}, {{"backbone", "flow_head", "update"}, denoised}, {{"decoder_first", "decoder_step"}, decoded}};
   for (const auto& [together, sizes] : stages) {
     const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);
     need.all = plus(need.all, bytes);

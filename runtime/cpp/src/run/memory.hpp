@@ -15,7 +15,7 @@ struct Need {
   std::uint64_t low = 0;  // text encoder, then denoiser, then decoder
 };
 
-// Sizes of a run in latents; `rows` go through the graphs of kind "tim" at once.
+// Sizes of a run in latents; `rows` of them go through the denoiser at once.
 struct LatentSize {
   std::int64_t frames, height, width, rows = 1;
   bool operator==(const LatentSize& other) const {

@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <numeric>
 
+#include "autoencoder/encoder.hpp"
 #include "bundle/files.hpp"
 
 namespace tmd::internal {
 namespace {
-
-constexpr std::int64_t kGraphs = 6;  // encoder, text_encoder, backbone, flow_head, decoder_first, decoder_step
 
 std::string seconds_text(double seconds) {
   const auto thousandths = static_cast<long>(seconds * 1000);
@@ -43,7 +42,8 @@ std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char
     const double seconds = load.seconds();
     (*log_)(TMD_LOG_INFO, "loaded the graph " + name + " in " + seconds_text(seconds));
     progress.add(TMD_STAGE_LOAD, seconds);
-    progress.report(TMD_STAGE_LOAD, static_cast<std::int64_t>(graphs_.size()), kGraphs, seconds);
+    progress.report(TMD_STAGE_LOAD, static_cast<std::int64_t>(graphs_.size()),
+                    static_cast<std::int64_t>(manifest().graphs.size()), seconds);
   }
   return graph;
 }
@@ -119,7 +119,7 @@ std::vector<float> Pipeline::null_embeds(std::int64_t tokens) const {
 }
 
 std::int64_t Pipeline::prompts(const Settings& settings) const {
-  if (manifest().model.classes) return 0;
+  if (manifest().classes()) return 0;
   const bool kept = negative_ && negative_->first == settings.negative_prompt;
   return settings.passes() == 2 && !kept && !is_stored(settings) ? 2 : 1;
 }
@@ -127,7 +127,7 @@ std::int64_t Pipeline::prompts(const Settings& settings) const {
 Condition Pipeline::condition(std::string_view prompt, const Settings& settings, Progress& progress,
                               std::string& warnings, std::int32_t* dropped) {
   Condition made;
-  if (manifest().model.classes) return made;
+  if (manifest().classes()) return made;
   const std::int64_t total = prompts(settings), dim = manifest().text.dim;
   const auto rows = [&](const std::vector<float>& embeds) { return static_cast<std::int64_t>(embeds.size()) / dim; };
   made.embeds = encode(prompt, progress, total, warnings, dropped);
@@ -155,30 +155,21 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
   const Dims dims = {{"batch", 1}, {"text", static_cast<std::int64_t>(tokens.ids.size())}};
   Buffers inputs;
   const auto put = [&](const char* name, const auto& values) {
-    Buffer buffer = encoder->empty(name, dims);
-    if (buffer.bytes() != values.size() * sizeof values[0])
-      fail_run(std::string("the text encoder of this bundle takes another ") + name +
-               " than its manifest says. Export it again.");
-    std::memcpy(buffer.data(), values.data(), buffer.bytes());
-    buffer.upload();
-    inputs[name] = buffer;
+    inputs[name] = encoder->empty(name, dims);
+    inputs[name].write(values.data(), values.size());
   };
   // A causal encoder of a prompt without padding has no mask.
-  for (const TensorSpec& spec : encoder->info().inputs)
-    if (spec.name == "attention_mask") put("attention_mask", tokens.mask);
+  if (manifest().text.is_padded()) put("attention_mask", tokens.mask);
   if (manifest().text.embedding) {
     put("token_embeds", read_rows(shared_->bundle, *manifest().text.embedding, tokens.ids));
   } else {
     put("input_ids", tokens.ids);
   }
   const Buffer embeds = encoder->empty("prompt_embeds", dims);
-  if (embeds.dtype() != DType::f32 ||
-      embeds.count() != tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim))
-    fail_run("the text encoder of this bundle gives other embeddings than its manifest says. Export it again.");
   encoder->bind(inputs, {{"prompt_embeds", embeds}})->run();
-  embeds.download();
-  check_finite(TMD_STAGE_TEXT, embeds.as<float>(), embeds.count());
-  std::vector<float> values(embeds.as<float>(), embeds.as<float>() + embeds.count());
+  std::vector<float> values =
+      embeds.read<float>(tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim));
+  check_finite(TMD_STAGE_TEXT, values.data(), values.size());
   const double seconds = encoding.seconds();
   progress.add(TMD_STAGE_TEXT, seconds);
   progress.report(TMD_STAGE_TEXT, done, total, seconds);
@@ -189,66 +180,37 @@ std::vector<float> Pipeline::encode_image(const std::uint8_t* rgb, std::int64_t 
                                           Progress& progress) {
   const std::shared_ptr<LoadedGraph> encoder = graph("encoder", "start from a picture", progress);
   const Stopwatch encoding;
-  const std::int64_t stride = manifest().latents.spatial_stride, channels = manifest().latents.channels;
-  const Tiling rows(height / stride, stride), columns(width / stride, stride);
-  const Dims dims = {{"batch", 1}, {"frames", 1}, {"height", rows.tile}, {"width", columns.tile}};
-  const Buffer frames = encoder->empty("frames", dims), latents = encoder->empty("latents", dims);
-  const std::int64_t places = rows.tile * columns.tile;
-  const Shape picture = {1, 1, rows.tile * stride, columns.tile * stride, 3};
-  if (frames.dtype() != DType::u8 || frames.shape() != picture || latents.dtype() != DType::f32 ||
-      latents.count() != static_cast<std::size_t>(channels * places))
-    fail_run("the encoder of this bundle has other pictures or latents than its manifest says. Export it again.");
-  const std::unique_ptr<Step> step = encoder->bind({{"frames", frames}}, {{"latents", latents}});
-  std::vector<float> whole(static_cast<std::size_t>(rows.side * columns.side * channels));  // [h, w, C]
-  join_tiles<float>(rows, columns, 1, channels, whole.data(), [&](std::int64_t top, std::int64_t left, float* part) {
-    const auto line = static_cast<std::size_t>(columns.tile * stride * 3);
-    for (std::int64_t y = 0; y < rows.tile * stride; ++y)
-      std::memcpy(frames.as<std::uint8_t>() + static_cast<std::size_t>(y) * line,
-                  rgb + ((top * stride + y) * width + left * stride) * 3, line);
-    frames.upload();
-    step->run();
-    latents.download();
-    for (std::int64_t c = 0; c < channels; ++c)
-      for (std::int64_t k = 0; k < places; ++k) part[k * channels + c] = latents.as<float>()[c * places + k];
-  });
-  std::vector<float> found(whole.size());
-  const std::int64_t all = rows.side * columns.side;
-  for (std::int64_t k = 0; k < all; ++k)
-    for (std::int64_t c = 0; c < channels; ++c)
-      found[static_cast<std::size_t>(c * all + k)] = whole[static_cast<std::size_t>(k * channels + c)];
+  const std::vector<float> found = encode_picture(*encoder, manifest().latents, rgb, width, height);
   check_finite(TMD_STAGE_ENCODE, found.data(), found.size());
   progress.add(TMD_STAGE_ENCODE, encoding.seconds());
   release({"encoder"});
   return found;
 }
 
-std::vector<float> Pipeline::denoise(const Start& start, std::int64_t tokens, const Settings& settings,
-                                     Progress& progress, std::vector<double>* way) {
+Denoised Pipeline::denoise(const Start& start, std::int64_t tokens, const Settings& settings, Progress& progress) {
   release({"text_encoder"});
   const std::vector<std::int64_t> key = {settings.latent_frames, settings.latent_height, settings.latent_width, tokens};
   std::unique_ptr<Loop> before;
   if (!loop_ || loop_key_ != key) {
     // Of a prompt of another length: holds, until this run is bound, what an engine compiled for the size.
-    if (loop_ && manifest().model.kind == "tim" && std::equal(key.begin(), key.end() - 1, loop_key_.begin()))
-      before = std::move(loop_);
-    const auto backbone = graph("backbone", "denoise", progress);
-    const auto flow_head = graph("flow_head", "denoise", progress);
+    const bool same_size = loop_ && std::equal(key.begin(), key.end() - 1, loop_key_.begin());
+    if (same_size && manifest().family->keeps_prompt_length()) before = std::move(loop_);
+    Graphs graphs = {graph("backbone", "denoise", progress), graph("flow_head", "denoise", progress),
+                     graph("update", "denoise", progress)};
     const Stopwatch load;
     loop_.reset();
-    loop_ = make_loop(manifest(), backbone, flow_head, settings, tokens);  // an engine may compile for the shape here
+    // An engine may compile for the shape here.
+    loop_ = family_of(manifest()).make_loop(manifest(), std::move(graphs), settings, tokens);
     loop_key_ = key;
     progress.add(TMD_STAGE_LOAD, load.seconds());
   }
-  std::vector<float> latents(static_cast<std::size_t>(settings.channels * settings.latent_frames *
-                                                      settings.latent_height * settings.latent_width));
-  *way = loop_->run(start, settings, progress, latents.data());
-  return latents;
+  return loop_->run(start, settings, progress);
 }
 
 void Pipeline::decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
                       const Decoder::Pieces& pieces, Progress& progress) {
   if (one_after_the_other_) loop_.reset();
-  release({"backbone", "flow_head"});
+  release({"backbone", "flow_head", "update"});
   const std::int64_t stride = manifest().latents.spatial_stride;
   const Tiling rows(height, stride), columns(width, stride);
   const bool whole = !in_tiles(frames) || rows.starts.size() * columns.starts.size() == 1;

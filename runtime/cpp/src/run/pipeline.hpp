@@ -12,8 +12,7 @@
 #include "base/log.hpp"
 #include "engines/engine.hpp"
 #include "run/memory.hpp"
-#include "sampling/loop.hpp"
-#include "sampling/settings.hpp"
+#include "sampling/family.hpp"
 #include "text/embedding.hpp"
 #include "text/tokenizer.hpp"
 
@@ -67,9 +66,7 @@ class Pipeline {
   std::vector<float> null_embeds(std::int64_t tokens) const;
   // Latents of a picture, uint8 [height, width, 3], in multiples of the latents' pixels, -> [C, h, w].
   std::vector<float> encode_image(const std::uint8_t* rgb, std::int64_t width, std::int64_t height, Progress& progress);
-  // `way` gets the times that a Transition Model went through.
-  std::vector<float> denoise(const Start& start, std::int64_t tokens, const Settings& settings, Progress& progress,
-                             std::vector<double>* way);
+  Denoised denoise(const Start& start, std::int64_t tokens, const Settings& settings, Progress& progress);
   void decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
               const Decoder::Pieces& pieces, Progress& progress);
   // How many steps `decode` reports.
@@ -84,7 +81,7 @@ class Pipeline {
   bool is_stored(const Settings& settings) const {
     return settings.negative_prompt.empty() && manifest().text.null_embeds;
   }
-  bool in_tiles(std::int64_t frames) const { return manifest().model.kind == "tim" && frames == 1; }
+  bool in_tiles(std::int64_t frames) const { return manifest().family->makes_stills() && frames == 1; }
   std::vector<float> encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done, std::int64_t total);
   void decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns, const Decoder::Pieces& pieces,
                     Progress& progress);

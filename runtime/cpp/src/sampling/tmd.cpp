@@ -1,233 +1,179 @@
-// TMD's own rule, `transition`: the flow head runs several times on the features of one backbone pass.
-#include "sampling/loop.hpp"
-
-#include "sampling/noise.hpp"
+// TMD students: an outer step is one pass of the backbone and an inner flow of the flow head on its features. The twin
+// of tmd_runtime/sampling/tmd.py.
+#include "sampling/backbone.hpp"
+#include "sampling/calls.hpp"
+#include "sampling/family.hpp"
 #include "sampling/schedule.hpp"
-#include "sampling/tim.hpp"
-#include "sampling/wan.hpp"
+#include "sampling/update.hpp"
 
 namespace tmd::internal {
 namespace {
 
-class DenoiseLoop : public Loop, private LoopBuffers {
+// Defaults, and the step counts that the student was trained for.
+struct TmdSampler : SamplerInfo {
+  double shift = 1.0, inner_shift = 1.0, t_max = 1.0;
+};
+
+// The flow head, bound for the steps of a rollout that starts from `noise` and ends in `velocity`.
+class InnerFlow {
  public:
-  DenoiseLoop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone, std::shared_ptr<LoadedGraph> flow_head,
-              const Settings& settings, std::int64_t tokens)
-      : LoopBuffers(manifest, std::move(backbone), std::move(flow_head), settings, tokens), sampler_(manifest.sampler) {
-    prompt_ = backbone_graph_->empty("prompt_embeds", dims_);
-    backbone_ = backbone_graph_->bind(
-        {{"x", x_}, {"t", t_}, {"prompt_embeds", prompt_}, {"rope_cos", rope_cos_}, {"rope_sin", rope_sin_}},
-        {{"features", features_}, {"context", context_}});
-    noise_ = flow_head_graph_->empty("noise", dims_);
-    s_ = flow_head_graph_->empty("s", dims_);
-    r_ = flow_head_graph_->empty("r", dims_);
-    for (Buffer& y : y_) y = flow_head_graph_->empty("y_next", dims_);
-    for (std::size_t way = 0; way < 3; ++way) turns_[way] = bind_turn(way, s_, r_);
+  InnerFlow(std::shared_ptr<LoadedGraph> flow_head, const BoundBackbone& bound)
+      : graph_(std::move(flow_head)), dims_(bound.dims), noise_(graph_->empty("noise", dims_)) {
+    for (Buffer& y : y_) y = graph_->empty("y_next", dims_);
+    s_ = graph_->empty("s", dims_);
+    r_ = graph_->empty("r", dims_);
+    inputs_ = {{"noise", noise_}, {"s", s_}, {"r", r_}};
+    inputs_.insert(bound.handed.begin(), bound.handed.end());
+    inputs_.insert(bound.rope.begin(), bound.rope.end());
   }
 
-  std::vector<double> run(const Start& start, const Settings& settings, Progress& progress, float* latents) override {
-    const std::int64_t outer = settings.steps, inner = settings.inner_steps;
-    const std::vector<double> t = shift_grid(outer, sampler_.shift, sampler_.t_max);
-    const std::vector<double> s = shift_grid(inner, sampler_.inner_shift, sampler_.t_max);
-    NoiseStream stream(static_cast<std::uint64_t>(settings.seed));
-    const Stopwatch first_noise;
-    put_prompt(prompt_, start.embeds);
-    draw(x_, stream, progress, first_noise);
-    for (std::int64_t i = outer; i > 0; --i) {
-      const auto at = static_cast<std::size_t>(i);
-      t_.fill(static_cast<float>(t[at]));
-      if (recording_ && recording_->turns.size() == static_cast<std::size_t>(inner)) {
-        draw(noise_, stream, progress, Stopwatch());
-        launch(outer - i, outer, progress);
-      } else {
-        const double backbone = run_backbone(outer - i, outer, progress);
-        draw(noise_, stream, progress, Stopwatch());
-        const double flow_head = transition(s, (outer - i) * inner, outer * inner, progress);
-        if (features_.on_device()) record(s, backbone / (backbone + flow_head));
-      }
-      const Buffer& y = y_[static_cast<std::size_t>(inner - 1) % 2];
-      const Stopwatch crossing;
-      y.download();
-      progress.add(TMD_STAGE_FLOW_HEAD, crossing.seconds());
-      if (start.on_preview && i > 1) start.on_preview(data_estimate(y.as<float>(), t[at]).data());
-      update(y, static_cast<float>(t[at] - t[at - 1]), progress);
-    }
-    std::memcpy(latents, x_.data(), x_.bytes());
-    return {};
+  const Buffer& noise() const { return noise_; }
+  const Buffer& velocity() const { return y_[0]; }
+
+  // The rollouts to come go through the grid `s`. An engine may compile here.
+  void set(const std::vector<double>& s) {
+    while (times_.size() < s.size()) times_.push_back(graph_->empty("s", dims_));
+    for (std::size_t j = 0; j < s.size(); ++j) times_[j].fill(static_cast<float>(s[j]));
+    inner_ = s.size() - 1;
+    for (std::size_t j = inner_; j > 0; --j) bind(j);
+  }
+
+  // The step from s_j to s_{j-1}. It reads one y and writes the other, so that the last one writes the velocity; the
+  // first step reads the noise itself, which saves a copy.
+  Step& step(std::size_t j) {
+    // On the device, where a launch may hold it: there the host cannot write between two steps.
+    s_.copy(times_[j]);
+    r_.copy(times_[j - 1]);
+    return bind(j);
   }
 
  private:
-  // An outer step that the engine keeps as one launch; the backbone takes `share` of its time.
-  struct Recording {
-    std::vector<std::unique_ptr<Step>> turns;  // each with times of its own
-    std::unique_ptr<Step> launch;
-    double share = 0;
-  };
-
-  // The flow head reads one y and writes the other (ways 1 and 2); its first step (way 0) reads the noise itself, which
-  // saves a copy.
-  static std::size_t way_of(std::size_t inner_step) { return inner_step ? (inner_step - 1) % 2 + 1 : 0; }
-
-  std::unique_ptr<Step> bind_turn(std::size_t way, const Buffer& s, const Buffer& r) {
-    return flow_head_graph_->bind({{"y", way ? y_[way - 1] : noise_},
-                                   {"noise", noise_},
-                                   {"s", s},
-                                   {"r", r},
-                                   {"features", features_},
-                                   {"context", context_},
-                                   {"rope_cos", rope_cos_},
-                                   {"rope_sin", rope_sin_}},
-                                  {{"y_next", y_[way % 2]}});
-  }
-
-  static void draw(const Buffer& to, NoiseStream& stream, Progress& progress, const Stopwatch& since) {
-    stream.normal(to.as<float>(), to.count());
-    to.upload();
-    progress.add(TMD_STAGE_NOISE, since.seconds());
-  }
-
-  double run_backbone(std::int64_t done, std::int64_t total, Progress& progress) {
-    const Stopwatch step;
-    backbone_->run();
-    check_features();
-    const double seconds = step.seconds();
-    progress.add(TMD_STAGE_BACKBONE, seconds);
-    progress.report(TMD_STAGE_BACKBONE, done + 1, total, seconds);
-    return seconds;
-  }
-
-  // The inner flow of one outer step; the last y that it writes holds the velocity.
-  double transition(const std::vector<double>& s, std::int64_t done, std::int64_t total, Progress& progress) {
-    const std::size_t inner = s.size() - 1;
-    double all = 0;
-    for (std::size_t k = 0; k < inner; ++k) {
-      const Stopwatch step;
-      s_.fill(static_cast<float>(s[inner - k]));
-      r_.fill(static_cast<float>(s[inner - k - 1]));
-      turns_[way_of(k)]->run();
-      const double seconds = step.seconds();
-      all += seconds;
-      progress.add(TMD_STAGE_FLOW_HEAD, seconds);
-      progress.report(TMD_STAGE_FLOW_HEAD, done + static_cast<std::int64_t>(k) + 1, total, seconds);
+  Step& bind(std::size_t j) {
+    const bool first = j == inner_;
+    std::unique_ptr<Step>& step = steps_[first][j % 2];
+    if (!step) {
+      Buffers inputs = inputs_;
+      inputs["y"] = first ? noise_ : y_[j % 2];
+      step = graph_->bind(inputs, {{"y_next", y_[(j - 1) % 2]}});
     }
-    return all;
+    return *step;
   }
 
-  void record(const std::vector<double>& s, double share) {
-    auto made = std::make_unique<Recording>();
-    made->share = share;
-    const std::size_t inner = s.size() - 1;
-    for (std::size_t k = 0; k < inner; ++k) {
-      const Buffer from = flow_head_graph_->empty("s", dims_), to = flow_head_graph_->empty("r", dims_);
-      from.fill(static_cast<float>(s[inner - k]));
-      to.fill(static_cast<float>(s[inner - k - 1]));
-      made->turns.push_back(bind_turn(way_of(k), from, to));
+  std::shared_ptr<LoadedGraph> graph_;
+  Dims dims_;
+  Buffer noise_, s_, r_, y_[2];
+  Buffers inputs_;
+  std::vector<Buffer> times_;  // s_0, s_1, ...
+  std::size_t inner_ = 0;
+  std::unique_ptr<Step> steps_[2][2];
+};
+
+// TMD's sampler (arXiv 2601.09881, Algorithm 1, with the sign of Eq. 13 corrected).
+class TmdLoop : public Loop {
+ public:
+  TmdLoop(const Manifest& manifest, const Graphs& graphs, const Settings& settings, std::int64_t tokens)
+      : sampler_(static_cast<const TmdSampler&>(*manifest.sampler)),
+        rule_(find_rule(sampler_.rule)),
+        embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)),
+        launches_(graphs.backbone),
+        bound_(*graphs.backbone, manifest, settings, tokens),
+        inner_(graphs.flow_head, bound_),
+        updater_(graphs.update, bound_.x, bound_.dims),
+        update_(updater_.bind(inner_.velocity())) {
+    inner_.set(shift_grid(settings.inner_steps, sampler_.inner_shift, sampler_.t_max));
+  }
+
+  Denoised run(const Start& start, const Settings& settings, Progress& progress) override {
+    const std::int64_t outer = settings.steps, inner = settings.inner_steps;
+    const std::vector<double> t = shift_grid(outer, sampler_.shift, sampler_.t_max);
+    const std::vector<double> falling(t.rbegin(), t.rend());  // as a rule counts times
+    inner_.set(shift_grid(inner, sampler_.inner_shift, sampler_.t_max));
+    Calls backbone(progress, TMD_STAGE_BACKBONE, outer), flow_head(progress, TMD_STAGE_FLOW_HEAD, outer * inner);
+    Draws draws(settings.seed, settings.latents_count(), progress);
+
+    const Piece transition = [&](const Call& call) {
+      call(backbone, *bound_.step, true);  // x, t, prompt_embeds -> features, context
+      for (auto j = static_cast<std::size_t>(inner); j > 0; --j)
+        call(flow_head, inner_.step(j), true);  // y(s_j) -> y(s_{j-1})
+      call(flow_head, *update_, false);         // x - (t_i - t_{i-1}) y
+    };
+
+    bound_.prompt_embeds.write(start.embeds, embeds_count_);
+    draws.into(bound_.x);
+    for (auto i = static_cast<std::size_t>(outer); i > 0; --i) {
+      bound_.t.fill(static_cast<float>(t[i]));
+      draws.into(inner_.noise());
+      updater_.set(rule_(falling, static_cast<std::size_t>(outer) - i), t[i]);
+      launches_.run({&backbone, &flow_head}, transition, inner);
+      updater_.check(bound_.handed);
+      if (start.on_preview && i > 1) start.on_preview(updater_.preview().data());
     }
-    recording_.reset();
-    made->launch = backbone_graph_->record([&] {
-      backbone_->run();
-      for (const auto& turn : made->turns) turn->run();
-    });
-    if (made->launch) recording_ = std::move(made);
+    return {bound_.x.read<float>(settings.latents_count()), {}};
   }
 
-  void launch(std::int64_t done, std::int64_t outer, Progress& progress) {
-    const Stopwatch step;
-    recording_->launch->run();
-    check_features();
-    const double seconds = step.seconds(), backbone = seconds * recording_->share;
-    const auto inner = static_cast<std::int64_t>(recording_->turns.size());
-    progress.add(TMD_STAGE_BACKBONE, backbone);
-    progress.add(TMD_STAGE_FLOW_HEAD, seconds - backbone);
-    // Every step is told, so that the fraction is right; a stop takes effect here, after all of them.
-    progress.report(TMD_STAGE_BACKBONE, done + 1, outer, backbone);
-    for (std::int64_t k = 1; k <= inner; ++k)
-      progress.report(TMD_STAGE_FLOW_HEAD, done * inner + k, outer * inner,
-                      (seconds - backbone) / static_cast<double>(inner));
+ private:
+  TmdSampler sampler_;
+  Rule rule_;
+  std::size_t embeds_count_;
+  Launches launches_;
+  BoundBackbone bound_;
+  InnerFlow inner_;
+  Updater updater_;
+  std::unique_ptr<Step> update_;
+};
+
+class Tmd : public RuntimeFamily {
+ public:
+  const char* name() const override { return "tmd"; }
+
+  std::shared_ptr<ModelInfo> read_model(Object& object) const override {
+    object.need("fusion").one_of({"gated", "concat"});
+    return std::make_shared<ModelInfo>();
   }
 
-  void update(const Buffer& y, float width, Progress& progress) {
-    const Stopwatch update;
-    float* x = x_.as<float>();
-    const float* velocity = y.as<float>();
-    // Two roundings, as in Python: the product is a float before it is subtracted.
-    for (std::size_t k = 0; k < x_.count(); ++k) {
-      const float product = velocity[k] * width;
-      x[k] = x[k] - product;
-    }
-    x_.upload();
-    check_finite(TMD_STAGE_FLOW_HEAD, x, x_.count());
-    progress.add(TMD_STAGE_FLOW_HEAD, update.seconds());
+  std::shared_ptr<const SamplerInfo> read_sampler(Object& object) const override {
+    const auto sampler = std::make_shared<TmdSampler>();
+    sampler->rule = object.need("rule").one_of({"euler"});
+    const Field steps = object.need("steps"), inner = object.need("inner_steps");
+    sampler->steps = read_steps(steps);
+    sampler->inner_steps = read_steps(inner);
+    sampler->allowed_steps = read_allowed_steps(object.need("allowed_steps"), 64, steps, sampler->steps);
+    sampler->allowed_inner_steps =
+        read_allowed_steps(object.need("allowed_inner_steps"), 64, inner, sampler->inner_steps);
+    sampler->shift = object.need("shift").number(1, 1000);
+    sampler->inner_shift = object.need("inner_shift").number(1, 1000);
+    sampler->t_max = object.need("t_max").number(0, 1, false);
+    return sampler;
   }
 
-  SamplerInfo sampler_;
-  Buffer prompt_, noise_, s_, r_, y_[2];
-  std::unique_ptr<Step> backbone_, turns_[3];
-  std::unique_ptr<Recording> recording_;
+  // A student does the counts that it was distilled for, without guidance.
+  void resolve(const Manifest& manifest, const tmd_run_options& options, Settings& settings) const override {
+    const auto refuse = [](const char* what) {
+      refuse_usage(std::string("this model is a TMD student, which takes no ") + what +
+                   ": it was trained without. Leave it out.");
+    };
+    refuse_jumps(options);
+    if (options.guidance >= 0 && options.guidance != 1) refuse("guidance");
+    if (options.negative_prompt) refuse("negative prompt");
+    if (options.shift >= 0) refuse("shift");
+    const auto& sampler = static_cast<const TmdSampler&>(*manifest.sampler);
+    settings.steps = choose_steps(sampler, options.steps);
+    settings.inner_steps = choose_inner_steps(sampler, options.inner_steps);
+    shift_grid(settings.steps, sampler.shift, sampler.t_max);
+    shift_grid(settings.inner_steps, sampler.inner_shift, sampler.t_max);
+  }
+
+  std::unique_ptr<Loop> make_loop(const Manifest& manifest, Graphs graphs, const Settings& settings,
+                                  std::int64_t tokens) const override {
+    return std::make_unique<TmdLoop>(manifest, graphs, settings, tokens);
+  }
 };
 
 }  // namespace
 
-LoopBuffers::LoopBuffers(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
-                         std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens)
-    : backbone_graph_(std::move(backbone)),
-      flow_head_graph_(std::move(flow_head)),
-      embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)) {
-  const std::int64_t grid[3] = {settings.latent_frames / manifest.model.patch_size[0],
-                                settings.latent_height / manifest.model.patch_size[1],
-                                settings.latent_width / manifest.model.patch_size[2]};
-  dims_ = {{"batch", 1},
-           {"frames", settings.latent_frames},
-           {"height", settings.latent_height},
-           {"width", settings.latent_width},
-           {"tokens", grid[0] * grid[1] * grid[2]},
-           {"text", tokens}};
-  x_ = backbone_graph_->empty("x", dims_);
-  t_ = backbone_graph_->empty("t", dims_);
-  rope_cos_ = backbone_graph_->empty("rope_cos", dims_);
-  rope_sin_ = backbone_graph_->empty("rope_sin", dims_);
-  features_ = backbone_graph_->empty("features", dims_);
-  context_ = backbone_graph_->empty("context", dims_);
-  const std::size_t table = static_cast<std::size_t>(dims_["tokens"] * (manifest.model.head_dim / 2));
-  for (const Buffer* buffer : {&x_, &t_, &rope_cos_, &rope_sin_, &features_})
-    if (buffer->dtype() != DType::f32)
-      fail_run("a graph of this bundle has tensors that are not float32. Export it again.");
-  if (rope_cos_.count() != table || rope_sin_.count() != table)
-    fail_run("the rotary tables of this bundle's graphs have another size than its manifest says. Export it again.");
-  rope_tables(grid, manifest.model.head_dim, rope_cos_.as<float>(), rope_sin_.as<float>());
-  rope_cos_.upload();
-  rope_sin_.upload();
-}
-
-std::vector<float> LoopBuffers::data_estimate(const float* v, double t) const {
-  const auto factor = static_cast<float>(t);
-  const float* x = x_.as<float>();
-  std::vector<float> data(x_.count());
-  for (std::size_t k = 0; k < data.size(); ++k) {
-    const float product = factor * v[k];
-    data[k] = x[k] - product;
-  }
-  return data;
-}
-
-void LoopBuffers::put_prompt(const Buffer& prompt, const float* embeds) const {
-  if (prompt.dtype() != DType::f32 || prompt.count() != embeds_count_)
-    fail_run("the backbone of this bundle takes other embeddings than its manifest says. Export it again.");
-  std::memcpy(prompt.data(), embeds, prompt.bytes());
-  prompt.upload();
-}
-
-void LoopBuffers::check_features() const {
-  if (!features_.on_device()) check_finite(TMD_STAGE_BACKBONE, features_.as<float>(), features_.count());
-}
-
-std::unique_ptr<Loop> make_loop(const Manifest& manifest, std::shared_ptr<LoadedGraph> backbone,
-                                std::shared_ptr<LoadedGraph> flow_head, const Settings& settings, std::int64_t tokens) {
-  if (manifest.model.kind == "tim")
-    return make_transition_loop(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
-  if (manifest.sampler.rule != "transition")
-    return make_velocity_loop(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
-  return std::make_unique<DenoiseLoop>(manifest, std::move(backbone), std::move(flow_head), settings, tokens);
+const RuntimeFamily& tmd_family() {
+  static const Tmd family;
+  return family;
 }
 
 }  // namespace tmd::internal

@@ -1,0 +1,24 @@
+// The list of all families. A new one is a file beside this one and a line here.
+#include "sampling/family.hpp"
+
+namespace tmd::internal {
+namespace {
+
+using MakeFamily = const RuntimeFamily& (*)();
+constexpr MakeFamily kFamilies[] = {tmd_family, wan_family, tim_family};
+
+}  // namespace
+
+const Family* find_family(const std::string& name) {
+  for (const MakeFamily family : kFamilies)
+    if (name == family().name()) return &family();
+  return nullptr;
+}
+
+std::string family_names() {
+  std::string names;
+  for (const MakeFamily family : kFamilies) names += (names.empty() ? "" : ", ") + std::string(family().name());
+  return names;
+}
+
+}  // namespace tmd::internal
