@@ -14,11 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from .bundle.manifest import TensorSpec
 from .errors import EngineError, quote
+
+if TYPE_CHECKING:
+    from .bundle.reader import Bundle
+    from .bundle.sections import GraphInfo, TensorSpec
 
 Buffer = Any  # a numpy array on the CPU; other engines may have device buffers
 
@@ -46,8 +50,17 @@ Progress = Callable[[BuildStep], object]
 
 
 class Engine(ABC):
-    """A graph ready to run, by one thread at a time. `inputs` and `outputs` map tensor names to `TensorSpec`."""
+    """A graph ready to run, by one thread at a time. `inputs` and `outputs` map tensor names to `TensorSpec`.
 
+    What an engine can do, its class says, without loading its library: the `precisions` of graphs that it computes,
+    the `storages` of weights that it reads (`GraphInfo.storage`; None is that of the precision), the `package` that it
+    needs and the command that installs it.
+    """
+
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "fp8")
+    storages: ClassVar[tuple[str | None, ...]] = (None, "fp32", "fp16", "int8")
+    package: ClassVar[str]
+    install: ClassVar[str]
     buffer_type: type | None = None  # of the buffers from `empty`; None: numpy arrays, as every engine takes them
     records = False  # whether several steps can be one launch
 
@@ -80,6 +93,43 @@ class Engine(ABC):
                 "of at least 1."
             )
         return tuple(map(int, shape))
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
+    ) -> Engine:
+        """The engine of a graph; the arguments are those of `registry.load`. Raises EngineError, BundleError."""
+        return cls(bundle, graph, device, threads)  # type: ignore[call-arg, arg-type]  # as implementations are made
+
+    @classmethod
+    def is_here(cls) -> bool:
+        """Whether it can probably be used on this machine; looks, and loads nothing."""
+        return find_spec(cls.package) is not None
+
+    @classmethod
+    def prefers(cls, info: GraphInfo) -> bool:
+        """Whether "auto" takes it for such a graph, by what was measured (docs/speed.md), where it is here."""
+        return cls.takes(info)
+
+    @classmethod
+    def takes(cls, info: GraphInfo) -> bool:
+        """Whether it computes such a graph."""
+        return info.precision in cls.precisions and info.storage in cls.storages
+
+    @classmethod
+    def check(cls, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises EngineError if a graph cannot be compiled for inputs of these shapes, as far as that can be known."""
+        info = bundle.graph_info(graph)
+        if not cls.takes(info):
+            raise EngineError(
+                f"Graph {graph} is {info.precision} with weights in {info.storage or info.precision}, which this "
+                f"engine does not compute: use a bundle in {', '.join(cls.precisions)}."
+            )
+
+    @classmethod
+    def note(cls) -> str | None:
+        """What `tmd-engine doctor` adds where the package is installed: how it computes here, or what is missing."""
+        return None
 
     @abstractmethod
     def empty(self, name: str, **dims: int) -> Buffer:

@@ -16,7 +16,7 @@ from tmd_engines.bundle.reader import format_size
 
 from .errors import ExportError
 from .graphs.export import GraphReport, Tell, export_graph
-from .parts import QUANTIZED, ordered, parse_precision
+from .parts import QUANTIZED, UPDATE, ordered, parse_precision
 from .presets import Preset, find
 from .quantization.calibration import QUANTIZABLE, Calibration
 from .quantization.quantizer import Quantizer
@@ -102,6 +102,9 @@ def export_bundle(
             f"no later frame): choose among {', '.join(source.parts)}."
         )
     source.check(chosen)
+    graphs = [graph for part in chosen for graph in ((part, UPDATE) if part == "flow_head" else (part,))]
+    if UPDATE in graphs:
+        precisions[UPDATE] = "fp32"
     with BundleWriter(out, overwrite=overwrite) as writer:
         entries: dict[str, dict[str, Any]] = {}
         reports = []
@@ -114,8 +117,8 @@ def export_bundle(
         try:
             if tokenizer:
                 shutil.copyfile(tokenizer, writer.folder / TOKENIZER)
-            for done, part in enumerate(chosen):
-                tell = _told(report, part, done, len(chosen))
+            for done, part in enumerate(graphs):
+                tell = _told(report, part, done, len(graphs))
                 needed = quantizer if precisions[part] in QUANTIZED else None
                 reports.append(
                     export_graph(source, part, precisions[part], writer.folder, document, verify, tell, needed)

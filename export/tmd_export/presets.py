@@ -74,7 +74,7 @@ PRESETS: Mapping[str, Preset] = {
         "tmd",
         "a TMD student",
         {
-            "rule": "transition",
+            "rule": "euler",
             "steps": 2,
             "inner_steps": 2,
             "allowed_steps": [1, 2, 3, 4],

@@ -1,11 +1,10 @@
 """Operations counted from the graphs, against torch's counter on other people's models of the same sizes."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.built_in import BUILT_IN
 from tmd_engines import Bundle
 from tmd_engines.cost.sizing import estimate
 from tmd_ref.umt5 import UMT5_CONFIGS
@@ -15,7 +14,6 @@ from tmd_ref.wan import WAN_CONFIGS
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-BUILT_IN = Path(__file__).parents[2] / "runtime" / "tmd_runtime" / "bundles" / "tiny"
 WIDTH, HEIGHT, FRAMES = 96, 64, 5
 LATENTS = (1, 16, 2, HEIGHT // 8, WIDTH // 8)
 

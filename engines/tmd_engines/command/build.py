@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..cost.sizing import autoencoder_sizes, graph_sizes
+from ..device.gpu import split_device
 from ..errors import EngineError
-from ..registry import choose, load
+from ..registry import choose, engine_class, load
 from ..tensorrt.engine import lowered_graph, workspace_limit
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 _COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
 _AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
-_ROWS = ("backbone", "flow_head")
+_DENOISER = ("backbone", "flow_head", "update")
 
 
 def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> list[dict[str, int]]:
-    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set, or two
-    for a Transition Model with guidance, which has steps of one row and of two.
+    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set for each
+    batch size that the family binds.
 
     Raises ValueError for a size that the model cannot make.
     """
@@ -36,9 +37,8 @@ def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) 
     sizes = graph_sizes(manifest, width, height, frames)
     if graph in _AUTOENCODER:
         return [{**autoencoder_sizes(manifest, sizes), "frames": 1}]
-    if graph in _ROWS and manifest.sampler.rule == "flow_map" and manifest.sampler.guidance != 1:
-        return [sizes, {**sizes, "batch": 2}]
-    return [sizes]
+    rows = manifest.family.rows(manifest.sampler) if graph in _DENOISER else (1,)
+    return [{**sizes, "batch": count} for count in rows]
 
 
 def input_shapes(bundle: Bundle, graph: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -56,19 +56,14 @@ def build(
 ) -> Iterator[tuple[str, str, str]]:
     """Compiles the graphs in turn for `size` (width, height, frames); yields (graph, engine, device) after each.
 
-    All are checked before the first is built where TensorRT is to build them. Raises EngineError, and ValueError for a
-    size that the model cannot make.
+    All are checked before the first is built, as far as their engine can. Raises EngineError, and ValueError for a size
+    that the model cannot make.
     """
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
     sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
-    if any(name == "tensorrt" for name, _ in chosen.values()):
-        from ..tensorrt.engine import import_tensorrt
-
-        version = import_tensorrt()[0].version()
-        for graph, (name, _) in chosen.items():
-            if name == "tensorrt":
-                for each in sizes[graph]:
-                    _lowered(bundle, graph, input_shapes(bundle, graph, each), version)
+    for graph, (name, where) in chosen.items():
+        for each in sizes[graph]:
+            engine_class(name, split_device(where)[0]).check(bundle, graph, input_shapes(bundle, graph, each))
     for graph, (name, where) in chosen.items():
         with load(bundle, graph, name, where, threads, progress) as loaded:
             for run in sizes[graph]:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import BundleError, EngineError
+from ..registry import engine_names
 
 if TYPE_CHECKING:
-    from ..bundle.manifest import GraphInfo, SamplerInfo, TensorSpec
+    from ..bundle.manifest import GraphInfo, TensorSpec
     from ..bundle.reader import Bundle
+
+_ENGINES = f"{', '.join(engine_names()[:-1])} or {engine_names()[-1]}."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,7 +98,7 @@ def inspect(
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
@@ -132,7 +135,7 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, openvino or tensorrt.")
+@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."
@@ -227,11 +230,10 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     yield f"bundle     {bundle.folder}"
     yield f"           {len(manifest.files)} files, {format_size(total)}, sizes and sha256 are right"
     yield (
-        f"model      {model.name} ({model.family}, {model.kind}): {model.num_layers} blocks, {model.head_blocks} of "
-        f"them flow head ({model.fusion or 'no fusion'}), width {model.dim}, {model.num_heads} heads of "
-        f"{model.head_dim}"
+        f"model      {model.name} ({model.architecture}, {model.family}): "
+        f"{manifest.family.describe_model(model)}, width {model.dim}, {model.num_heads} heads of {model.head_dim}"
     )
-    yield f"sampler    {_sampler(sampler)}"
+    yield f"sampler    {manifest.family.describe(sampler)}"
     yield f"video      {video.frames} frames of {video.width}x{video.height} pixels at {video.fps} frames per second"
     yield f"text       {text.tokenizer or 'no tokenizer'}, {text.max_length} tokens of width {text.dim}"
     yield "graphs"
@@ -246,28 +248,6 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     yield f"made by    {origin.tool}, {origin.created}"
     if origin.versions:
         yield f"           {', '.join(f'{library} {version}' for library, version in origin.versions.items())}"
-
-
-def _sampler(sampler: SamplerInfo) -> str:
-    if sampler.rule == "flow_map":
-        low, high = sampler.guidance_interval
-        return (
-            f"flow_map: {sampler.steps} steps (of any number), guidance {sampler.guidance:g} for {low:g} < t < {high:g}"
-            + (f", rho {sampler.rho:g}" if sampler.rho else "")
-        )
-    allowed = _listed(sampler.allowed_steps) if sampler.allowed_steps else "any number"
-    text = f"{sampler.rule}: {sampler.steps} steps (of {allowed}), "
-    if sampler.rule == "transition":
-        return text + (
-            f"{sampler.inner_steps} inner steps (of {_listed(sampler.allowed_inner_steps)}), "
-            f"shift {sampler.shift:g}, inner shift {sampler.inner_shift:g}, t_max {sampler.t_max:g}"
-        )
-    grid = f"times {'/'.join(f'{t:g}' for t in sampler.times)}" if sampler.times else f"shift {sampler.shift:g}"
-    return text + f"{grid}, guidance {sampler.guidance:g}"
-
-
-def _listed(values: tuple[int, ...]) -> str:
-    return "/".join(map(str, values))
 
 
 def _accuracy(graph: GraphInfo) -> str:

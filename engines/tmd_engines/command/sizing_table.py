@@ -28,7 +28,7 @@ def size_run(
     width, height = size or (video.width, video.height)
     frames = frames or video.frames
     steps, inner_steps = step_counts(manifest, steps, inner_steps)
-    passes = 1 if sampler.rule == "transition" or sampler.guidance == 1.0 else 2
+    passes = manifest.family.passes(sampler)
     needed = estimate(
         bundle,
         width=width,

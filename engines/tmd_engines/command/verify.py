@@ -112,7 +112,7 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
 def _dims(bundle: Bundle) -> dict[str, int]:
     patch = dict(zip(("frames", "height", "width"), bundle.manifest.model.patch_size, strict=True))
     sizes = {axis: cells * patch[axis] for axis, cells in _LATENT_CELLS.items()}
-    of_stills = bundle.manifest.model.kind == "tim"
+    of_stills = bundle.manifest.family.makes_stills
     tokens = int(np.prod([cells for axis, cells in _LATENT_CELLS.items() if not (of_stills and axis == "frames")]))
     return {"batch": 1, "text": bundle.manifest.text.max_length, "tokens": tokens, **sizes}
 

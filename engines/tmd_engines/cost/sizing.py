@@ -34,13 +34,14 @@ STAGES = {
     "text_encoder": ("text_encoder",),
     "backbone": ("backbone",),
     "flow_head": ("flow_head",),
+    "update": ("update",),
     "decoder": ("decoder_first", "decoder_step"),
 }
 """Stage -> its graphs."""
 
 BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
 # Loaded at the same time in memory mode "low".
-_TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head"), ("decoder",))
+_TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head", "update"), ("decoder",))
 
 
 @dataclass(frozen=True)
@@ -114,30 +115,29 @@ def estimate(
     manifest = bundle.manifest
     sizes = graph_sizes(manifest, width, height, frames)
     steps, inner_steps = step_counts(manifest, steps, inner_steps)
-    is_tim = manifest.model.kind == "tim"
-    rows, passes = (guidance_passes, 1) if is_tim else (1, guidance_passes)
+    model, family = manifest.model, manifest.family
+    run = family.calls(steps, inner_steps or 1, guidance_passes)
     stored = manifest.text.null_embeds is not None and not getattr(manifest.sampler, "negative_prompt", None)
     tiles = _tiles(manifest, sizes)
     calls = {
         "encoder": tiles,
         "text_encoder": 1 if stored else guidance_passes,
-        "backbone": 1 if is_tim else steps * passes,  # once per prompt
-        "flow_head": steps * (inner_steps or 1) * passes,
+        "backbone": run.backbone,
+        "flow_head": run.flow_head,
+        "update": steps,
         "decoder": tiles,
     }
     stages = {}
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
-            if stage in ("backbone", "flow_head"):
-                asked = {**sizes, "batch": rows}
+            if stage in ("backbone", "flow_head", "update"):
+                asked = {**sizes, "batch": run.rows}
             else:
                 asked = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
             picture = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
             stages[stage] = _stage(bundle, stage, present, calls[stage], asked, picture)
-    model = manifest.model
-    nfe = guidance_passes * steps * (1 + ((inner_steps or 1) - 1) * model.head_blocks / model.num_layers)
-    return Estimate(stages, memory, nfe)
+    return Estimate(stages, memory, family.nfe(model, steps, inner_steps or 1, guidance_passes))
 
 
 def step_counts(manifest: Manifest, steps: int | None, inner_steps: int | None) -> tuple[int, int | None]:
@@ -146,9 +146,9 @@ def step_counts(manifest: Manifest, steps: int | None, inner_steps: int | None) 
     Raises ValueError.
     """
     sampler = manifest.sampler
-    default = sampler.inner_steps if sampler.rule == "transition" else None
+    default = manifest.family.inner_steps(sampler)
     if default is None and inner_steps is not None:
-        raise ValueError(f"A model of kind {manifest.model.kind} has no inner steps: leave them out.")
+        raise ValueError(f"A model of family {manifest.model.family} has no inner steps: leave them out.")
     counts = (sampler.steps if steps is None else steps, default if inner_steps is None else inner_steps)
     if any(count is not None and count < 1 for count in counts):
         raise ValueError("A run has at least 1 step, and at least 1 inner step where the model has them.")
@@ -177,7 +177,7 @@ def graph_sizes(manifest: Manifest, width: int, height: int, frames: int) -> dic
 
 def autoencoder_sizes(manifest: Manifest, sizes: dict[str, int]) -> dict[str, int]:
     """`sizes` as encoder and decoder see them: of a large still, those of a tile."""
-    if manifest.model.kind != "tim":
+    if not manifest.family.makes_stills:
         return sizes
     height, width = tile_size(sizes["height"], sizes["width"], manifest.latents.spatial_stride)
     return {**sizes, "height": height, "width": width}
@@ -228,15 +228,16 @@ def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int], picture:
 
     graphs = {name: manifest.graphs[name] for name in STAGES[stage] if name in manifest.graphs}
     every = [spec for graph in graphs.values() for spec in (*graph.inputs, *graph.outputs)]
-    if stage == "flow_head" and "backbone" in manifest.graphs:
-        backbone = manifest.graphs["backbone"]
-        every = [spec for spec in every if spec not in (*backbone.inputs, *backbone.outputs)]
+    before = {"flow_head": ("backbone",), "update": ("backbone", "flow_head")}.get(stage, ())
+    others = [manifest.graphs[name] for name in before if name in manifest.graphs]
+    shared = [spec for graph in others for spec in (*graph.inputs, *graph.outputs)]
+    every = [spec for spec in every if spec not in shared]
     if stage != "decoder":
         return nbytes(every)
     # The caches pass back and forth between two sets of buffers, where there is a second latent frame; latents come in
     # one buffer for both graphs. The clip lies there in pieces, and once more when they are put together.
     caches = {spec.name.removesuffix("_next"): spec for spec in every if spec.name.startswith("cache_")}
-    others = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
+    rest = {(spec.name, spec.shape): spec for spec in every if not spec.name.startswith("cache_")}
     sets = 1 if sizes["frames"] == 1 else 2
     clip = 3 * picture * (1 + (sizes["frames"] - 1) * manifest.latents.temporal_stride)
-    return nbytes(others.values()) + sets * nbytes(caches.values()) + 2 * clip
+    return nbytes(rest.values()) + sets * nbytes(caches.values()) + 2 * clip

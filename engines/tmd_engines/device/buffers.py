@@ -11,14 +11,12 @@ from ..bundle.manifest import GraphInfo, TensorSpec
 from ..engine import Engine
 from ..errors import EngineError, quote
 
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")  # what engines on a CPU compute
 
-
-def check_cpu_graph(engine: str, device: str, graph: str, info: GraphInfo) -> None:
+def check_cpu_graph(engine: str, device: str, graph: str, info: GraphInfo, precisions: tuple[str, ...]) -> None:
     """Raises EngineError unless `engine` can run such a graph on this device with numpy arrays as buffers."""
     if device != "cpu":
         raise EngineError(f"The engine {engine} runs on device cpu, not on {quote(device)}, in this version of tmd.")
-    check_graph_types(engine, graph, info, _PRECISIONS)
+    check_graph_types(engine, graph, info, precisions)
 
 
 def check_graph_types(engine: str, graph: str, info: GraphInfo, precisions: tuple[str, ...]) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..bundle.manifest import GraphInfo
-from ..engine import Engine
+from ..engine import Engine, Progress
 from ..errors import EngineError, one_line
 from .array import DeviceArray
 from .buffers import check_buffers, check_graph_types
+
+if TYPE_CHECKING:
+    from ..bundle.reader import Bundle
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -27,9 +30,16 @@ class DeviceEngine(Engine):
 
     buffer_type = DeviceArray
 
-    def __init__(self, name: str, graph: str, info: GraphInfo, precisions: tuple[str, ...]) -> None:
+    @classmethod
+    def open(
+        cls, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
+    ) -> Engine:
+        """See `Engine.open`."""
+        return cls(bundle, graph, device, threads, progress=progress)  # type: ignore[call-arg, arg-type]
+
+    def __init__(self, name: str, graph: str, info: GraphInfo) -> None:
         super().__init__(graph, info.inputs, info.outputs)
-        check_graph_types(name, graph, info, precisions)
+        check_graph_types(name, graph, info, self.precisions)
         self._open = True
         self._compiled: weakref.WeakValueDictionary[Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None

@@ -24,11 +24,6 @@ def has_gpu() -> bool:
     )
 
 
-def has_tensorrt() -> bool:
-    """A GPU, TensorRT and the CUDA bindings for Python."""
-    return has_gpu() and find_spec("tensorrt") is not None and has_cuda_bindings()
-
-
 def has_cuda_bindings() -> bool:
     try:
         return find_spec("cuda.bindings") is not None

@@ -12,9 +12,12 @@ from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
+from ..device.gpu import has_gpu, has_onnxruntime_cuda
 from ..engine import Engine
 from ..errors import EngineError, one_line
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
+
+_FOR_GPU = "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 class OnnxRuntimeEngine(Engine):
@@ -25,6 +28,15 @@ class OnnxRuntimeEngine(Engine):
     int8 here too.
     """
 
+    package, install = "onnxruntime", "pip install onnxruntime"
+
+    @classmethod
+    def note(cls) -> str | None:
+        """Whether it has the GPU, where there is one."""
+        if not has_gpu():
+            return None
+        return "on the CPU and the GPU" if has_onnxruntime_cuda() else f"on the CPU only, for the GPU: {_FOR_GPU}"
+
     def __init__(
         self, bundle: Bundle, graph: str, device: str, threads: int | None, *, as_stored: bool = False
     ) -> None:
@@ -32,7 +44,7 @@ class OnnxRuntimeEngine(Engine):
         weights are read from the file each time they are used instead of being copied and packed."""
         info = bundle.graph_info(graph)
         super().__init__(graph, info.inputs, info.outputs)
-        check_cpu_graph("onnxruntime", device, graph, info)
+        check_cpu_graph("onnxruntime", device, graph, info, self.precisions)
         try:
             import onnxruntime
         except ImportError as error:

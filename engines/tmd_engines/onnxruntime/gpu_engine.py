@@ -19,12 +19,11 @@ from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..device.array import DeviceArray, combine_graph, rows_and_columns, sum_graph
 from ..device.engine import DeviceEngine, Shapes
-from ..device.gpu import split_device
+from ..device.gpu import has_onnxruntime_cuda, split_device
 from ..engine import Progress
 from ..errors import EngineError, one_line
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32
 
-_PRECISIONS = ("fp32", "fp16", "bf16")
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _INSTALL = "Install it, and only it (pip uninstall onnxruntime): pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
@@ -116,10 +115,18 @@ def _arithmetic(device: str) -> _Arithmetic:
 class OnnxRuntimeDeviceEngine(DeviceEngine):
     """One graph, opened once per combination of input shapes. Buffers are `OrtArray`s."""
 
+    precisions = ("fp32", "fp16", "bf16")
+    package, install = "onnxruntime", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+    @classmethod
+    def is_here(cls) -> bool:
+        """A GPU, and ONNX Runtime in its build for it."""
+        return has_onnxruntime_cuda()
+
     def __init__(
         self, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
     ) -> None:
-        super().__init__("onnxruntime", graph, bundle.graph_info(graph), _PRECISIONS)
+        super().__init__("onnxruntime", graph, bundle.graph_info(graph))
         self._device, self._place = device, split_device(device)
         self._onnxruntime = import_onnxruntime(device)
         path = bundle.graph_path(graph)

@@ -15,7 +15,7 @@ from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
 from ..device.array import DeviceArray, combine_graph, rows_and_columns, sum_graph
 from ..device.engine import DeviceEngine, Shapes
-from ..device.gpu import split_device
+from ..device.gpu import has_cuda_bindings, has_gpu, split_device
 from ..device.plan_cache import PlanCache, cache_folder
 from ..engine import Progress, Step
 from ..errors import EngineError, quote
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .build import BuildSettings, Plan
 
 WORKSPACE = "TMD_TENSORRT_WORKSPACE"  # MiB; read whenever a plan is looked for, because it is part of its key
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 _MAX_ENTRY, _MAX_FOLDER = 32 << 30, 64 << 30
 _STREAM_ABOVE = 0.8  # of the device's memory: weights that take more stay on the host and are streamed
 _FP8_SINCE = (8, 9)
@@ -58,12 +57,34 @@ class TensorRtEngine(DeviceEngine):
     """One graph, built once per combination of input shapes. Buffers are `CudaArray`s."""
 
     records = True
+    storages = (None, "fp32", "fp16")  # blocks of int8 are nothing that TensorRT reads
+    package, install = "tensorrt", "pip install tensorrt cuda-python (needs an NVIDIA GPU and driver)"
+
+    @classmethod
+    def is_here(cls) -> bool:
+        """A GPU, TensorRT and the CUDA bindings for Python."""
+        return has_gpu() and super().is_here() and has_cuda_bindings()
+
+    @classmethod
+    def note(cls) -> str | None:
+        """What it lacks to run here, and the command that mends it."""
+        if not has_gpu():
+            return "but no NVIDIA GPU is seen: install its driver"
+        return None if has_cuda_bindings() else "but not the CUDA bindings for Python: pip install cuda-python"
+
+    @classmethod
+    def check(cls, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Whether the parser of the TensorRT that is here takes the graph. Raises EngineError."""
+        super().check(bundle, graph, shapes)
+        path = bundle.graph_path(graph)
+        model = parse_graph(bundle.read_graph(graph), str(path))
+        lowered_graph(model, shapes, import_tensorrt()[0].version(), str(path), bundle.folder)
 
     def __init__(
         self, bundle: Bundle, graph: str, device: str, threads: int | None, progress: Progress | None = None
     ) -> None:
         info = bundle.graph_info(graph)
-        super().__init__("tensorrt", graph, info, _PRECISIONS)
+        super().__init__("tensorrt", graph, info)
         self._build, self._cuda = import_tensorrt()
         self._cuda.use(split_device(device)[1])
         self._device = self._cuda.device()

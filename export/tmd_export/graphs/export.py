@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmd_engines import Bundle, Manifest
+from tmd_engines import Bundle
 from tmd_engines.bundle.files import sha256_hex
+from tmd_engines.bundle.manifest import parse_manifest
 
 from ..errors import ExportError
 from ..sources.source import Source
@@ -204,4 +205,4 @@ def unfinished(folder: Path, document: dict[str, Any], part: str, entry: dict[st
         itemsize = 4 if table["dtype"] == "float32" else 2
         files[table["file"]] = {"size": table["rows"] * table["dim"] * itemsize, "sha256": "0" * 64}
     single = {**document, "text": text, "graphs": {part: entry}, "files": files}
-    return Bundle(folder, Manifest.model_validate_json(json.dumps(single)))
+    return Bundle(folder, parse_manifest(json.dumps(single).encode(), f"the manifest of {part}"))

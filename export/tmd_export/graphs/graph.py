@@ -23,6 +23,7 @@ from tmd_ref.vae import WanVAE
 
 from ..parts import PARTS
 from ..sources.still_vae import StillVAE
+from .update import Update
 
 Shape = tuple[int | str, ...]
 VideoDecoder = WanVAE | TAEHV
@@ -278,6 +279,18 @@ def tim_transition(split: SplitTiM) -> Graph:
         ),
         (_tensor("x_next", x),),
         {"height": config.patch, "width": config.patch},
+    )
+
+
+def update(channels: int, stills: bool) -> Graph:
+    """The graph of every update that a host makes."""
+    latents: Shape = ("batch", channels, 1 if stills else "frames", "height", "width")
+    names = ("x", "velocity", "negative", "noise", "before_1", "before_2")
+    return Graph(
+        "update",
+        Update(),
+        (*(_tensor(name, latents) for name in names), _tensor("coefficients", (7,))),
+        (_tensor("x_next", latents), _tensor("data", latents), _tensor("magnitude", (1,))),
     )
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # Standard operators that ONNX Runtime, OpenVINO and TensorRT (10.15 or newer) all have. No control flow, and none of
 # ScatterND, GatherND, Resize, Loop, If, Scan, NonZero, which one of them refuses or runs on the host.
 ALLOWED = frozenset((
-    "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
+    "Abs", "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
     "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
-    "Reciprocal", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
+    "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
     "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 ))  # fmt: skip
 

@@ -25,7 +25,7 @@ def latent_size(document: Document) -> tuple[int, int, int]:
     size = (1 + (video["frames"] - 1) // latents["temporal_stride"], height, width)
     if np.prod(size) <= MAX_TOKENS * np.prod(patch):
         return size
-    if document["model"]["kind"] != "tim":
+    if document["model"]["family"] != "tim":
         return SMALL_LATENTS
     frames, height, width = (count * side for count, side in zip(SMALL_STILL, patch, strict=True))
     return frames, height, width
@@ -35,7 +35,7 @@ def rope(document: Document, size: tuple[int, ...]) -> dict[str, np.ndarray]:
     """rope_cos and rope_sin for latents of `size` (frames, height, width)."""
     model = document["model"]
     t, h, w = (side // patch for side, patch in zip(size, model["patch_size"], strict=True))
-    if model["kind"] == "tim":
+    if model["family"] == "tim":
         cos, sin = tim_tables(h, w, model["head_dim"], rope=model["rope"])
     else:
         cos, sin = wan_tables(t, h, w, model["head_dim"])

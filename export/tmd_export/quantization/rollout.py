@@ -40,7 +40,7 @@ def rollout(
 
     prompt_embeds and negative_embeds `[B, S, E]`, or class numbers `[B]`; `rope` holds rope_cos and rope_sin.
     """
-    if sampler["rule"] == "transition":
+    if "inner_steps" in sampler:
         return _transitions(backbone, flow_head, sampler, rng, noise, prompt_embeds, rope, steps, inner_steps)
     if sampler["rule"] == "flow_map":
         return _jumps(backbone, flow_head, sampler, noise, prompt_embeds, negative_embeds, rope, steps)
@@ -67,7 +67,7 @@ def rollout(
 def step_counts(sampler: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Every (steps, inner steps) that the model is made for; of a model for any number its default, and of one whose
     steps may have any length a few, from the shortest run to a long one."""
-    if sampler["rule"] == "transition":
+    if "inner_steps" in sampler:
         return list(itertools.product(sampler["allowed_steps"], sampler["allowed_inner_steps"]))
     if sampler["rule"] == "flow_map":
         return [(steps, 1) for steps in sorted({*JUMPS, sampler["steps"]})]

@@ -71,15 +71,15 @@ class Source(ABC):
         """The manifest's `model`, but for its name."""
         wan = self.wan
         return {
-            "family": "wan2.1-t2v",
-            "kind": self.kind,
+            "family": self.kind,
+            "architecture": "wan2.1-t2v",
             "dim": wan.dim,
             "num_layers": wan.num_layers,
             "head_blocks": self.head_blocks,
             "num_heads": wan.num_heads,
             "head_dim": wan.head_dim,
             "patch_size": list(wan.patch_size),
-            "fusion": self.fusion,
+            **({} if self.fusion is None else {"fusion": self.fusion}),
         }
 
     def latents_entry(self) -> dict[str, Any]:

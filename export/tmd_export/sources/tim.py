@@ -96,15 +96,14 @@ class TiMSource(Source):
     def model_entry(self) -> dict[str, Any]:
         config = self.config
         return {
-            "family": "tim",
-            "kind": self.kind,
+            "family": self.kind,
+            "architecture": "tim",
             "dim": config.dim,
             "num_layers": config.num_layers,
             "head_blocks": config.num_layers,
             "num_heads": config.num_heads,
             "head_dim": config.head_dim,
             "patch_size": [1, config.patch, config.patch],
-            "fusion": None,
             "rope": "index",
             "classes": config.num_classes,
         }

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..graphs.graph import BUILDERS, Graph
+from ..graphs.graph import BUILDERS, Graph, update
 from ..graphs.precision import lower
-from ..parts import MODEL_OF
+from ..parts import MODEL_OF, UPDATE
 from ..sources.source import Source
 
 SMALL = 2048  # elements; a weight up to here is traced with its values, so that what depends on weights alone is folded
@@ -94,6 +94,9 @@ def build(source: Source, part: str, precision: str = "fp32", blocks: int | None
 
     `blocks`: keep this many of its transformer blocks, spread from the first to the last, each with its own weights.
     """
+    if part == UPDATE:
+        graph = update(source.latents_entry()["channels"], stills=source.kind == "tim")
+        return graph, Weights(source, "", {}, graph.module)
     which = MODEL_OF[part]
     model = source.module(which)
     names = {id(weight): name for name, weight in model.named_parameters()}

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from tests.helpers.cpp_tools import BUNDLE, twin
 from tests.helpers.synthetic_quantized import quantized_models
-from tests.unit.engines.test_lowering import (
+from tests.helpers.lowering_models import (
     BROKEN_CASTS,
     NOT_PLAIN,
     attention_model,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cpp_tools import twin
-from tests.unit.engines.test_sizing import FREE_MEMORY
+from tests.helpers.system_files import FREE_MEMORY
 from tmd_engines import Bundle
 from tmd_engines.cost.sizing import estimate
 from tmd_runtime.built_in import BUILT_IN

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from tests.helpers.cpp_tools import BUNDLE, ROOT, program, twin
-from tests.unit.engines.test_manifest import parse, put, valid_document
+from tests.helpers.documents import parse, put, valid_document
 from tmd_engines.bundle.manifest import GraphInfo, TensorSpec
 
 CORPUS = ("test_bundle.py", "test_bundle_graphs.py", "test_manifest.py")

@@ -99,8 +99,8 @@ def test_wrong_type_in_manifest(synthetic_bundle: Path) -> None:
 
 
 def test_unknown_schema_version(synthetic_bundle: Path) -> None:
-    edit_manifest(synthetic_bundle, lambda document: document.update(schema_version=2))
-    assert "schema_version 2" in refused(synthetic_bundle)
+    edit_manifest(synthetic_bundle, lambda document: document.update(schema_version=1))
+    assert "schema_version 1" in refused(synthetic_bundle)
 
 
 # --- the files ---

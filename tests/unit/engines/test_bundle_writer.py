@@ -66,11 +66,11 @@ def test_invalid_bundle_is_never_put_in_place(tmp_path: Path, edit: Edit, said: 
 def test_existing_bundle_is_kept_unless_overwriting(synthetic_bundle: Path) -> None:
     with pytest.raises(BundleError, match="exists already"), BundleWriter(synthetic_bundle):
         pytest.fail("the writer began")
-    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 5
+    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 6
 
     with pytest.raises(RuntimeError), BundleWriter(synthetic_bundle, overwrite=True):
         raise RuntimeError
-    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 5
+    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 6
 
     with BundleWriter(synthetic_bundle, overwrite=True) as writer:
         writer.commit(fill(writer))
@@ -89,7 +89,7 @@ def test_failed_exchange_keeps_the_old_bundle(synthetic_bundle: Path, monkeypatc
     monkeypatch.setattr("os.rename", failing)
     with pytest.raises(BundleError, match="put in place"), BundleWriter(synthetic_bundle, overwrite=True) as writer:
         writer.commit(fill(writer))
-    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 5
+    assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 6
     assert list(synthetic_bundle.parent.iterdir()) == [synthetic_bundle]
 
 

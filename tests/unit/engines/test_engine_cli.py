@@ -46,7 +46,7 @@ def test_inspect_json_is_the_manifest_and_what_a_run_needs(synthetic_bundle: Pat
     assert (run["width"], run["height"], run["frames"], run["steps"], run["inner_steps"]) == (64, 64, 17, 2, 2)
     assert run["peak_bytes"]["all"] > run["peak_bytes"]["low"] > 0
     assert run["flops"] == sum(stage["flops"] * stage["calls"] for stage in stages.values())
-    assert list(stages) == ["text_encoder", "backbone", "flow_head", "decoder"]
+    assert list(stages) == ["text_encoder", "backbone", "flow_head", "update", "decoder"]
     assert stages["flow_head"]["calls"] == 4 and stages["flow_head"]["precision"] == "fp32"
 
 

@@ -10,6 +10,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.helpers.lowering_models import (
+    BROKEN_CASTS,
+    NOT_PLAIN,
+    attention_model,
+    low_precision_model,
+    quantized_model,
+)
 from tmd_engines import BundleError
 from tmd_engines.onnxruntime.lowering import (
     attention_to_multi_head_attention,
@@ -19,14 +26,6 @@ from tmd_engines.onnxruntime.lowering import (
 
 # batch, heads, head_dim, queries, keys
 SIZES = [(1, 2, 16, 7, 7), (2, 4, 32, 80, 80), (1, 4, 32, 80, 32), (2, 3, 8, 5, 61), (1, 12, 128, 300, 512)]
-
-
-def attention_model(inputs: int = 3, outputs: int = 1, **attributes: Any) -> onnx.ModelProto:
-    names = ["q", "k", "v", "mask"][:inputs]
-    node = helper.make_node("Attention", names, ["o", "a", "b"][:outputs], **attributes)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("o", TensorProto.FLOAT, None)])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -84,19 +83,6 @@ def test_lowered_attention_is_torch_attention() -> None:
     assert np.abs(run(model, feeds) - expected.numpy()).max() < 1e-5
 
 
-NOT_PLAIN = {
-    "4-D": attention_model(),
-    "grouped": attention_model(q_num_heads=4, kv_num_heads=2),
-    "causal": attention_model(q_num_heads=4, kv_num_heads=4, is_causal=1),
-    "softcap": attention_model(q_num_heads=4, kv_num_heads=4, softcap=30.0),
-    "scale 0": attention_model(q_num_heads=4, kv_num_heads=4, scale=0.0),
-    "half softmax": attention_model(q_num_heads=4, kv_num_heads=4, softmax_precision=10),
-    "unknown": attention_model(q_num_heads=4, kv_num_heads=4, something_new=1),
-    "mask": attention_model(inputs=4, q_num_heads=4, kv_num_heads=4),
-    "cache": attention_model(outputs=3, q_num_heads=4, kv_num_heads=4),  # keeps keys and values
-}
-
-
 @pytest.mark.parametrize("model", NOT_PLAIN.values(), ids=NOT_PLAIN)
 def test_attention_that_is_not_plain_is_left_alone(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
@@ -119,33 +105,6 @@ def test_graph_without_attention_is_unchanged() -> None:
     before = model.SerializeToString()
     assert attention_to_multi_head_attention(model) == 0
     assert model.SerializeToString() == before
-
-
-def low_precision_model(low: int) -> onnx.ModelProto:
-    """x in float32 -> cast -> product, bias, Gelu, reshape -> cast back; as an exported block does it."""
-    rng = np.random.default_rng(4)
-    weights = {"w": rng.normal(size=(64, 48)) / 8, "b": rng.normal(size=48)}
-    initializers = [
-        helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.astype(np.float32).ravel())
-        for name, value in weights.items()
-    ]
-    for tensor in initializers:
-        exact = onnx.numpy_helper.to_array(tensor)
-        dtype = helper.tensor_dtype_to_np_dtype(low)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(exact.astype(dtype), tensor.name))
-    shape = onnx.numpy_helper.from_array(np.array([0, 0, 4, 12]), "shape")
-    nodes = [
-        helper.make_node("Cast", ["x"], ["x.low"], to=low),
-        helper.make_node("MatMul", ["x.low", "w"], ["product"]),
-        helper.make_node("Add", ["product", "b"], ["sum"]),
-        helper.make_node("Gelu", ["sum"], ["gelu"], approximate="tanh"),
-        helper.make_node("Reshape", ["gelu", "shape"], ["split"]),
-        helper.make_node("Cast", ["split"], ["y"], to=TensorProto.FLOAT),
-    ]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "tokens", 64])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "tokens", 4, 12])
-    graph = helper.make_graph(nodes, "g", [x], [y], [*initializers, shape])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
 @pytest.mark.parametrize("low", [TensorProto.BFLOAT16, TensorProto.FLOAT16], ids=["bf16", "fp16"])
@@ -200,42 +159,10 @@ def test_graph_in_float32_is_unchanged() -> None:
     assert model.SerializeToString() == before
 
 
-def cast_model(*attributes: onnx.AttributeProto) -> onnx.ModelProto:
-    """One Cast with these attributes."""
-    node = onnx.NodeProto(op_type="Cast", name="odd", input=["x"], output=["y"], attribute=attributes)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
-    graph = helper.make_graph([node], "g", values[:1], values[1:])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-
-
-BROKEN_CASTS = {
-    "without to": cast_model(),
-    "to a parameter of a function": cast_model(
-        onnx.AttributeProto(name="to", type=onnx.AttributeProto.INT, ref_attr_name="T")
-    ),
-    "to a word": cast_model(helper.make_attribute("to", "float")),
-    "to another name": cast_model(helper.make_attribute("too", 1)),
-}
-
-
 @pytest.mark.parametrize("model", BROKEN_CASTS.values(), ids=BROKEN_CASTS)
 def test_cast_that_does_not_say_to_what_is_an_error_of_the_bundle(model: onnx.ModelProto) -> None:
     with pytest.raises(BundleError, match=r"^b\.onnx: node Cast 'odd' does not say which type it converts to\. Make"):
         low_precision_to_float32(model, where="b.onnx")
-
-
-def quantized_model(zero: int = 0, dims: tuple[int, ...] = (), raw: bool = False) -> onnx.ModelProto:
-    """x in float32 -> int8 with this zero point -> float32, as the activation of a product."""
-    values = [np.array([zero], np.int8).tobytes() if raw else [zero]]
-    zero_point = helper.make_tensor("zero", TensorProto.INT8, dims, values[0], raw=raw)
-    scale = helper.make_tensor("scale", TensorProto.FLOAT, dims, [0.02])
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
-    ]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
-    graph = helper.make_graph(nodes, "g", [x], [y], [scale, zero_point])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
 @pytest.mark.parametrize("raw", [False, True])

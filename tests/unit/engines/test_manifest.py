@@ -10,60 +10,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.synthetic import manifest_without_files, velocity_sampler
+from tests.helpers.documents import (
+    SHA,
+    parse,
+    put,
+    valid_document,
+    valid_plain_document,
+    valid_tim_document,
+    valid_wan_document,
+)  # fmt: skip
+from tests.helpers.synthetic import text_encoder, velocity_sampler
 from tmd_engines import BundleError, Manifest, TensorSpec
 from tmd_engines.bundle.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from tmd_engines.errors import quote
-
-SHA = "0" * 64
-
-
-def valid_document() -> dict[str, Any]:
-    graph = {
-        "file": "backbone.onnx",
-        "data": "backbone.onnx.data",
-        "opset": 23,
-        "precision": "fp32",
-        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 16, "frames", "height", "width"]}],
-        "outputs": [{"name": "frames", "dtype": "uint8", "shape": ["batch", 4, "8*height", "8*width", 3]}],
-        "accuracy": {"max_abs_error": 1e-6, "cosine": 1.0, "reference": "tmd_ref fp32"},
-    }
-    document = manifest_without_files({"backbone": graph})
-    names = ("backbone.onnx", "backbone.onnx.data", "tokenizer.model")
-    document["files"] = {name: {"size": 10, "sha256": SHA} for name in names}
-    return document
-
-
-def valid_wan_document() -> dict[str, Any]:
-    """Of kind "wan", with fixed times and an embedding table outside the graphs."""
-    document = valid_document()
-    document["model"] |= {"kind": "wan", "fusion": None}
-    document["sampler"] = velocity_sampler(
-        rule="renoise", steps=2, allowed_steps=[1, 2, 3], times=[1.0, 0.757, 0.522], negative_prompt="static"
-    )
-    document["text"]["embedding"] = {"file": "table.bin", "dtype": "bfloat16", "rows": 300, "dim": 8}
-    document["files"]["table.bin"] = {"size": 300 * 8 * 2, "sha256": SHA}
-    return document
-
-
-def valid_tim_document() -> dict[str, Any]:
-    """Of kind "tim": all blocks in the flow head, any number of steps."""
-    document = valid_document()
-    document["model"] |= {"kind": "tim", "fusion": None, "rope": "index", "head_blocks": 3}
-    document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5, "guidance_interval": [0.0, 1.0]}
-    return document
-
-
-def parse(document: Any) -> Manifest:
-    return parse_manifest(json.dumps(document).encode(), "manifest.json")
-
-
-def put(document: Any, path: str, value: Any) -> None:
-    """Sets the value at a dotted path; a part of digits is an index."""
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
-    for part in parents:
-        document = document[part]
-    document[last] = value
 
 
 def test_valid_manifest_survives_a_round_trip() -> None:
@@ -149,7 +108,7 @@ def test_each_rule_of_the_schema_is_held(path: str, value: Any, said: str) -> No
 
 def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
     manifest = parse(valid_wan_document())
-    assert manifest.model.fusion is None and manifest.sampler.rule == "renoise"
+    assert manifest.family.name == "wan" and manifest.sampler.rule == "renoise"
     assert manifest.text.embedding is not None and manifest.text.embedding.size == 4800
     assert parse(manifest.model_dump(mode="json")) == manifest
     document = valid_wan_document()
@@ -158,24 +117,26 @@ def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
         del document["sampler"][name]
     sampler = parse(document).sampler
     assert (sampler.rule, sampler.steps) == ("euler", 3)
-    assert sampler.rule != "transition" and sampler.times is None and sampler.init_scale == 1
+    assert sampler.times is None and sampler.init_scale == 1
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        # kind, fusion and rule belong together
-        ("model/kind", "tmd", "fusion None does not go with kind 'tmd'"),
-        ("model/fusion", "gated", "fusion 'gated' does not go with kind 'wan'"),
-        ("sampler", valid_document()["sampler"], "sampler.rule 'transition' is not for kind 'wan'"),
+        # each family has sections of its own
+        ("model/family", "tmd", "model.fusion"),
+        ("model/family", "heun", "model.family: must be one of tmd, wan, tim (found 'heun')"),
+        ("model/family", None, "model.family: must be one of"),
+        ("model/fusion", "gated", "model.fusion"),
+        ("sampler", valid_document()["sampler"], "sampler."),
         ("sampler/inner_steps", 2, "sampler.inner_steps"),
         (
             "sampler/rule",
             "heun",
-            "sampler.rule: must be one of transition, euler, renoise, unipc, flow_map (found 'heun')",
+            "sampler.rule: must be one of euler, renoise, unipc (found 'heun')",
         ),
-        ("sampler/rule", None, "sampler.rule: must be one of"),
-        ("sampler", {}, "sampler.rule: must be one of"),
+        ("sampler/rule", None, "sampler.rule"),
+        ("sampler", {}, "sampler.rule"),
         ("sampler", [], "sampler"),
         # times
         ("sampler/times", [0.5, 0.75, 0.25], "sampler: times must be descending"),
@@ -207,7 +168,7 @@ def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
         ("text/pad_id", 300, "must be rows of embedding"),
     ],
 )
-def test_each_rule_of_the_other_kind_is_held(path: str, value: Any, said: str) -> None:
+def test_each_rule_of_models_without_inner_flow_is_held(path: str, value: Any, said: str) -> None:
     document = valid_wan_document()
     put(document, path, value)
     with pytest.raises(BundleError) as caught:
@@ -220,23 +181,19 @@ def test_transition_models_have_a_sampler_of_their_own() -> None:
     manifest = parse(valid_tim_document())
     assert manifest.sampler.rule == "flow_map" and manifest.sampler.guidance_interval == (0, 1)
     assert manifest.model.classes is None and parse(manifest.model_dump(mode="json")) == manifest
-    for kind in (valid_document, valid_wan_document):  # null is as good as absent
-        document = kind()
-        document["model"] |= {"rope": None, "classes": None}
-        assert parse(document).model.rope is None
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("model/kind", "wan", "head_blocks 3 leaves no block"),
-        ("model/kind", "TIM", "model.kind"),
-        ("model/rope", None, "rope None does not go with kind 'tim'"),
+        ("model/family", "wan", "model.rope"),
+        ("model/family", "TIM", "model.family"),
+        ("model/rope", None, "model.rope"),
         ("model/rope", "xy", "model.rope"),
         ("model/head_blocks", 2, "head_blocks 2 is not num_layers 3"),
-        ("model/fusion", "gated", "fusion 'gated' does not go with kind 'tim'"),
+        ("model/fusion", "gated", "model.fusion"),
         ("model/classes", 0, "model.classes"),
-        ("sampler", valid_wan_document()["sampler"], "sampler.rule 'renoise' is not for kind 'tim'"),
+        ("sampler", valid_wan_document()["sampler"], "sampler.rule"),
         ("sampler/shift", 2.0, "sampler.shift"),
         ("sampler/steps", 1001, "sampler.steps"),
         ("sampler/guidance", -1, "sampler.guidance"),
@@ -258,25 +215,11 @@ def test_each_rule_of_transition_models_is_held(path: str, value: Any, said: str
 
 @pytest.mark.parametrize("name", ["rope", "classes"])
 def test_what_goes_with_transition_models_alone(name: str) -> None:
-    for kind in (valid_document, valid_wan_document):
-        document = kind()
+    for other in (valid_document, valid_wan_document):
+        document = other()
         document["model"][name] = "grid" if name == "rope" else 3
-        with pytest.raises(BundleError, match=f"model: {name} .*not go with kind"):
+        with pytest.raises(BundleError, match=rf"model\.{name}"):
             parse(document)
-
-
-def valid_plain_document() -> dict[str, Any]:
-    """Of kind "tim", with prompts as they are and features of the empty one."""
-    document = valid_tim_document()
-    length, width = document["text"]["max_length"], document["text"]["dim"]
-    document["text"] |= {"tokenization": "plain", "bos_id": 2, "eos_id": None}
-    document["text"]["null_embeds"] = {"file": "null.bin", "dtype": "float32", "rows": length, "dim": width}
-    document["text"]["embedding"] = {"file": "table.bin", "dtype": "bfloat16", "rows": 300, "dim": 8}
-    document["files"] |= {
-        "null.bin": {"size": 4 * length * width, "sha256": SHA},
-        "table.bin": {"size": 2 * 300 * 8, "sha256": SHA},
-    }
-    return document
 
 
 def test_prompts_can_stay_as_they_are() -> None:
@@ -321,7 +264,7 @@ def test_plain_prompts_are_for_transition_models_and_have_room_for_their_marks()
         document = valid_document()
         document["text"] |= changes
         document["files"]["null.bin"] = valid_plain_document()["files"]["null.bin"]
-        with pytest.raises(BundleError, match="are not for kind 'tmd'"):
+        with pytest.raises(BundleError, match="are not for family 'tmd'"):
             parse(document)
     document = valid_plain_document()
     document["text"] |= {"max_length": 1, "eos_id": 1, "null_embeds": None}
@@ -334,15 +277,17 @@ def test_plain_prompts_are_for_transition_models_and_have_room_for_their_marks()
 
 def test_token_embeddings_go_with_a_table_and_only_with_one() -> None:
     document = valid_wan_document()
-    encoder = copy.deepcopy(document["graphs"]["backbone"]) | {"file": "text_encoder.onnx", "data": None}
+    encoder = text_encoder()
+    graph = {"file": "text_encoder.onnx", "data": None, "inputs": encoder.inputs, "outputs": encoder.outputs}
     document["files"]["text_encoder.onnx"] = {"size": 1, "sha256": SHA}
-    document["graphs"]["text_encoder"] = encoder
-    with pytest.raises(BundleError, match="exactly if there is a text"):
+    document["graphs"]["text_encoder"] = copy.deepcopy(document["graphs"]["backbone"]) | graph
+    with pytest.raises(BundleError, match="no input 'token_embeds' of graph 'text_encoder'"):
         parse(document)
-    encoder["inputs"][0]["name"] = "token_embeds"
+    table = {"name": "token_embeds", "dtype": "float32", "shape": ["batch", "text", 8]}
+    document["graphs"]["text_encoder"]["inputs"] = [table, encoder.inputs[1]]
     assert parse(document).text.embedding is not None
     document["text"]["embedding"] = None
-    with pytest.raises(BundleError, match="exactly if there is a text"):
+    with pytest.raises(BundleError, match="no input 'input_ids' of graph 'text_encoder'"):
         parse(document)
 
 
@@ -406,9 +351,9 @@ def test_too_many_graphs_files_or_tensors_are_refused() -> None:
             parse(document)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None, [2]])
 def test_unknown_schema_version_is_told_before_anything_else(version: Any) -> None:
-    with pytest.raises(BundleError, match=r"schema_version .* reads 1"):
+    with pytest.raises(BundleError, match=r"schema_version .* reads 2"):
         parse({"schema_version": version, "unknown": "part"})
 
 
@@ -421,15 +366,15 @@ def test_unknown_schema_version_is_told_before_anything_else(version: Any) -> No
         b"\xef\xbb\xbf{}",
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'{"schema_version": 1, "schema_version": 1}',
+        b'{"schema_version": 2, "schema_version": 2}',
         b'{"schema_version": NaN}',
         b'{"schema_version": ' + b"9" * 5000 + b"}",
-        b'{"schema_version": 1} {}',
+        b'{"schema_version": 2} {}',
         b"[]",
         b"null",
         b'"text"',
         b"{}",
-        b'{"schema_version": 1, "model": "\\ud800"}',
+        b'{"schema_version": 2, "model": "\\ud800"}',
         json.dumps(valid_document()).encode()[:-1],
         json.dumps(valid_document()).encode()[:500],
     ],

@@ -19,6 +19,7 @@ from tests.helpers.synthetic_tim import write_plain_bundle
 from tmd_engines import Bundle, EngineError, engine, load
 from tmd_engines.device.plan_cache import PlanCache, cache_folder
 from tmd_engines.openvino import engine as openvino_engine
+from tmd_engines.registry import choose
 
 openvino = pytest.importorskip("openvino")
 
@@ -317,10 +318,10 @@ def test_auto_takes_openvino_only_where_it_was_measured_faster(
     chosen: str,
 ) -> None:
     edit_manifest(synthetic_bundle, lambda document: document["graphs"]["backbone"].update(precision=precision))
-    monkeypatch.setattr(engine, "describe_cpu", lambda: {"features": features})
+    monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
     real = importlib.util.find_spec
-    monkeypatch.setattr(engine, "find_spec", lambda name: real(name) if installed else None)
-    assert engine.choose_engine(Bundle.open(synthetic_bundle), "backbone") == chosen
+    monkeypatch.setattr(engine, "find_spec", lambda name: real(name) if installed or name != "openvino" else None)
+    assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
 
 
 def test_missing_openvino_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers.built_in import BUILT_IN
 from tests.helpers.bundle_tools import edit_graph
 from tests.helpers.synthetic_tim import write_tim_bundle
+from tests.helpers.system_files import FREE_MEMORY
 from tmd_engines import Bundle, BundleError
 from tmd_engines.cost.operations import ARENA, flops, peak_activation_bytes, weight_bytes
 from tmd_engines.cost.shapes import ShapedGraph, infer_shapes
 from tmd_engines.cost.sizing import BASE_BYTES, StageEstimate, estimate
 from tmd_engines.cost.system_memory import available_bytes
 
-BUILT_IN = Path(__file__).parents[3] / "runtime" / "tmd_runtime" / "bundles" / "tiny"
 MEGABYTE = 1 << 20
 
 
@@ -153,6 +154,7 @@ def test_a_run_of_the_built_in_model():
         "text_encoder": 1,
         "backbone": 2,
         "flow_head": 8,
+        "update": 2,
         "decoder": 1,
     }
     assert found.nfe == 2 * (1 + 3 * 2 / 8)
@@ -223,33 +225,6 @@ def test_a_graph_of_the_bundle_that_cannot_be_counted_is_named(synthetic_bundle:
     edit_graph(synthetic_bundle, strange)
     with pytest.raises(BundleError, match=r"backbone.onnx cannot be sized: node Strange"):
         estimate(Bundle.open(synthetic_bundle), width=64, height=64, frames=17)
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 4000 kB\nMemAvailable:    3000 kB\n"}
-V2 = {
-    "proc/self/cgroup": "0::/jobs/one\n",
-    "sys/fs/cgroup/jobs/one/memory.max": "max\n",
-    "sys/fs/cgroup/jobs/one/memory.current": "900000\n",
-    "sys/fs/cgroup/jobs/memory.max": "2000000\n",
-    "sys/fs/cgroup/jobs/memory.current": "1500000\n",
-    "sys/fs/cgroup/jobs/memory.stat": "anon 1\ninactive_file 200000\n",
-}
-V1 = {
-    "proc/self/cgroup": "4:cpu,memory:/docker/abc\n1:cpuset:/\n",  # the path of the host, not there in a container
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
-    "sys/fs/cgroup/memory/memory.usage_in_bytes": "400000\n",
-    "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 100000\n",
-}
-
-
-FREE_MEMORY = [
-    ({}, None),
-    (MEMINFO, 3000 * 1024),
-    (MEMINFO | V2, 2000000 - 1500000 + 200000),
-    (MEMINFO | V1, 1000000 - 400000 + 100000),
-    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 3000 * 1024),
-    (MEMINFO | V1 | {"sys/fs/cgroup/memory/memory.usage_in_bytes": "2000000\n"}, 0),
-]
 
 
 @pytest.mark.parametrize(("files", "expected"), FREE_MEMORY)

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.helpers.built_in import BUILT_IN
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle, load
 from tmd_engines.bundle.graph_file import parse_graph
@@ -18,7 +19,6 @@ from tmd_engines.command.verify import _dims, _inputs
 from tmd_engines.onnxruntime.lowering import low_precision_to_float32
 from tmd_engines.tensorrt.lowering import lower, mark_decomposable
 
-BUILT_IN = Path(__file__).parents[3] / "runtime/tmd_runtime/bundles/tiny"
 VERSIONS = [(10, 3), (10, 16), (11, 4)]
 LATER = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 
@@ -50,7 +50,7 @@ def test_lowered_graphs_of_the_built_in_model_compute_the_same(built_in: Bundle,
         if version < (10, 15):
             assert not kinds & LATER and model.opset_import[0].version == 20
         else:
-            assert "Attention" in kinds and model.opset_import[0].version == 23
+            assert (graph == "update" or "Attention" in kinds) and model.opset_import[0].version == 23
         low_precision_to_float32(model)
         for found, (name, wanted) in zip(run(model, inputs, built_in.folder), expected.items(), strict=True):
             error = np.abs(found.astype(np.float64) - wanted).max()

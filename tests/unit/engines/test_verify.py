@@ -57,13 +57,13 @@ def test_engine_that_is_off_fails(
     assert result.exit_code == 1
     (failed,) = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert failed.startswith("backbone") and said in failed
-    assert "1 of 5 graphs failed (backbone)" in result.stderr
+    assert "1 of 6 graphs failed (backbone)" in result.stderr
 
 
 def test_graph_that_the_engine_does_not_take_has_failed(
     synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(engine: str, device: str, graph: str, info: Any) -> None:
+    def refuse(engine: str, device: str, graph: str, info: Any, precisions: tuple[str, ...]) -> None:
         check_graph_types(engine, graph, info, ("fp16",))
 
     monkeypatch.setattr("tmd_engines.openvino.engine.check_cpu_graph", refuse)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tests.unit.engines.test_manifest import valid_document, valid_tim_document, valid_wan_document
+from tests.helpers.documents import valid_document, valid_tim_document, valid_wan_document
 from tmd_engines import Manifest
 from tmd_export.errors import ExportError
 from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find

@@ -85,6 +85,10 @@ class Family(ABC):
         """Evaluations of the whole model, M·(1 + (N - 1)·H/L) per pass  (TMD Eq. 16)."""
         return passes * steps * (1 + (inner_steps - 1) * model.head_blocks / model.num_layers)
 
+    def describe_model(self, model: Any) -> str:
+        """How the network is divided, for people."""
+        return f"{model.num_layers} blocks, {model.head_blocks} of them flow head"
+
     @abstractmethod
     def describe(self, sampler: Any) -> str:
         """The sampler in a line for people."""

@@ -61,6 +61,9 @@ class _Tmd(Family):
     def calls(self, steps: int, inner_steps: int, passes: int) -> Calls:
         return Calls(steps * passes, steps * inner_steps * passes)
 
+    def describe_model(self, model: TmdModel) -> str:
+        return f"{super().describe_model(model)} ({model.fusion})"
+
     def describe(self, sampler: TmdSampler) -> str:
         return (
             f"{sampler.rule}: {sampler.steps} steps (of {listed(sampler.allowed_steps)}), {sampler.inner_steps} inner "
