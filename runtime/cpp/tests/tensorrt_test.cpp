@@ -61,7 +61,8 @@ struct Cache {
         << plan;
   }
   void put_all() const {
-    for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step"}) put(graph);
+    for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step"})
+      put(graph);
   }
 };
 

@@ -18,13 +18,14 @@ std::vector<float> encode_picture(LoadedGraph& encoder, const LatentInfo& geomet
     auto* tile = frames.values<std::uint8_t>(pixels);
     const auto line = static_cast<std::size_t>(columns.tile * stride * 3);
     for (std::int64_t y = 0; y < rows.tile * stride; ++y)
-      std::memcpy(tile + static_cast<std::size_t>(y) * line,
-                  rgb + ((top * stride + y) * width + left * stride) * 3, line);
+      std::memcpy(tile + static_cast<std::size_t>(y) * line, rgb + ((top * stride + y) * width + left * stride) * 3,
+                  line);
     frames.upload();
     step->run();
     const std::vector<float> values = latents.read<float>(static_cast<std::size_t>(channels * places));
     for (std::int64_t c = 0; c < channels; ++c)
-      for (std::int64_t k = 0; k < places; ++k) part[k * channels + c] = values[static_cast<std::size_t>(c * places + k)];
+      for (std::int64_t k = 0; k < places; ++k)
+        part[k * channels + c] = values[static_cast<std::size_t>(c * places + k)];
   });
   std::vector<float> found(whole.size());
   const std::int64_t all = rows.side * columns.side;

@@ -101,9 +101,8 @@ Manifest parse_manifest(std::string_view data, const std::string& where) {
   object.need("graphs").entries(1, kMaxGraphs, [&](const Field& key, const Field& value) {
     manifest.graphs[key.identifier()] = read_graph(value);
   });
-  object.need("files").entries(1, kMaxFiles, [&](const Field& key, const Field& value) {
-    manifest.files[key.file_name()] = read_file(value);
-  });
+  object.need("files").entries(
+      1, kMaxFiles, [&](const Field& key, const Field& value) { manifest.files[key.file_name()] = read_file(value); });
   manifest.source = read_provenance(object.need("provenance"));
   object.done();
   check_references(manifest, object);

@@ -103,8 +103,7 @@ std::shared_ptr<ModelInfo> Family::read_model(Object&) const { return std::make_
 
 void Family::check_model(const ModelInfo& model, const Object& object) const {
   // A model that is cut in two.
-  if (model.head_blocks >= model.num_layers)
-    object.refuse("head_blocks leaves no block of num_layers to the backbone");
+  if (model.head_blocks >= model.num_layers) object.refuse("head_blocks leaves no block of num_layers to the backbone");
 }
 
 std::shared_ptr<const SamplerInfo> read_sampler(const Field& field, const Family& family) {

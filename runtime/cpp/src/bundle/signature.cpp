@@ -22,8 +22,8 @@ struct SignatureRow {
   const char *tensor, *dtype, *shape, *when;
 };
 
-// Graphs with numbered tensors that pass from call to call: "write" for outputs cache_NN, "step" for inputs cache_NN and
-// outputs cache_NN_next.
+// Graphs with numbered tensors that pass from call to call: "write" for outputs cache_NN, "step" for inputs cache_NN
+// and outputs cache_NN_next.
 struct CacheRow {
   const char *family, *graph, *caches;
 };
@@ -62,7 +62,8 @@ std::map<std::string, std::int64_t> geometry(const Manifest& manifest) {
 }
 
 std::set<std::string> flags(const Manifest& manifest) {
-  std::set<std::string> set = {manifest.classes() ? "classes" : "prompt", manifest.text.embedding ? "table" : "ids", ""};
+  std::set<std::string> set = {manifest.classes() ? "classes" : "prompt", manifest.text.embedding ? "table" : "ids",
+                               ""};
   if (manifest.text.is_padded()) set.insert("padded");
   return set;
 }
@@ -101,11 +102,10 @@ const std::vector<TensorSpec>& side_of(const GraphInfo& graph, Side side) {
 // How one tensor differs from its row, or "".
 std::string tensor_problem(const std::string& where, const TensorSpec& spec, const SignatureRow& row,
                            const std::map<std::string, std::int64_t>& numbers) {
-  const std::vector<Dimension> shape =
-      std::strcmp(row.shape, kPassed) == 0 ? spec.shape : resolved(row.shape, numbers);
+  const std::vector<Dimension> shape = std::strcmp(row.shape, kPassed) == 0 ? spec.shape : resolved(row.shape, numbers);
   if (std::strcmp(dtype_name(spec.dtype), row.dtype) != 0 || spec.shape != shape)
-    return "the " + where + " is " + dtype_name(spec.dtype) + " " + shown(spec.shape) +
-           ", and the model's sizes say " + row.dtype + " " + shown(shape);
+    return "the " + where + " is " + dtype_name(spec.dtype) + " " + shown(spec.shape) + ", and the model's sizes say " +
+           row.dtype + " " + shown(shape);
   for (const Dimension& dimension : spec.shape)
     if (!dimension.symbol.empty() && !kFree.count(dimension.symbol))
       return "the " + where + " has a size " + quote(dimension.symbol) + " that no run knows";

@@ -31,9 +31,9 @@ class LoadedGraph {
   virtual const GraphInfo& info() const = 0;
   // Whether the engine can keep work as one launch.
   virtual bool records() const { return false; }
-  // `work`, which runs steps of this engine and copies its buffers and nothing else, as one launch; nullptr: this engine
-  // has no such thing. All its graphs have run before; their steps and buffers must outlive what is returned. Throws
-  // Error(ENGINE).
+  // `work`, which runs steps of this engine and copies its buffers and nothing else, as one launch; nullptr: this
+  // engine has no such thing. All its graphs have run before; their steps and buffers must outlive what is returned.
+  // Throws Error(ENGINE).
   virtual std::unique_ptr<Step> record(const std::function<void()>&) { return nullptr; }
 
   // An uninitialised buffer for the input or output `name`.

@@ -1,4 +1,5 @@
-// TensorRT's plans in the cache that Python fills (tmd_engines.device.plan_cache): the same folder, the same keys, read only.
+// TensorRT's plans in the cache that Python fills (tmd_engines.device.plan_cache): the same folder, the same keys, read
+// only.
 //
 // A key is a flat list of fields. This library knows all of them but two: the sha256 of the lowered graph, because it
 // lowers nothing for TensorRT, and the workspace that a build was allowed. Any value of these will do: the one follows

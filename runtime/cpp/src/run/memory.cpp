@@ -102,8 +102,9 @@ Need estimate_need(const Manifest& manifest, const LatentSize& size) {
     decoded["width"] = Tiling(size.width, manifest.latents.spatial_stride).tile;
   }
   Need need;
-  const std::pair<std::vector<const char*>, const Dims&> stages[] = {
-      {{"text_encoder"}, dims}, {{"backbone", "flow_head", "update"}, denoised}, {{"decoder_first", "decoder_step"}, decoded}};
+  const std::pair<std::vector<const char*>, const Dims&> stages[] = {{{"text_encoder"}, dims},
+                                                                     {{"backbone", "flow_head", "update"}, denoised},
+                                                                     {{"decoder_first", "decoder_step"}, decoded}};
   for (const auto& [together, sizes] : stages) {
     const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);
     need.all = plus(need.all, bytes);

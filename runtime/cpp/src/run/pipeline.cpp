@@ -167,8 +167,7 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
   }
   const Buffer embeds = encoder->empty("prompt_embeds", dims);
   encoder->bind(inputs, {{"prompt_embeds", embeds}})->run();
-  std::vector<float> values =
-      embeds.read<float>(tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim));
+  std::vector<float> values = embeds.read<float>(tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim));
   check_finite(TMD_STAGE_TEXT, values.data(), values.size());
   const double seconds = encoding.seconds();
   progress.add(TMD_STAGE_TEXT, seconds);

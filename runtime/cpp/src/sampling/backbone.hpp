@@ -1,5 +1,5 @@
-// The graph `backbone` of a model that runs it once per step (tmd, wan), and the buffers that its graphs share; the twin
-// of tmd_runtime.sampling.backbone.
+// The graph `backbone` of a model that runs it once per step (tmd, wan), and the buffers that its graphs share; the
+// twin of tmd_runtime.sampling.backbone.
 #pragma once
 
 #include <memory>

@@ -17,8 +17,8 @@ struct Coefficients {
   double x, velocity, noise = 0, before_1 = 0, before_2 = 0;
 };
 
-// (times, falling and ending in 0; i) -> the factors of the step from times[i] to times[i + 1]. A step draws fresh noise
-// exactly if its factor is not 0.
+// (times, falling and ending in 0; i) -> the factors of the step from times[i] to times[i + 1]. A step draws fresh
+// noise exactly if its factor is not 0.
 using Rule = Coefficients (*)(const std::vector<double>& times, std::size_t i);
 
 // The rule of this name, or nullptr.

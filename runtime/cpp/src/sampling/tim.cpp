@@ -235,7 +235,8 @@ class Tim : public RuntimeFamily {
   }
   double nfe(const ModelInfo&, const Settings& settings) const override {
     double evaluations = 0;
-    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k) evaluations += settings.guided(settings.times[k]) ? 2 : 1;
+    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k)
+      evaluations += settings.guided(settings.times[k]) ? 2 : 1;
     return evaluations;
   }
   std::int64_t reported_steps(const Settings& settings) const override { return 1 + settings.steps; }

@@ -104,7 +104,8 @@ class WanLoop : public Loop {
 
   static std::int64_t key_of(const std::set<std::string>& slots) {
     std::int64_t key = 0;
-    for (const char* name : {"negative", "noise", "before_1"}) key = key * 2 + static_cast<std::int64_t>(slots.count(name));
+    for (const char* name : {"negative", "noise", "before_1"})
+      key = key * 2 + static_cast<std::int64_t>(slots.count(name));
     return key;
   }
 
