@@ -1,4 +1,4 @@
-"""What a pipeline refuses, and what it says then."""
+"""What a pipeline refuses, each with a message that says why and what to do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .sampling import RuntimeFamily
     from .settings import Settings
 
 _NEEDED_FOR = {
@@ -20,6 +21,7 @@ _NEEDED_FOR = {
     "text_encoder": "read a prompt",
     "backbone": "denoise",
     "flow_head": "denoise",
+    "update": "denoise",
     "decoder_first": "turn latents into frames",
     "decoder_step": "turn latents into more than one frame",
 }
@@ -28,15 +30,18 @@ _INSTEAD = {
     "text_encoder": EMBEDS_INSTEAD,
     "backbone": "It can still read a prompt (--save-embeds FILE). ",
     "flow_head": "It can still read a prompt (--save-embeds FILE). ",
+    "update": "It can still read a prompt (--save-embeds FILE). ",
     "decoder_first": "It can still save latents for a bundle that can (--save-latents FILE). ",
     "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
 }
+
+_PARTS = {"update": "flow_head"}  # a part of an export that brings another graph as well
 
 
 def missing_graph(name: str) -> RuntimeFailure:
     return RuntimeFailure(
         f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
-        f"Export it again with {name} among --parts, or use another bundle."
+        f"Export it again with {_PARTS.get(name, name)} among --parts, or use another bundle."
     )
 
 
@@ -58,17 +63,19 @@ def check_latents(latents: NDArray[Any], channels: int) -> None:
         )
 
 
-def check_start(settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None) -> None:
+def check_start(
+    family: RuntimeFamily, settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None
+) -> None:
     """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings."""
     if init is not None and image is not None:
         raise UsageFailure("a run starts from one picture: give the image or its latents, not both.")
-    begun = init is not None or image is not None
-    if not begun and settings.strength is not None:
+    pictured = init is not None or image is not None
+    if not pictured and settings.strength is not None:
         raise UsageFailure(
             "a strength says how much of a picture changes, and there is none: give its latents, or the image."
         )
-    if begun and settings.strength is None:
-        if settings.rule != "flow_map":
+    if pictured and settings.strength is None:
+        if not family.starts_from_picture:
             raise UsageFailure("to start from a picture is for Transition Models, and this is none: leave it out.")
         raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")
     if init is not None and init.shape != settings.latent_shape:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import Memory
-
 if TYPE_CHECKING:
     from typing import Self
+
+    from tmd_engines.cost.sizing import Memory
 
     from .settings import Settings
 
@@ -35,7 +35,7 @@ class Result:
     nfe: float
     stage_seconds: dict[str, float]
     warnings: tuple[str, ...] = ()
-    rule: str = "transition"
+    rule: str = "euler"
     guidance: float = 1.0
     memory: Memory = "all"
     times: tuple[float, ...] = ()
@@ -45,8 +45,8 @@ class Result:
     @classmethod
     def of(cls, settings: Settings, frames: NDArray[np.uint8], **more: Any) -> Self:
         """What a run with these settings gave; `more` are the fields that settings do not say."""
-        said = ("fps", "seed", "steps", "inner_steps", "nfe", "rule", "guidance", "times", "rho")
-        return cls(frames=frames, **{name: getattr(settings, name) for name in said}, **more)
+        same = ("fps", "seed", "steps", "inner_steps", "nfe", "rule", "guidance", "times", "rho")
+        return cls(frames=frames, **{name: getattr(settings, name) for name in same}, **more)
 
     @property
     def height(self) -> int:

@@ -235,10 +235,9 @@ def command(
         import tmd_runtime
 
         with tmd_runtime.load(bundle, engine, threads, device, memory) as pipeline:
-            if latents is None:
-                pipeline.settings(**wishes)
             job.opening_seconds = perf_counter() - start
             if asking:
+                pipeline.settings(**wishes)  # before the first question, not after it
                 _ask(job, pipeline)
             if latents is not None:
                 records.append(job.decode(pipeline, latents))

@@ -7,8 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
     from typing import Self
+
+    from tmd_engines import Manifest
 
     from ..clock import StepInfo
     from ..settings import Settings
@@ -25,10 +27,17 @@ LABELS = {
 }
 
 
-class Bars:
-    """A callback for `Pipeline` that draws bars of `stages` (None: all); shows nothing if `visible` is False."""
+def steps_of(manifest: Manifest, settings: Settings, reads: bool) -> dict[str, int]:
+    """The steps of a run by stage, as far as they are known before; it `reads` a prompt or has its embeddings."""
+    calls = manifest.family.calls(settings.steps, settings.inner_steps, settings.passes)
+    text = {"text": settings.passes} if reads else {}
+    return {**text, "backbone": calls.backbone, "flow_head": calls.flow_head, "decode": settings.latent_shape[2]}
 
-    def __init__(self, settings: Settings, visible: bool, stages: Collection[str] | None = None) -> None:
+
+class Bars:
+    """A callback for `Pipeline` that draws a bar for each stage of `totals`; shows nothing if `visible` is False."""
+
+    def __init__(self, totals: Mapping[str, int], visible: bool) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         if not visible:
@@ -38,16 +47,8 @@ class Bars:
 
         columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        totals = {
-            "text": settings.passes,
-            "backbone": settings.steps * settings.passes,
-            "flow_head": settings.steps * settings.inner_steps * settings.passes,
-            "decode": settings.latent_shape[2],
-        }
         self._tasks = {
-            stage: self._progress.add_task(LABELS[stage], total=total, start=False)
-            for stage, total in totals.items()
-            if stages is None or stage in stages
+            stage: self._progress.add_task(LABELS[stage], total=total, start=False) for stage, total in totals.items()
         }
 
     def __call__(self, step: StepInfo) -> None:

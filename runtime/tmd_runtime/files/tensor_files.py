@@ -18,7 +18,11 @@ from ..errors import RuntimeFailure
 from .target import Target, cannot_write
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from tmd_engines import Manifest
+
+    from ..settings import Settings
 
 EMBEDS_FORMAT = "tmd-embeds-1"
 LATENTS_FORMAT = "tmd-latents-1"
@@ -56,12 +60,19 @@ class Latents:
     size: tuple[int, int]
     details: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, settings: Settings, latents: NDArray[np.float32], model: str, prompt: str) -> Self:
+        """What a run with these settings made."""
+        same = ("seed", "steps", "inner_steps", "nfe", "rule", "guidance", "details")
+        size = settings.width, settings.height
+        return cls(latents, model, prompt, size=size, **{name: getattr(settings, name) for name in same})
+
 
 def encoder_sha256(manifest: Manifest) -> str | None:
     """What tells one text encoder from another: the sha256 of the hex sha256 of its files, one per line. None: no
     encoder in this bundle.
 
-    The files are the graph's, its data's and the embedding table's, as far as there are such, in this order.
+    The files are those of the graph, of its data and of the embedding table, as far as the bundle has them.
     """
     graph = manifest.graphs.get("text_encoder")
     if graph is None:
@@ -142,7 +153,7 @@ def load_latents(path: str | Path, manifest: Manifest) -> Latents:
             f"[{geometry.channels}, frames, height, width]: use the bundle that made them, or one of the same model."
         )
     try:
-        said = Latents(
+        found = Latents(
             latents=np.ascontiguousarray(latents[None], np.float32),
             model=metadata["model"],
             prompt=metadata["prompt"],
@@ -160,12 +171,12 @@ def load_latents(path: str | Path, manifest: Manifest) -> Latents:
             f"{path} does not say how its latents were made ({error}): make it again with --save-latents."
         ) from error
     width, height = (side * geometry.spatial_stride for side in (latents.shape[3], latents.shape[2]))
-    if said.size != (width, height):
+    if found.size != (width, height):
         raise RuntimeFailure(
             f"{path} holds latents that this bundle decodes to {width}x{height} pixels, and they were made for "
-            f"{said.size[0]}x{said.size[1]}: use the bundle that made them."
+            f"{found.size[0]}x{found.size[1]}: use the bundle that made them."
         )
-    return said
+    return found
 
 
 def _save(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
@@ -176,8 +187,8 @@ def _save(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]
     try:
         whole = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
         # A lone surrogate, which a command line can hold, is no UTF-8.
-        said = {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
-        save_file(whole, target.temporary, metadata=said)
+        words = {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
+        save_file(whole, target.temporary, metadata=words)
     except (OSError, SafetensorError) as error:  # the library's own error for a full disk
         target.discard()
         raise cannot_write(path, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -22,6 +22,7 @@ from tmd_engines.cost.sizing import estimate
 from tmd_runtime import Pipeline, RuntimeFailure, UsageFailure
 from tmd_runtime.autoencoder.picture import fit, read_picture, start_size
 from tmd_runtime.command.cli import command
+from tmd_runtime.memory import DENOISER
 
 PROMPT = "a red circle moving right"
 
@@ -208,7 +209,7 @@ def test_with_low_memory_the_encoder_is_alone(folder: Path, monkeypatch: pytest.
     watch = Watch(monkeypatch)
     pipeline = tmd_runtime.load(folder, threads=1, memory="low")
     pipeline(PROMPT, image=PICTURE, strength=0.5, steps=2, seed=1)
-    stages = [{"encoder"}, {"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {"decoder_first"}]
+    stages = [{"encoder"}, {"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {*DENOISER}, {"decoder_first"}]
     assert watch.together == stages and not watch.loaded
     plain, more = (estimate(pipeline.bundle, width=64, height=64, frames=1, from_picture=yes) for yes in (False, True))
     assert set(more.stages) - set(plain.stages) == {"encoder"} and more.peak("all") > plain.peak("all")

@@ -20,6 +20,7 @@ from tests.helpers.synthetic import write_synthetic_bundle
 from tmd_engines.device.gpu import has_gpu
 from tmd_runtime.command.cli import ENGINES, command
 from tmd_runtime.command.job import slug
+from tmd_runtime.memory import DENOISER
 
 PROMPT = "a red circle moving right on a black background"
 KEYS = ["seed", "prompt", "steps", "inner_steps", "nfe", "frames", "width", "height", "fps", "stage_seconds"]
@@ -174,7 +175,7 @@ def test_a_broken_bundle_is_one_sentence(synthetic_bundle: Path) -> None:
 
 
 def test_a_bundle_without_text_encoder_is_named(tmp_path: Path) -> None:
-    bundle = write_synthetic_bundle(tmp_path / "b", ("backbone", "flow_head", "decoder_first", "decoder_step"))
+    bundle = write_synthetic_bundle(tmp_path / "b", (*DENOISER, "decoder_first", "decoder_step"))
     result = run("--prompt", PROMPT, "--bundle", bundle)
     assert result.exit_code == 1 and "no graph text_encoder" in result.stderr and files() == []
 
@@ -226,14 +227,14 @@ def test_ctrl_c_ends_with_130_and_no_file(synthetic_bundle: Path, monkeypatch: p
 def start_endless(bundle: Path, *arguments: str) -> subprocess.Popen[str]:
     """`tmd-run` whose steps take long enough to be interrupted; returns when the first has begun."""
     slow = (
-        "import time, tmd_runtime.sampling.tmd as loop, tmd_runtime.command.cli as cli\n"
-        "report = loop.Timings.report\n"
+        "import time, tmd_runtime.clock as clock, tmd_runtime.command.cli as cli\n"
+        "report = clock.Timings.report\n"
         "def slow(self, stage, *rest):\n"
         "    report(self, stage, *rest)\n"
         "    if stage == 'decode':\n"
         "        print('working', flush=True)\n"
         "        time.sleep(60)\n"
-        "loop.Timings.report = slow\n"
+        "clock.Timings.report = slow\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", slow, "--prompt", PROMPT, "--bundle", str(bundle), *arguments]
@@ -255,7 +256,7 @@ def test_signals_end_a_real_process_cleanly(synthetic_bundle: Path, number: sign
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from tmd_runtime import cli\n"
+        "from tmd_runtime.command import cli\n"
         "sys.argv = ['tmd-run', '--help']\n"
         "try:\n"
         "    cli.main()\n"

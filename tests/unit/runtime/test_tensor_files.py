@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import tmd_runtime
 from tests.helpers.synthetic import TEXT_DIM, TEXT_LENGTH, velocity_sampler, write_synthetic_bundle
 from tmd_engines import Bundle, Manifest
+from tmd_engines.bundle.manifest import parse_manifest
 from tmd_runtime import RuntimeFailure
 from tmd_runtime.command.cli import MEMORY, command
 from tmd_runtime.files.tensor_files import (
@@ -31,7 +32,7 @@ from tmd_runtime.memory import MODES
 
 PROMPT = "a red circle moving right"
 DECODER = ("decoder_first", "decoder_step")
-DIT = ("backbone", "flow_head")
+DIT = ("backbone", "flow_head", "update")
 GUIDED = velocity_sampler(guidance=4.0, negative_prompt="a blue square")
 
 
@@ -96,16 +97,17 @@ def test_encoders_differ_in_each_of_their_files(bundles: dict[str, Path], tmp_pa
     def changed(file: str) -> str | None:
         document = manifest.model_dump(mode="json")
         document["files"][file]["sha256"] = "0" * 64
-        return encoder_sha256(Manifest.model_validate_json(json.dumps(document)))
+        return encoder_sha256(parse_manifest(json.dumps(document).encode(), "manifest"))
 
     own = encoder_sha256(manifest)
 
     def with_table(sha256: str) -> str | None:
         document = manifest.model_dump(mode="json")
-        document["graphs"]["text_encoder"]["inputs"][0]["name"] = "token_embeds"
+        table = {"name": "token_embeds", "dtype": "float32", "shape": ["batch", "text", 1]}
+        document["graphs"]["text_encoder"]["inputs"][0] = table
         document["text"]["embedding"] = {"file": "table.bin", "dtype": "float16", "rows": 64, "dim": 1}
         document["files"]["table.bin"] = {"size": 128, "sha256": sha256}
-        return encoder_sha256(Manifest.model_validate_json(json.dumps(document)))
+        return encoder_sha256(parse_manifest(json.dumps(document).encode(), "manifest"))
 
     assert len({own, changed("text_encoder.onnx"), changed("text_encoder.onnx.data")}) == 3
     assert len({own, with_table("0" * 64), with_table("1" * 64)}) == 3

@@ -1,4 +1,4 @@
-"""Models without inner flow (kind "wan") in the pipeline: rules, guidance, memory, and stages that can be left out."""
+"""Models without inner flow (family wan) in the pipeline: rules, guidance, memory, and stages that can be left out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tmd_engines import Bundle
 from tmd_engines.cost import sizing as engine_sizing
 from tmd_ref.samplers import unipc_sample
 from tmd_runtime import NoiseStream, RuntimeFailure, StepInfo, UsageFailure
+from tmd_runtime.memory import DENOISER
 from tmd_runtime.sampling.schedule import rope_tables, told_time
 
 PROMPT, NEGATIVE = "a red circle moving right", "a blue square"
@@ -153,7 +154,7 @@ def test_embeddings_take_the_place_of_prompts(bundles: dict[str, Path], tmp_path
     positive, negative, latents = kept
     assert np.array_equal(positive, full.encode(PROMPT)) and np.array_equal(latents, expected.latents)
 
-    graphs = ("backbone", "flow_head", "decoder_first", "decoder_step")
+    graphs = (*DENOISER, "decoder_first", "decoder_step")
     lean = tmd_runtime.load(write_synthetic_bundle(tmp_path / "lean", graphs, SAMPLERS["unipc"]), threads=1)
     result = lean("", seed=1, prompt_embeds=positive, negative_embeds=negative)
     assert np.array_equal(result.frames, expected.frames) and result.stage_seconds["text"] == 0
@@ -174,7 +175,7 @@ def test_a_bundle_may_end_where_its_parts_end(tmp_path: Path) -> None:
     assert len(kept) == 1 and result.latents is None and result.frames.shape == (0, 64, 64, 3)
     with pytest.raises(RuntimeFailure, match=r"no graph backbone, so it cannot denoise.*--save-embeds"):
         reader(PROMPT)
-    parts = ("text_encoder", "backbone", "flow_head")
+    parts = ("text_encoder", *DENOISER)
     denoiser = tmd_runtime.load(write_synthetic_bundle(tmp_path / "dit", parts, sampler), threads=1)
     result = denoiser(PROMPT, on_latents=kept.append)
     assert np.array_equal(kept[1], result.latents) and len(result.frames) == 0
@@ -214,7 +215,7 @@ def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monk
         result = pipeline(PROMPT, seed=1)
         assert np.array_equal(result.frames, expected.frames) and result.memory == "low"
         assert not watch.loaded, "nothing stays"
-    stages = [{"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {"decoder_first"}]
+    stages = [{"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {*DENOISER}, {"decoder_first"}]
     one_run = [*stages, {"decoder_first", "decoder_step"}]
     # The negative prompt is remembered, the prompt is not.
     assert watch.together == one_run * 2
@@ -225,7 +226,7 @@ def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monk
     assert not watch.loaded
     watch.together.clear()
     tmd_runtime.load(bundles["unipc"], threads=1, memory="all")(PROMPT)
-    assert len(watch.together[-1]) == 5
+    assert len(watch.together[-1]) == 6
 
 
 @pytest.mark.parametrize(
