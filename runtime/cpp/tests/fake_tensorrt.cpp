@@ -40,15 +40,10 @@ std::mutex mutex;
 std::map<const char*, std::size_t> allocated;  // device memory: address, size
 std::atomic<int> launches{0};
 
-// Whether `size` bytes from this address on lie inside one piece of device memory.
 bool on_device(const void* address, std::size_t size) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const char* at = static_cast<const char*>(address);
-  const auto next = allocated.upper_bound(at);
-  if (next == allocated.begin()) return false;
-  const auto& [start, bytes] = *std::prev(next);
-  const auto offset = static_cast<std::size_t>(at - start);
-  return offset < bytes && size <= bytes - offset;
+  const auto found = allocated.find(static_cast<const char*>(address));
+  return found != allocated.end() && size <= found->second;
 }
 
 const TensorSpec* find_spec(const GraphInfo& info, const std::string& name, bool* is_input = nullptr) {

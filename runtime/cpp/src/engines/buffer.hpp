@@ -49,12 +49,11 @@ constexpr DType dtype_for<std::uint8_t>() {
 class DeviceMemory {
  public:
   virtual ~DeviceMemory() = default;
-  virtual void* address() const = 0;  // on the device
-  virtual void* host() = 0;           // the copy; made when it is first asked for
-  virtual void upload() = 0;          // the copy goes to the device
-  virtual void download() = 0;        // and back
-  // `bytes` of another memory of this device to the place `at` of this one; may be recorded.
-  virtual void copy(std::size_t at, const DeviceMemory& from, std::size_t bytes) = 0;
+  virtual void* address() const = 0;                // on the device
+  virtual void* host() = 0;                         // the copy; made when it is first asked for
+  virtual void upload() = 0;                        // the copy goes to the device
+  virtual void download() = 0;                      // and back
+  virtual void copy(const DeviceMemory& from) = 0;  // of another memory of this device and size; may be recorded
 };
 
 // A tensor that owns its memory, or shares it with a copy of itself. Aligned for vector instructions, not initialised.
@@ -94,8 +93,9 @@ class Buffer {
     return static_cast<T*>(device_ ? device_->host() : memory_.get());
   }
   template <typename T>
-  void write(const T* from, std::size_t count) const {
-    std::memcpy(values<T>(count), from, bytes_);
+  void write(const T* from, std::size_t count, std::size_t rows = 1) const {  // the same in each of the rows
+    T* to = values<T>(rows * count);
+    for (std::size_t row = 0; row < rows; ++row) std::memcpy(to + row * count, from, count * sizeof(T));
     upload();
   }
   template <typename T>
@@ -110,33 +110,20 @@ class Buffer {
     upload();
   }
 
-  // From a buffer of the same engine and type, on the device where there is one: one of the same size; one that fits
-  // into this one a whole number of times; the first part of a larger one.
+  // From a buffer of the same engine, type and size, on the device where there is one.
   void copy(const Buffer& from) const {
-    if (from.bytes_ != bytes_) refuse(from.count(), dtype_name(from.dtype_));
-    copy_at(0, from, bytes_);
-  }
-  void repeat(const Buffer& from) const {
-    if (!from.bytes_ || bytes_ % from.bytes_) refuse(from.count(), dtype_name(from.dtype_));
-    for (std::size_t at = 0; at < bytes_; at += from.bytes_) copy_at(at, from, from.bytes_);
-  }
-  void take(const Buffer& from) const {
-    if (from.bytes_ < bytes_) refuse(from.count(), dtype_name(from.dtype_));
-    copy_at(0, from, bytes_);
+    if (from.dtype_ != dtype_ || from.bytes_ != bytes_ || from.on_device() != on_device())
+      refuse(from.count(), dtype_name(from.dtype_));
+    if (device_) {
+      device_->copy(*from.device_);
+    } else {
+      std::memcpy(memory_.get(), from.memory_.get(), bytes_);
+    }
   }
 
  private:
   static constexpr std::size_t kAlignment = 64;
 
-  // `at + bytes` lies inside this buffer, and `bytes` inside the other one.
-  void copy_at(std::size_t at, const Buffer& from, std::size_t bytes) const {
-    if (from.dtype_ != dtype_ || from.on_device() != on_device()) refuse(from.count(), dtype_name(from.dtype_));
-    if (device_) {
-      device_->copy(at, *from.device_, bytes);
-    } else {
-      std::memcpy(static_cast<char*>(memory_.get()) + at, from.memory_.get(), bytes);
-    }
-  }
   [[noreturn]] void refuse(std::size_t count, const char* type) const {
     fail_run("a tensor of this bundle has " + std::to_string(this->count()) + " values of " + dtype_name(dtype_) +
              ", and the run has " + std::to_string(count) + " of " + type + " for it. Export the bundle again.");

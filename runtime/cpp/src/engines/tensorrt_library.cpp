@@ -59,16 +59,14 @@ class CudaMemory : public DeviceMemory {
     if (!host_ && library_->cudaMallocHost(&host_, bytes_ ? bytes_ : 1) != cudaSuccess) throw std::bad_alloc();
     return host_;
   }
-  void upload() override { copy(address_, host(), bytes_, cudaMemcpyHostToDevice); }
-  void download() override { copy(host(), address_, bytes_, cudaMemcpyDeviceToHost); }
-  void copy(std::size_t at, const DeviceMemory& from, std::size_t bytes) override {
-    copy(static_cast<char*>(address_) + at, from.address(), bytes, cudaMemcpyDeviceToDevice);
-  }
+  void upload() override { copy(address_, host(), cudaMemcpyHostToDevice); }
+  void download() override { copy(host(), address_, cudaMemcpyDeviceToHost); }
+  void copy(const DeviceMemory& from) override { copy(address_, from.address(), cudaMemcpyDeviceToDevice); }
 
  private:
-  void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const {
+  void copy(void* to, const void* from, cudaMemcpyKind kind) const {
     const std::lock_guard<std::recursive_mutex> lock(library_->mutex);
-    library_->check(library_->cudaMemcpyAsync(to, from, bytes, kind, library_->stream), "cannot copy");
+    library_->check(library_->cudaMemcpyAsync(to, from, bytes_, kind, library_->stream), "cannot copy");
     library_->wait();
   }
 

@@ -40,6 +40,11 @@ class Calls {
     for (std::int64_t k = 0; k < counts; ++k)
       progress_.report(stage_, ++done_, total_, seconds / static_cast<double>(counts));
   }
+  // The stage will have `total` steps, more or less than was expected.
+  void expect(std::int64_t total) {
+    progress_.expect(total - total_);
+    total_ = total;
+  }
   double seconds() const { return seconds_; }
   std::int64_t done() const { return done_; }
 
@@ -56,13 +61,14 @@ class Draws {
   Draws(std::int64_t seed, std::size_t count, Progress& progress)
       : stream_(static_cast<std::uint64_t>(seed)), count_(count), progress_(progress) {}
 
-  // Fills a buffer of the latents with the next draw, of this deviation.
-  void into(const Buffer& buffer, double deviation = 1.0) {
+  // Fills a buffer with the next draw, of this deviation; one of several rows with the same in each.
+  void into(const Buffer& buffer, double deviation = 1.0, std::size_t rows = 1) {
     progress_.timed(TMD_STAGE_NOISE, [&] {
-      float* values = buffer.values<float>(count_);
+      float* values = buffer.values<float>(rows * count_);
       stream_.normal(values, count_);
       if (deviation != 1)
         for (std::size_t k = 0; k < count_; ++k) values[k] *= static_cast<float>(deviation);
+      for (std::size_t row = 1; row < rows; ++row) std::memcpy(values + row * count_, values, count_ * sizeof(float));
       buffer.upload();
     });
   }

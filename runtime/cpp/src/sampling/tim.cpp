@@ -4,6 +4,7 @@
 // The graph `backbone` makes what depends on the prompt alone, once; `flow_head` is a whole step, guidance and update
 // included. A step with guidance has two rows, with and without the prompt, whose x stay equal; a step without has one.
 // A model of classes has the number of the class in the prompt's place.
+#include <algorithm>
 #include <cmath>
 
 #include "sampling/calls.hpp"
@@ -16,159 +17,234 @@
 namespace tmd::internal {
 namespace {
 
-// x where the step has moved it to, which is the velocity of the update that follows.
-constexpr Coefficients kMoved = {0, 1};
+// x becomes what `flow_head` made of it.
+constexpr Coefficients kMove = {0.0, 1.0};
 
-// From x at t, moved to x - (t - r) F: less rho (t - r) of the noise that F sees in x, x + (1 - t) F, and plus
-// sqrt(2 rho t (t - r)) of fresh noise.
-Coefficients renewed(double t, double r, double rho) {
+// x_t = t noise + (1 - t) data, of the noise in x and a picture in the place of the velocity.
+Coefficients mixture(double t) { return {t, 1.0 - t}; }
+
+// x_r of the stochastic sampler, of x_t and `moved` = x_t - (t - r) F in the place of the velocity.
+//
+// It is `moved` less rho (t - r) of the noise that F sees in x_t, x_t + (1 - t) F, plus sqrt(2 rho t (t - r)) of fresh
+// noise. With (t - r) F = x_t - moved, which loses nothing however short the step is, the noise to take away is
+// rho ((1 - r) x_t - (1 - t) moved).
+Coefficients renewal(double t, double r, double rho) {
   return {-rho * (1.0 - r), 1.0 + rho * (1.0 - t), std::sqrt(2.0 * rho * t * (t - r))};
 }
 
-// Both graphs bound to buffers of 1 row, or of 2 with guidance.
-struct Rows {
-  Buffer prompt, x, t, r, guidance, x_next;
-  Buffers context;
-  std::unique_ptr<Step> make_context, step;
+// The graphs bound to buffers of `rows` rows: 1 without guidance, 2 with. The rows of x are equal.
+class Rows {
+ public:
+  Rows(const Graphs& graphs, const Buffers& rope, Dims dims, std::size_t rows, std::size_t latents_count,
+       const std::string& prompt)
+      : rows_(rows),
+        count_(latents_count),
+        dims_(with_batch(std::move(dims), rows)),
+        prompt_(graphs.backbone->empty(prompt, dims_)),
+        context_({{"context", graphs.backbone->empty("context", dims_)}}),
+        backbone_(graphs.backbone->bind({{prompt, prompt_}}, context_)),
+        x_(graphs.flow_head->empty("x", dims_)),
+        t_(graphs.flow_head->empty("t", dims_)),
+        r_(graphs.flow_head->empty("r", dims_)),
+        guidance_(graphs.flow_head->empty("guidance", dims_)),
+        moved_(graphs.flow_head->empty("x_next", dims_)),
+        noise_(graphs.update->empty("noise", dims_)),
+        updater_(graphs.update, x_, dims_),
+        update_(updater_.bind(moved_, {{"noise", noise_}})),
+        launches_(graphs.flow_head) {
+    Buffers inputs = {{"x", x_}, {"t", t_}, {"r", r_}, {"guidance", guidance_}};
+    inputs.insert(context_.begin(), context_.end());
+    inputs.insert(rope.begin(), rope.end());
+    flow_head_ = graphs.flow_head->bind(inputs, {{"x_next", moved_}});
+    noise_.fill(0);  // finite in runs that draw none
+  }
+
+  // What the steps need of one prompt (or class) per row, each of `count` values, and how the rows mix.
+  template <typename T>
+  void read(const T* first, const T* second, std::size_t count, double guidance) {
+    T* prompts = prompt_.values<T>(rows_ * count);
+    std::copy_n(first, count, prompts);
+    if (rows_ == 2) std::copy_n(second, count, prompts + count);
+    prompt_.upload();
+    const auto g = static_cast<float>(guidance), rest = static_cast<float>(1 - guidance);
+    const float alone[] = {1}, both[] = {g, rest, g, rest};
+    guidance_.write(rows_ == 1 ? alone : both, rows_ * rows_);
+    backbone_->run();
+  }
+
+  void draw(Draws& draws) { draws.into(x_, 1.0, rows_); }
+  void draw_fresh(Draws& draws) { draws.into(noise_, 1.0, rows_); }
+
+  // x, which is noise, becomes a picture at time t.
+  void mix(const float* picture, double t) {
+    moved_.write(picture, count_, rows_);
+    updater_.set(mixture(t));
+    update_->run();
+  }
+
+  // These rows, each with the x of `other`.
+  Rows& continue_from(const Rows& other) {
+    if (&other != this) x_.write(other.x().data(), count_, rows_);
+    return *this;
+  }
+
+  // Moves x from t to r. Throws Error(RUN) for NaN or Inf.
+  void step(Calls& calls, double t, double r, const Coefficients& factors) {
+    move(calls, t, r, factors);
+    updater_.check(context_);
+  }
+
+  // A step that leads nowhere, for the time that it takes. x is lost.
+  void try_step() {
+    Progress silent(nullptr, nullptr, 1);
+    Calls calls(silent, TMD_STAGE_FLOW_HEAD, 1);
+    x_.fill(0);
+    move(calls, 1.0, 0.0, kMove);
+  }
+
+  // Where a jump from t to r would lead; x stays.
+  std::vector<float> look(double t, double r) {
+    t_.fill(static_cast<float>(t));
+    r_.fill(static_cast<float>(r));
+    flow_head_->run();
+    return first(moved_);
+  }
+
+  std::vector<float> x() const { return first(x_); }
+
+ private:
+  static Dims with_batch(Dims dims, std::size_t rows) {
+    dims["batch"] = static_cast<std::int64_t>(rows);
+    return dims;
+  }
+
+  std::vector<float> first(const Buffer& buffer) const {
+    std::vector<float> values = buffer.read<float>(rows_ * count_);
+    values.resize(count_);
+    return values;
+  }
+
+  void move(Calls& calls, double t, double r, const Coefficients& factors) {
+    t_.fill(static_cast<float>(t));
+    r_.fill(static_cast<float>(r));
+    updater_.set(factors);
+    const Piece piece = [&](const Call& call) {
+      call(calls, *flow_head_, true);
+      call(calls, *update_, false);
+    };
+    launches_.run({&calls}, piece, 0);
+  }
+
+  std::size_t rows_, count_;
+  Dims dims_;
+  Buffer prompt_;
+  Buffers context_;
+  std::unique_ptr<Step> backbone_;
+  Buffer x_, t_, r_, guidance_, moved_, noise_;
+  Updater updater_;
+  std::unique_ptr<Step> update_, flow_head_;
+  Launches launches_;
 };
 
+// TiM's sampler (arXiv 2509.04394), deterministic or, with rho, stochastic.
 class TimLoop : public Loop {
  public:
   TimLoop(const Manifest& manifest, Graphs graphs, const Settings& settings, std::int64_t tokens)
       : graphs_(std::move(graphs)),
         classes_(manifest.classes()),
         count_(settings.latents_count()),
-        embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)),
-        dims_(dims_of(manifest, settings, tokens)),
-        x_(graphs_.update->empty("x", dims_)),
-        moved_(graphs_.update->empty("velocity", dims_)),
-        noise_(graphs_.update->empty("noise", dims_)),
-        updater_(graphs_.update, x_, dims_),
-        update_(updater_.bind(moved_)),
-        renew_(updater_.bind(moved_, {{"noise", noise_}})) {
+        embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)) {
     const auto& patch = manifest.model->patch_size;
-    const std::size_t count = static_cast<std::size_t>(dims_["tokens"] * (manifest.model->head_dim / 2));
+    const std::int64_t grid[2] = {settings.latent_height / patch[1], settings.latent_width / patch[2]};
+    dims_ = {{"batch", 1},
+             {"frames", 1},
+             {"height", settings.latent_height},
+             {"width", settings.latent_width},
+             {"tokens", grid[0] * grid[1]},
+             {"text", tokens}};
     for (const char* name : {"rope_cos", "rope_sin"}) rope_[name] = graphs_.flow_head->empty(name, dims_);
-    tim_rope_tables(settings.latent_height / patch[1], settings.latent_width / patch[2], manifest.model->head_dim,
-                    static_cast<const TimModel&>(*manifest.model).rope, rope_["rope_cos"].values<float>(count),
-                    rope_["rope_sin"].values<float>(count));
+    const std::int64_t head_dim = manifest.model->head_dim;
+    const auto count = static_cast<std::size_t>(grid[0] * grid[1] * (head_dim / 2));
+    tim_rope_tables(grid[0], grid[1], head_dim, static_cast<const TimModel&>(*manifest.model).rope,
+                    rope_["rope_cos"].values<float>(count), rope_["rope_sin"].values<float>(count));
     for (const auto& [name, table] : rope_) table.upload();
   }
 
+  // Guidance, F = F_neg + g (F_pos - F_neg), is in the steps whose t lies inside its interval. With rho, every step but
+  // the first and the last draws fresh noise, behind that of the start.
   Denoised run(const Start& start, const Settings& settings, Progress& progress) override {
-    const auto rows_at = [&](double time) { return settings.guided(time) ? std::size_t{2} : std::size_t{1}; };
+    const auto kind_at = [&](double t) { return settings.guided(t) ? std::size_t{1} : std::size_t{0}; };
     bool needed[2] = {false, false};
-    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k) needed[rows_at(settings.times[k]) - 1] = true;
-    for (const std::size_t rows : {std::size_t{1}, std::size_t{2}})
-      if (needed[rows - 1]) bind(rows, progress);
-
+    for (std::size_t k = 0; k + 1 < settings.times.size(); ++k) needed[kind_at(settings.times[k])] = true;
+    for (const std::size_t kind : {0, 1})
+      if (needed[kind]) bind(kind, progress);
     const Stopwatch clock;
-    double t = settings.times.front();
-    Draws draws(settings.seed, count_, progress);
-    draws.into(x_);
-    if (start.picture) {
-      moved_.write(start.picture, count_);
-      updater_.set({t, 1 - t}, t);
-      update_->run();
-    }
-    ask(needed, start, settings, progress);
-
+    read_prompts(needed, start, settings, progress);
     double end = settings.deadline.value_or(0);
     if (settings.deadline) end += measure(needed, *settings.deadline, progress);
     const auto dearest = [&] {
       double most = 0;
-      for (std::size_t k = 0; k < 2; ++k)
-        if (needed[k]) most = std::max(most, costs_[k].cost());
+      for (const std::size_t kind : {0, 1})
+        if (needed[kind]) most = std::max(most, costs_[kind].cost());
       return most;
     };
+
+    Calls calls(progress, TMD_STAGE_FLOW_HEAD, settings.steps);
+    Draws draws(settings.seed, count_, progress);
+    double t = settings.times.front();
     std::vector<double> times = {t};
-    for (std::int64_t done = 1, total = settings.steps, most = settings.steps; t > 0; ++done, --most) {
-      const std::size_t rows = rows_at(t);
+    Rows* now = rows_[kind_at(t)].get();
+    now->draw(draws);
+    if (start.picture) now->mix(start.picture, t);
+    for (std::int64_t done = 1, most = settings.steps; t > 0; ++done, --most) {
+      const std::size_t kind = kind_at(t);
       const double r = settings.deadline ? next_time(settings.times, settings.scheduled, t, most, end - clock.seconds(),
-                                                     costs_[rows - 1].cost(), dearest())
+                                                     costs_[kind].cost(), dearest())
                                          : settings.times[static_cast<std::size_t>(done)];
+      now = &rows_[kind]->continue_from(*now);
       if (start.on_preview && r > 0) {
-        progress.timed(TMD_STAGE_FLOW_HEAD, [&] { jump(x_, t, 0.0, rows); });
-        start.on_preview(moved_.read<float>(count_).data());
+        std::vector<float> data;
+        progress.timed(TMD_STAGE_FLOW_HEAD, [&] { data = now->look(t, 0.0); });
+        start.on_preview(data.data());
       }
-      const double drawing = progress.seconds(TMD_STAGE_NOISE);
       const Stopwatch step;
-      jump(x_, t, r, rows);
-      if (settings.rho > 0 && times.size() > 1 && r > 0) {
-        draws.into(noise_);
-        updater_.set(renewed(t, r, settings.rho), t);
-        renew_->run();
-      } else {
-        updater_.set(kMoved, t);
-        update_->run();
-      }
-      updater_.check(rows_[rows - 1].context);
-      const double seconds = step.seconds();
-      costs_[rows - 1].add(seconds);
+      const bool renews = settings.rho > 0 && times.size() > 1 && r > 0;
+      if (renews) now->draw_fresh(draws);
+      calls.expect(done + ahead(settings, t, r, done));
+      now->step(calls, t, r, renews ? renewal(t, r, settings.rho) : kMove);
+      costs_[kind].add(step.seconds());
       times.push_back(r);
-      progress.add(TMD_STAGE_FLOW_HEAD, seconds - (progress.seconds(TMD_STAGE_NOISE) - drawing));
-      const bool planned = settings.deadline && !settings.scheduled;
-      const std::int64_t ahead = r <= 0 ? 0 : planned ? std::llround(r / (t - r)) : settings.steps - done;
-      progress.expect(done + ahead - total);
-      total = done + ahead;
-      progress.report(TMD_STAGE_FLOW_HEAD, done, total, seconds);
       t = r;
     }
-    return {x_.read<float>(count_), times};
+    return {now->x(), times};
   }
 
  private:
-  static Dims dims_of(const Manifest& manifest, const Settings& settings, std::int64_t tokens) {
-    const auto& patch = manifest.model->patch_size;
-    return {{"batch", 1},
-            {"frames", 1},
-            {"height", settings.latent_height},
-            {"width", settings.latent_width},
-            {"tokens", settings.latent_height / patch[1] * (settings.latent_width / patch[2])},
-            {"text", tokens}};
+  // How many steps will follow the one from t to r, which is number `done`, as far as one can say.
+  static std::int64_t ahead(const Settings& settings, double t, double r, std::int64_t done) {
+    if (r <= 0) return 0;
+    const bool planned = settings.deadline && !settings.scheduled;
+    return planned ? std::llround(r / (t - r)) : settings.steps - done;
   }
 
-  // The buffers of so many rows; an engine may compile for them here.
-  void bind(std::size_t rows, Progress& progress) {
-    if (rows_[rows - 1].step) return;
+  // The buffers of one row (kind 0) or of two; an engine may compile for them here.
+  void bind(std::size_t kind, Progress& progress) {
+    if (rows_[kind]) return;
     progress.timed(TMD_STAGE_LOAD, [&] {
-      Rows made;
-      Dims dims = dims_;
-      dims["batch"] = static_cast<std::int64_t>(rows);
-      const std::string prompt = classes_ ? "labels" : "prompt_embeds";
-      made.prompt = graphs_.backbone->empty(prompt, dims);
-      made.context["context"] = graphs_.backbone->empty("context", dims);
-      made.make_context = graphs_.backbone->bind({{prompt, made.prompt}}, made.context);
-      Buffers inputs = made.context;
-      inputs.insert(rope_.begin(), rope_.end());
-      const std::pair<const char*, Buffer*> own[] = {
-          {"x", &made.x}, {"t", &made.t}, {"r", &made.r}, {"guidance", &made.guidance}};
-      for (const auto& [name, buffer] : own) inputs[name] = *buffer = graphs_.flow_head->empty(name, dims);
-      made.x_next = graphs_.flow_head->empty("x_next", dims);
-      made.step = graphs_.flow_head->bind(inputs, {{"x_next", made.x_next}});
-      rows_[rows - 1] = std::move(made);
+      rows_[kind] =
+          std::make_unique<Rows>(graphs_, rope_, dims_, kind + 1, count_, classes_ ? "labels" : "prompt_embeds");
     });
   }
 
-  // What the flow head needs of the prompt, and how the rows mix.
-  void ask(const bool (&needed)[2], const Start& start, const Settings& settings, Progress& progress) {
+  void read_prompts(const bool (&needed)[2], const Start& start, const Settings& settings, Progress& progress) {
     const Stopwatch clock;
-    for (const std::size_t rows : {std::size_t{1}, std::size_t{2}}) {
-      if (!needed[rows - 1]) continue;
-      const Rows& at = rows_[rows - 1];
-      if (classes_) {
-        const std::int64_t labels[] = {settings.label, classes_};  // the second is the number of none
-        at.prompt.write(labels, rows);
-      } else {
-        float* prompts = at.prompt.values<float>(rows * embeds_count_);
-        std::copy_n(start.embeds, embeds_count_, prompts);
-        if (rows == 2) std::copy_n(start.negative, embeds_count_, prompts + embeds_count_);
-        at.prompt.upload();
-      }
-      const auto g = static_cast<float>(settings.guidance), rest = static_cast<float>(1 - settings.guidance);
-      const float alone[] = {1}, both[] = {g, rest, g, rest};
-      at.guidance.write(rows == 1 ? alone : both, rows * rows);
-      at.make_context->run();
+    const std::int64_t none = classes_;  // the number of no class
+    for (const std::size_t kind : {0, 1}) {
+      if (!needed[kind]) continue;
+      if (classes_)
+        rows_[kind]->read(&settings.label, &none, 1, settings.guidance);
+      else
+        rows_[kind]->read(start.embeds, start.negative, embeds_count_, settings.guidance);
     }
     const double seconds = clock.seconds();
     progress.add(TMD_STAGE_BACKBONE, seconds);
@@ -177,32 +253,20 @@ class TimLoop : public Loop {
 
   // Seconds that went into steps whose time was not known. They count as loading: only a first run has them.
   double measure(const bool (&needed)[2], double deadline, Progress& progress) {
-    const Stopwatch all;
-    const Buffer& zeros = noise_;  // no step has drawn yet
-    zeros.fill(0);
-    const auto cost = [&](std::size_t rows) {
+    const auto cost = [&](std::size_t kind) {
       const Stopwatch step;
-      jump(zeros, 1.0, 0.0, rows);
+      rows_[kind]->try_step();
       return step.seconds();
     };
-    for (std::size_t rows = 1; rows <= 2; ++rows) {
-      if (!needed[rows - 1] || costs_[rows - 1].known()) continue;
-      const double first = cost(rows);
+    const Stopwatch all;
+    for (const std::size_t kind : {0, 1}) {
+      if (!needed[kind] || costs_[kind].known()) continue;
+      const double first = cost(kind);
       // The very first one may be slow for reasons that do not come back, and here it would decide.
-      costs_[rows - 1].add(first > deadline / 10 ? cost(rows) : first);
+      costs_[kind].add(first > deadline / 10 ? cost(kind) : first);
     }
     progress.add(TMD_STAGE_LOAD, all.seconds());
     return all.seconds();
-  }
-
-  // `moved_` becomes the x at r of `x` at t.
-  void jump(const Buffer& x, double t, double r, std::size_t rows) {
-    const Rows& at = rows_[rows - 1];
-    at.x.repeat(x);
-    at.t.fill(static_cast<float>(t));
-    at.r.fill(static_cast<float>(r));
-    at.step->run();
-    moved_.take(at.x_next);
   }
 
   Graphs graphs_;
@@ -210,10 +274,7 @@ class TimLoop : public Loop {
   std::size_t count_, embeds_count_;
   Dims dims_;
   Buffers rope_;
-  Buffer x_, moved_, noise_;
-  Updater updater_;
-  std::unique_ptr<Step> update_, renew_;
-  Rows rows_[2];
+  std::unique_ptr<Rows> rows_[2];
   StepTimes costs_[2];
 };
 
