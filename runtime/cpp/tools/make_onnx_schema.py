@@ -1,7 +1,7 @@
 """Writes `src/bundle/onnx_schema.inc`: every field of ONNX's messages, as the graph check needs it (run by hand).
 
-The check reads graphs without protobuf (src/bundle/protobuf_wire.hpp says why), so it must know which fields are messages and
-how scalars are coded. A test compares the file with the `onnx` package in use.
+The check reads graphs without protobuf (src/bundle/protobuf_wire.hpp says why), so it must know which fields are
+messages and how scalars are coded. A test compares the file with the `onnx` package in use.
 """
 
 from __future__ import annotations

@@ -109,24 +109,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     return {name: json.loads((path / "manifest.json").read_text()) for name, path in bundles.items()}
 
 
-DIMENSIONS = (
-    1,
-    2,
-    3,
-    8,
-    16,
-    32,
-    64,
-    "batch",
-    "frames",
-    "height",
-    "width",
-    "tokens",
-    "text",
-    "words",
-    "1*height",
-    "8*width",
-)
+NAMED = ("batch", "frames", "height", "width", "tokens", "text", "words", "1*height", "8*width")
+DIMENSIONS = (1, 2, 3, 8, 16, 32, 64, *NAMED)
 
 
 def change_interface(document: dict[str, Any], rng: random.Random) -> None:
