@@ -93,7 +93,8 @@ void check(tmd_context* context, tmd_status status) {
 tmd_context* opened_for(const json& question) {
   static std::unique_ptr<tmd_context, void (*)(tmd_context*)> context(nullptr, tmd_free);
   static json key;
-  const json wanted = {question.at("bundle"), question.at("engine"), question.value("memory", 0)};
+  const json wanted = {question.at("bundle"), question.at("engine"), question.value("memory", 0),
+                       question.value("plan_cache", "")};
   if (context && key == wanted) return context.get();
   tmd_context* made = nullptr;
   tmd_create(&made);
@@ -101,9 +102,10 @@ tmd_context* opened_for(const json& question) {
   key = nullptr;
   tmd_open_options options;
   tmd_open_options_init(&options);
-  const std::string path = wanted[0], engine = wanted[1], library = question.value("library", "");
+  const std::string path = wanted[0], engine = wanted[1], cache = wanted[3], library = question.value("library", "");
   options.engine = engine.c_str();
   options.engine_library = library.empty() ? nullptr : library.c_str();
+  options.plan_cache = cache.empty() ? nullptr : cache.c_str();
   options.threads = 1;
   options.memory = wanted[2];
   check(made, tmd_open(made, path.c_str(), &options));
@@ -181,6 +183,25 @@ json stages(const json& question) {
   return {{"ok", to_hex(frames.data(), frames.size())}, {"latents", hex(latents)}, {"tokens", result.tokens}};
 }
 
+json describe(const json& question) {
+  tmd_context* context = opened_for(question);
+  tmd_description of;
+  tmd_description_init(&of);
+  check(context, tmd_describe(context, &of));
+  return {{"ok",
+           {{"family", of.family},
+            {"architecture", of.architecture},
+            {"rule", of.rule},
+            {"engine_version", of.engine_version},
+            {"steps", of.steps},
+            {"inner_steps", of.inner_steps},
+            {"allowed_steps", std::vector<std::int32_t>(of.allowed_steps, of.allowed_steps + of.allowed_steps_count)},
+            {"allowed_inner_steps",
+             std::vector<std::int32_t>(of.allowed_inner_steps, of.allowed_inner_steps + of.allowed_inner_steps_count)},
+            {"can_denoise", of.can_denoise},
+            {"classes", of.classes}}}};
+}
+
 json encode_image(const json& question) {
   tmd_context* context = opened_for(question);
   tmd_description of;
@@ -211,6 +232,7 @@ json steps_in_time(const json& question) {
 json answer(const json& question) {
   if (question.at("do") == "run") return run(question);
   if (question.at("do") == "stages") return stages(question);
+  if (question.at("do") == "describe") return describe(question);
   if (question.at("do") == "encode_image") return encode_image(question);
   if (question.at("do") == "steps_in_time") return steps_in_time(question);
   const std::string what = question.at("do");
