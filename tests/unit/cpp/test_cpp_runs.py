@@ -1,4 +1,4 @@
-"""Whole runs of the C++ library on made-up bundles: what they are called, what goes wrong in them, and their launches."""
+"""Whole runs of the C++ library on made-up bundles: what they are called, what fails in them, and their launches."""
 
 from __future__ import annotations
 
