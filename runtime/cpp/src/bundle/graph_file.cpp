@@ -155,12 +155,12 @@ std::string interface_problem(std::string_view value, const TensorSpec& spec) {
 }
 
 std::string interface_problem(const std::vector<std::string_view>& values, const std::vector<TensorSpec>& specs) {
-  std::string have, said;
+  std::string have, stated;
   for (const std::string_view value : values) have += (have.empty() ? "" : ", ") + std::string(last_text(value, 1));
-  for (const TensorSpec& spec : specs) said += (said.empty() ? "" : ", ") + spec.name;
+  for (const TensorSpec& spec : specs) stated += (stated.empty() ? "" : ", ") + spec.name;
   bool same = values.size() == specs.size();
   for (std::size_t i = 0; same && i < specs.size(); ++i) same = last_text(values[i], 1) == specs[i].name;
-  if (!same) return "the file has " + quote(have) + ", the manifest " + quote(said);
+  if (!same) return "the file has " + quote(have) + ", the manifest " + quote(stated);
   for (std::size_t i = 0; i < specs.size(); ++i) {
     const std::string problem = interface_problem(values[i], specs[i]);
     if (!problem.empty()) return problem;

@@ -178,7 +178,7 @@ std::string Object::place_of(const std::string& name) const {
 }
 
 Field Object::maybe(const char* name) {
-  asked_.insert(name);
+  known_.insert(name);
   const auto found = field_.value().find(name);
   return {found == field_.value().end() ? nullptr : &*found, place_of(name), &field_.where()};
 }
@@ -190,7 +190,7 @@ Field Object::need(const char* name) {
 
 void Object::done() const {
   for (auto item = field_.value().begin(); item != field_.value().end(); ++item) {
-    if (asked_.count(item.key())) continue;
+    if (known_.count(item.key())) continue;
     const std::string shown = quote(item.key(), 64);
     Field(&item.value(), place_of(shown.substr(1, shown.size() - 2)), &field_.where())
         .refuse("is no field of a manifest");

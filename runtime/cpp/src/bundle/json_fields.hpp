@@ -1,7 +1,7 @@
 // Strict reading of JSON into checked values: every rule of a field in one call, every message with its place.
 //
 // Not a schema language: a cursor over nlohmann's document that converts nothing (2.0 and true are not the integer 2)
-// and knows which fields of an object nobody asked for.
+// and knows which fields of an object nobody has read.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ class Field {
   const std::string* where_;
 };
 
-// An object whose fields are all known: what is asked for is taken, and `done` refuses what is left.
+// An object whose fields are all known: `done` refuses those that neither `need` nor `maybe` was called for.
 class Object {
  public:
   explicit Object(const Field& field);
@@ -64,7 +64,7 @@ class Object {
  private:
   std::string place_of(const std::string& name) const;
   Field field_;
-  std::set<std::string> asked_;
+  std::set<std::string> known_;
 };
 
 }  // namespace tmd::internal

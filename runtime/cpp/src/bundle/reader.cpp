@@ -35,9 +35,9 @@ std::string existing_folder(const std::string& path) {
 void check_size(const File& file, const FileInfo& stated, const std::string& path, bool is_graph) {
   const std::uint64_t size = file.size();
   if (size != stated.size) {
-    std::string have = format_size(size), said = format_size(stated.size);
-    if (have == said) have = std::to_string(size) + " bytes", said = std::to_string(stated.size) + " bytes";
-    refuse_bundle(path + " is " + have + ", the manifest says " + said + ": " +
+    std::string have = format_size(size), want = format_size(stated.size);
+    if (have == want) have = std::to_string(size) + " bytes", want = std::to_string(stated.size) + " bytes";
+    refuse_bundle(path + " is " + have + ", the manifest says " + want + ": " +
                   (size < stated.size ? "the copy is incomplete." : "the file was changed or replaced.") + kRemedy);
   }
   if (is_graph && size > kMaxGraphBytes)

@@ -55,6 +55,23 @@ std::shared_ptr<Engine> open_first(const EngineOptions& options) {
 
 }  // namespace
 
+std::unique_ptr<Step> LoadedGraph::bind(const Buffers& inputs, const Buffers& outputs) {
+  const std::pair<const std::vector<TensorSpec>&, const Buffers&> sides[] = {{info().inputs, inputs},
+                                                                             {info().outputs, outputs}};
+  for (const auto& [specs, buffers] : sides) {
+    bool fits = specs.size() == buffers.size();
+    for (const TensorSpec& spec : specs) {
+      const auto found = buffers.find(spec.name);
+      fits = fits && found != buffers.end() && found->second.dtype() == spec.dtype &&
+             found->second.shape().size() == spec.shape.size();
+    }
+    if (!fits)
+      fail_run("the graph " + info().file + " of this bundle has other tensors than the run has buffers for. " +
+               "Export the bundle again.");
+  }
+  return tie(inputs, outputs);
+}
+
 std::shared_ptr<Engine> open_engine(const EngineOptions& options) {
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
     refuse_usage("there is no device " + quote(options.device) + " in this version of tmd: use cpu or cuda.");

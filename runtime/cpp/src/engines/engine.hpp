@@ -26,8 +26,9 @@ class Step {
 class LoadedGraph {
  public:
   virtual ~LoadedGraph() = default;
-  // Ties the graph to buffers, all inputs and all outputs by name; the step keeps them alive. Throws Error(ENGINE).
-  virtual std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs) = 0;
+  // Ties the graph to buffers, all inputs and all outputs by name; the step keeps them alive. Throws Error(ENGINE), and
+  // Error(RUN) for a buffer too many or too few, or of another type or rank than the graph has.
+  std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs);
   virtual const GraphInfo& info() const = 0;
   // Whether the engine can keep work as one launch.
   virtual bool records() const { return false; }
@@ -46,6 +47,7 @@ class LoadedGraph {
   }
 
  private:
+  virtual std::unique_ptr<Step> tie(const Buffers& inputs, const Buffers& outputs) = 0;
   virtual Buffer allocate(DType dtype, Shape shape) const { return Buffer(dtype, std::move(shape)); }
 };
 

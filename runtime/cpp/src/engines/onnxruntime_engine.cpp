@@ -40,7 +40,6 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
       : library_(std::move(library)), info_(info), memory_(cpu_memory()), session_(open(bundle, threads)) {}
 
   const GraphInfo& info() const override { return info_; }
-  std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs) override;
 
   const OrtApi& api() const { return *library_->api; }
   void check(OrtStatus* status, const std::string& what) const { library_->check(status, what); }
@@ -48,6 +47,7 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
   const OrtMemoryInfo* memory() const { return memory_.get(); }
 
  private:
+  std::unique_ptr<Step> tie(const Buffers& inputs, const Buffers& outputs) override;
   Owner<OrtMemoryInfo> cpu_memory() const {
     OrtMemoryInfo* memory = nullptr;
     check(api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "cannot name the CPU's memory");
@@ -126,7 +126,7 @@ class OnnxRuntimeStep : public Step {
   Owner<OrtIoBinding> binding_;
 };
 
-std::unique_ptr<Step> OnnxRuntimeGraph::bind(const Buffers& inputs, const Buffers& outputs) {
+std::unique_ptr<Step> OnnxRuntimeGraph::tie(const Buffers& inputs, const Buffers& outputs) {
   return std::make_unique<OnnxRuntimeStep>(shared_from_this(), inputs, outputs);
 }
 

@@ -161,11 +161,11 @@ class Widening {
 class Unsigned {
  public:
   Unsigned(std::string_view graph, const std::vector<Node>& nodes) {
-    std::set<std::string_view> asked;
+    std::set<std::string_view> zero_points;
     for (const Node& node : nodes)
-      if (node.op_type == "QuantizeLinear" && node.inputs.size() > 2) asked.insert(node.inputs[2]);
+      if (node.op_type == "QuantizeLinear" && node.inputs.size() > 2) zero_points.insert(node.inputs[2]);
     for (const std::string_view weight : all_fields(graph, kGraphInitializer))
-      if (const std::string_view name = last_text(weight, kTensorName); asked.count(name) && is_int8_zero(weight))
+      if (const std::string_view name = last_text(weight, kTensorName); zero_points.count(name) && is_int8_zero(weight))
         zeros_.emplace(name);
   }
 

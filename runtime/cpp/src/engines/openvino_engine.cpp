@@ -83,12 +83,12 @@ class OpenVinoGraph : public LoadedGraph {
 
   const GraphInfo& info() const override { return info_; }
 
-  std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs) override {
+ private:
+  std::unique_ptr<Step> tie(const Buffers& inputs, const Buffers& outputs) override {
     const Compiled compiled = compiled_for(inputs);
     return std::make_unique<OpenVinoStep>(library_, info_.file, compiled, inputs, outputs);
   }
 
- private:
   using Shapes = std::map<std::string, Shape>;
   static constexpr std::int64_t kAnyLength = -1;  // in the shapes that a graph is compiled for
 

@@ -47,7 +47,7 @@ class Log : public nvinfer1::ILogger {
     } catch (...) {  // without memory: without its words
     }
   }
-  std::string said() {
+  std::string take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::string text = last_.empty() ? "it gave no reason" : quote(last_, 500);
     last_.clear();
@@ -59,7 +59,7 @@ class Log : public nvinfer1::ILogger {
   std::string last_;
 };
 
-// A plan made executable for its sizes. Host code in a plan is never allowed: that is TensorRT's default, and said once
+// A plan made executable for its sizes. Host code in a plan is never allowed: that is TensorRT's default, and set once
 // more.
 class Plan {
  public:
@@ -101,7 +101,7 @@ class Plan {
 
  private:
   [[noreturn]] void fail(const std::string& what) {
-    fail_engine("TensorRT " + library_->version + " " + what + ": " + log_.said() + ".");
+    fail_engine("TensorRT " + library_->version + " " + what + ": " + log_.take() + ".");
   }
 
   static nvinfer1::Dims dims(const Shape& shape) {
@@ -192,16 +192,16 @@ class TensorRtGraph : public LoadedGraph {
 
   const GraphInfo& info() const override { return info_; }
 
-  std::unique_ptr<Step> bind(const Buffers& inputs, const Buffers& outputs) override {
-    return std::make_unique<TensorRtStep>(library_, plan_for(inputs), inputs, outputs);
-  }
-
   bool records() const override { return true; }
   std::unique_ptr<Step> record(const std::function<void()>& work) override {
     return std::make_unique<CudaGraph>(library_, work);
   }
 
  private:
+  std::unique_ptr<Step> tie(const Buffers& inputs, const Buffers& outputs) override {
+    return std::make_unique<TensorRtStep>(library_, plan_for(inputs), inputs, outputs);
+  }
+
   Buffer allocate(DType dtype, Shape shape) const override { return cuda_buffer(library_, dtype, std::move(shape)); }
 
   std::shared_ptr<Plan> plan_for(const Buffers& inputs) {

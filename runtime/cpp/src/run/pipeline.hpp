@@ -35,7 +35,7 @@ struct Shared {
   std::map<std::string, std::weak_ptr<LoadedGraph>> graphs_;
 };
 
-// What a run is told to draw: embeddings [tokens, dim], `negative` of the same shape with guidance, else empty; nothing
+// What a run draws: embeddings [tokens, dim], `negative` of the same shape with guidance, else empty; nothing
 // of a model of classes.
 struct Condition {
   std::vector<float> embeds, negative;

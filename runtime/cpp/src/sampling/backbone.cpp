@@ -19,14 +19,14 @@ BoundBackbone::BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, co
   t = backbone.empty("t", dims);
   prompt_embeds = backbone.empty("prompt_embeds", dims);
   for (const char* name : {"rope_cos", "rope_sin"}) rope[name] = backbone.empty(name, dims);
-  for (const char* name : {"features", "context"}) handed[name] = backbone.empty(name, dims);
+  for (const char* name : {"features", "context"}) passed[name] = backbone.empty(name, dims);
   const auto count = static_cast<std::size_t>(dims["tokens"] * (manifest.model->head_dim / 2));
   rope_tables(grid, manifest.model->head_dim, rope["rope_cos"].values<float>(count),
               rope["rope_sin"].values<float>(count));
   for (const auto& [name, table] : rope) table.upload();
   Buffers inputs = {{"x", x}, {"t", t}, {"prompt_embeds", prompt_embeds}};
   inputs.insert(rope.begin(), rope.end());
-  step = backbone.bind(inputs, handed);
+  step = backbone.bind(inputs, passed);
 }
 
 }  // namespace tmd::internal

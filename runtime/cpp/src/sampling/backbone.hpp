@@ -10,14 +10,14 @@
 namespace tmd::internal {
 
 // Tied to buffers for latents of the settings' shape and prompts of `tokens` tokens. `step` runs it on x, t and
-// prompt_embeds; `handed` (features, context) and `rope` are for the flow head; `dims` are the sizes behind the symbols
+// prompt_embeds; `passed` (features, context) and `rope` are for the flow head; `dims` are the sizes behind the symbols
 // of all graphs.
 struct BoundBackbone {
   BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, const Settings& settings, std::int64_t tokens);
 
   Dims dims;
   Buffer x, t, prompt_embeds;
-  Buffers rope, handed;
+  Buffers rope, passed;
   std::unique_ptr<Step> step;
 };
 

@@ -1,7 +1,13 @@
-// The list of all families. A new one is a file beside this one and a line here.
+// The list of all families. A new one is a file beside this one and stands here twice.
 #include "sampling/family.hpp"
 
 namespace tmd::internal {
+
+// Each in the file of its name.
+const RuntimeFamily& tmd_family();
+const RuntimeFamily& wan_family();
+const RuntimeFamily& tim_family();
+
 namespace {
 
 using MakeFamily = const RuntimeFamily& (*)();

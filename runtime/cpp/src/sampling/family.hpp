@@ -39,9 +39,4 @@ inline const RuntimeFamily& family_of(const Manifest& manifest) {
   return static_cast<const RuntimeFamily&>(*manifest.family);  // the list has no others
 }
 
-// Each in the file of its name.
-const RuntimeFamily& tmd_family();
-const RuntimeFamily& wan_family();
-const RuntimeFamily& tim_family();
-
 }  // namespace tmd::internal

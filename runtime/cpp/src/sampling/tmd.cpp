@@ -23,7 +23,7 @@ class InnerFlow {
     s_ = graph_->empty("s", dims_);
     r_ = graph_->empty("r", dims_);
     inputs_ = {{"noise", noise_}, {"s", s_}, {"r", r_}};
-    inputs_.insert(bound.handed.begin(), bound.handed.end());
+    inputs_.insert(bound.passed.begin(), bound.passed.end());
     inputs_.insert(bound.rope.begin(), bound.rope.end());
   }
 
@@ -105,7 +105,7 @@ class TmdLoop : public Loop {
       draws.into(inner_.noise());
       updater_.set(rule_(falling, static_cast<std::size_t>(outer) - i), t[i]);
       launches_.run({&backbone, &flow_head}, transition, inner);
-      updater_.check(bound_.handed);
+      updater_.check(bound_.passed);
       if (start.on_preview && i > 1) start.on_preview(updater_.preview().data());
     }
     return {bound_.x.read<float>(settings.latents_count()), {}};

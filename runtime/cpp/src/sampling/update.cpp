@@ -53,9 +53,9 @@ void Updater::set(const Coefficients& factors, double t, double guidance) const 
   coefficients_.upload();
 }
 
-void Updater::check(const Buffers& handed) const {
+void Updater::check(const Buffers& passed) const {
   if (std::isfinite(magnitude_.read<float>(1)[0])) return;
-  for (const auto& [name, buffer] : handed) {
+  for (const auto& [name, buffer] : passed) {
     const std::vector<float> values = buffer.read<float>(buffer.count());
     if (!all_finite(values.data(), values.size())) fail_not_finite(TMD_STAGE_BACKBONE);
   }

@@ -30,9 +30,9 @@ class Updater {
   // Sets the factors of the updates to come, and the time t that `data` needs.
   void set(const Coefficients& factors, double t = 0.0, double guidance = 1.0) const;
 
-  // Throws Error(RUN) if x holds NaN or Inf. `handed`, what the backbone made for the flow head, tells which of the two
+  // Throws Error(RUN) if x holds NaN or Inf. `passed`, what the backbone made for the flow head, tells which of the two
   // gave it.
-  void check(const Buffers& handed) const;
+  void check(const Buffers& passed) const;
 
   const Buffer& data() const { return data_; }  // the data prediction of the latest step
   std::vector<float> preview() const { return data_.read<float>(x_.count()); }

@@ -37,7 +37,7 @@ class WanLoop : public Loop {
     // Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
     Buffers inputs = {{"x", bound_.x}, {"t", bound_.t}};
     inputs.insert(bound_.rope.begin(), bound_.rope.end());
-    inputs.insert(bound_.handed.begin(), bound_.handed.end());
+    inputs.insert(bound_.passed.begin(), bound_.passed.end());
     flow_head_ = graphs_.flow_head->bind(inputs, {{"velocity", velocity_}});
   }
 
@@ -84,7 +84,7 @@ class WanLoop : public Loop {
       bound_.t.fill(static_cast<float>(told_time(times[i], sampler_.time_rounding)));
       updater_.set(factors[i], times[i], guided ? settings.guidance : 1.0);
       launches_.run({&backbone, &flow_head}, step, key_of(slots));
-      updater_.check(bound_.handed);
+      updater_.check(bound_.passed);
       if (start.on_preview && times[i + 1] > 0) start.on_preview(updater_.preview().data());
     }
     return {bound_.x.read<float>(settings.latents_count()), {}};
