@@ -25,9 +25,9 @@ from torch import Tensor
 
 from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
+from tmd_export import graph_export
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
-from tmd_export.graphs import export as graph_export
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
 from tmd_export.presets import PRESETS

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.export_tools import TEXT, WAN
-from tests.parity.test_taehv import random_weights, whole_clip
+from tests.helpers.plain_taehv import random_weights, whole_clip
 from tmd_engines import Bundle
 from tmd_export import RandomSource, export_bundle
 from tmd_export.checkpoints.names import converted

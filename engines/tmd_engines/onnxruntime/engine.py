@@ -112,7 +112,6 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     """The lowered graph as a session. Its weights stay in the bundle's data file, which ONNX Runtime maps."""
     path = bundle.graph_path(graph)
     model = parse_graph(bundle.read_graph(graph), str(path))
-    model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
     low_precision_to_float32(model, rounding=as_stored, where=str(path))
     attention_to_multi_head_attention(model)
     literal = as_stored or bundle.graph_info(graph).precision == "fp8"

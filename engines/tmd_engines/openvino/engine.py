@@ -8,21 +8,24 @@ bfloat16), while nodes that the graph types as bfloat16 use the CPU's bfloat16 u
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import weakref
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ..bundle.graph_file import all_tensors, parse_graph
+from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
 from ..engine import Engine
-from ..errors import EngineError, one_line, quote
+from ..errors import BundleError, EngineError, one_line, quote
 
 if TYPE_CHECKING:
     from ..bundle.sections import GraphInfo, TensorSpec
@@ -236,25 +239,27 @@ def _core() -> Any:
 
 
 def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
-    """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps."""
-    from onnx import TensorProto
+    """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps.
 
-    path = bundle.graph_path(graph)
-    # OpenVINO finds a data file only beside a graph that it reads itself: it gets the path, and our checks come first.
-    model = parse_graph(bundle.read_graph(graph), str(path))
-    size = model.ByteSize()
-    model.DiscardUnknownFields()
-    if model.ByteSize() != size:
-        raise EngineError(f"{path} has parts that are not ONNX as we know it. Make the bundle again with tmd-export.")
-    low = (tensor for tensor in all_tensors(model) if tensor.data_type == TensorProto.BFLOAT16)
-    misread = next((tensor.name for tensor in low if tensor.int32_data), None)
-    if misread is not None:  # 2026.4.1 makes 16320 of 1.5
-        raise EngineError(
-            f"{path} keeps the bfloat16 values of {quote(misread)} as a list of numbers, and OpenVINO takes their bits "
-            "for whole numbers. Make the bundle again with tmd-export, which writes bytes, or choose another engine."
-        )
+    OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were checked,
+    whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the data file.
+    """
+    path, info = bundle.graph_path(graph), bundle.graph_info(graph)
+    content = bundle.read_graph(graph)
+    parse_graph(content, str(path))
     try:
-        return _core().read_model(path)
+        with TemporaryDirectory(prefix="tmd-") as folder:
+            (Path(folder) / info.file).write_bytes(content)
+            if info.data is not None:
+                try:
+                    os.link(bundle.folder / info.data, Path(folder) / info.data)
+                except OSError:  # another file system, or one without second names
+                    found = _core().read_model(path)
+                    bundle.read_graph(graph)  # raises if it is not the same any more
+                    return found
+            return _core().read_model(Path(folder) / info.file)
+    except BundleError:
+        raise
     except Exception as error:
         version = openvino.__version__.partition("-")[0]
         raise EngineError(f"OpenVINO {version} cannot load {path}: {one_line(error)}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmd_engines import TensorSpec
+from tmd_engines.bundle.operators import OPERATORS
 
 from ..errors import ExportError
 from ..weights.storage import INLINE_BYTES
@@ -16,15 +17,6 @@ from .trace import OPSET
 
 if TYPE_CHECKING:
     import onnx
-
-# Standard operators that ONNX Runtime, OpenVINO and TensorRT (10.15 or newer) all have. No control flow, and none of
-# ScatterND, GatherND, Resize, Loop, If, Scan, NonZero, which one of them refuses or runs on the host.
-ALLOWED = frozenset((
-    "Abs", "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
-    "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
-    "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
-))  # fmt: skip
 
 
 def lint(path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> int:
@@ -56,10 +48,10 @@ def no_functions(model: onnx.ModelProto, *_: object) -> Problems:
 
 def allowed_operators(model: onnx.ModelProto, *_: object) -> Problems:
     for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
             yield (
                 f"node {node.name} is {'.'.join(filter(None, (node.domain, node.op_type)))}, which not every engine "
-                "runs: write the module so that it exports to the operators of tmd_export.graphs.rules.ALLOWED"
+                "runs: write the module so that it exports to the operators of tmd_engines.bundle.operators"
             )
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             yield f"node {node.name} has a graph of its own"

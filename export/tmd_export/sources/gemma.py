@@ -18,6 +18,7 @@ from tmd_ref.gemma import Block, GemmaConfig, GemmaEncoder, from_halves
 
 from ..checkpoints import find
 from ..errors import ExportError
+from .source import on_meta
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 INDEX = f"{WEIGHTS}.index.json"
@@ -112,8 +113,6 @@ class GemmaFolder:
         self._check_tokenizer()
 
     def module(self) -> GemmaEncoder:
-        from .source import on_meta
-
         made: GemmaEncoder = on_meta(lambda: GemmaEncoder(self.config))  # type: ignore[assignment]
         return made
 

@@ -19,7 +19,8 @@ from tmd_engines.bundle.files import sha256_hex
 
 from ..checkpoints import open_tensors
 from ..errors import ExportError
-from ..graphs import dcae, sd_vae
+from . import dcae, sd_vae
+from .source import on_meta
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -99,8 +100,6 @@ class VAEFolder:
         self._tensors = open_tensors((self.folder / WEIGHTS,))
 
     def module(self) -> StillVAE:
-        from .source import on_meta
-
         made: StillVAE = on_meta(lambda: StillVAE(self.config, self.factor))  # type: ignore[assignment]
         return made
 

@@ -1,6 +1,6 @@
 """`tmd-run`: a prompt on the command line, a video in a file.
 
-Only click is imported at the top, so that `--help` answers at once; the rest comes in when there is something to run.
+The imports at the top are light, so that `--help` answers at once; the rest comes in when there is something to run.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from tmd_engines.registry import engine_names
+
 from ..errors import RuntimeFailure, UsageFailure
+from ..memory import MODES
 from .job import Job
-from .options import Number, Schedule
-from .options import Size as Size
-from .options import Whole as Whole
+from .options import Number, Schedule, Size, Whole
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
-# As in tmd_engines, which is not imported for --help; a test compares the two.
-ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt")
-MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -134,7 +132,7 @@ A file appears under its name only when it is complete.""",
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
 @click.option(
-    "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the graphs."
+    "--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="What computes the graphs."
 )
 @click.option(
     "--device",
@@ -146,7 +144,7 @@ A file appears under its name only when it is complete.""",
 @click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
 @click.option(
     "--memory",
-    type=click.Choice(MEMORY),
+    type=click.Choice(MODES),
     default="auto",
     show_default=True,
     help="Keep all graphs loaded, or one stage after the other (low); auto: low if all would not fit.",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class BoundBackbone:
     """The backbone tied to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens.
 
-    `step` runs it on `x`, `t` and `prompt_embeds`. `handed` (features, context) and `rope` are for the flow head;
+    `step` runs it on `x`, `t` and `prompt_embeds`. `outputs` (features, context) and `rope` are for the flow head;
     `dims` are the sizes behind the symbols of all graphs.
     """
 
@@ -29,7 +29,7 @@ class BoundBackbone:
         self.rope = {name: backbone.empty(name, **self.dims) for name in ("rope_cos", "rope_sin")}
         for buffer, table in zip(self.rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
             buffer[...] = table
-        self.handed = {name: backbone.empty(name, **self.dims) for name in ("features", "context")}
-        self.features = self.handed["features"]
+        self.outputs = {name: backbone.empty(name, **self.dims) for name in ("features", "context")}
+        self.features = self.outputs["features"]
         inputs = {"x": self.x, "t": self.t, "prompt_embeds": self.prompt_embeds, **self.rope}
-        self.step = backbone.bind(inputs, self.handed)
+        self.step = backbone.bind(inputs, self.outputs)

@@ -92,8 +92,8 @@ def common_settings(
     frames = video.frames if wishes.frames is None else wishes.frames
     width, height = (video.width, video.height) if wishes.size is None else wishes.size
     if (frames, width, height) != (video.frames, video.width, video.height):
-        made, asked = ("stills of ", "") if family.makes_stills else (f"{video.frames} frames of ", f"{frames} of ")
-        size = f"{made}{video.width}x{video.height}; {asked}{width}x{height}"
+        made, wished = ("stills of ", "") if family.makes_stills else (f"{video.frames} frames of ", f"{frames} of ")
+        size = f"{made}{video.width}x{video.height}; {wished}{width}x{height}"
         warnings = (*warnings, f"the model was made for {size} may look worse.")
     return {
         "seed": _seed(wishes.seed),

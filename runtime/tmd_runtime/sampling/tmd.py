@@ -142,7 +142,7 @@ class _InnerFlow:
         # The flow head reads one y and writes the other; its first step reads the noise itself, which saves a copy.
         self._y = [flow_head.empty("y_next", **bound.dims) for _ in range(2)]
         self.velocity = self._y[0]
-        self._inputs = {"noise": self.noise, **bound.handed, **bound.rope}
+        self._inputs = {"noise": self.noise, **bound.outputs, **bound.rope}
         self._times: dict[object, tuple[Any, Any]] = {}
         self._steps: dict[object, Step] = {}
         for j in range(1, len(s)):

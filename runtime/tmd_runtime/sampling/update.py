@@ -53,11 +53,11 @@ class Updater:
         """Sets the factors of the updates to come, and the time t that `data` needs."""
         self._coefficients[...] = np.array([guidance, t, *factors], np.float64)
 
-    def check(self, handed: Any) -> None:
-        """Raises RuntimeFailure if x holds NaN or Inf. `handed`, a buffer that the backbone made for the flow head,
-        tells which of the two gave it."""
+    def check(self, features: Any) -> None:
+        """Raises RuntimeFailure if x holds NaN or Inf. `features`, what the flow head read of the backbone, tells which
+        of the two gave it."""
         if not np.isfinite(np.asarray(self._made["magnitude"])).all():
-            raise not_finite("flow_head" if is_finite(handed) else "backbone")
+            raise not_finite("flow_head" if is_finite(features) else "backbone")
 
     def preview(self) -> NDArray[np.float32]:
         """`data` of the latest step, as an array of its own."""

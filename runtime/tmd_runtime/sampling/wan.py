@@ -117,7 +117,7 @@ class WanLoop:
         self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
         self._velocity = flow_head.empty("velocity", **bound.dims)
         # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-        inputs = {"x": bound.x, "t": bound.t, **bound.rope, **bound.handed}
+        inputs = {"x": bound.x, "t": bound.t, **bound.rope, **bound.outputs}
         self._flow_head = flow_head.bind(inputs, {"velocity": self._velocity})
         self._launches = Launches(backbone, flow_head, update)
         self._updater = Updater(update, bound.x, bound.dims)

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.built_in import BUILT_IN
-from tests.helpers.bundle_tools import edit_graph
+from tests.helpers.bundle_tools import edit_graph, impossible_transpose
 from tests.helpers.synthetic_tim import write_tim_bundle
 from tests.helpers.system_files import FREE_MEMORY
 from tmd_engines import Bundle, BundleError
@@ -219,11 +219,8 @@ def test_what_the_model_cannot_make_is_a_value_error(wish):
 
 
 def test_a_graph_of_the_bundle_that_cannot_be_counted_is_named(synthetic_bundle: Path):
-    def strange(model: onnx.ModelProto) -> None:
-        model.graph.node[0].op_type = "Strange"
-
-    edit_graph(synthetic_bundle, strange)
-    with pytest.raises(BundleError, match=r"backbone.onnx cannot be sized: node Strange"):
+    edit_graph(synthetic_bundle, impossible_transpose)
+    with pytest.raises(BundleError, match=r"backbone.onnx cannot be sized: node Transpose"):
         estimate(Bundle.open(synthetic_bundle), width=64, height=64, frames=17)
 
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.synthetic import tokenizer_bytes
-from tmd_export import ExportError
+from tmd_export import ExportError, open_source
 from tmd_export.checkpoints import open_tensors
 from tmd_export.parts import VIDEO_PARTS
 from tmd_export.presets import student_sampler
-from tmd_export.sources.source import open_source
 from tmd_export.sources.wan import WanSource
 from tmd_ref.checkpoint import save_model
 from tmd_ref.split import SplitWan

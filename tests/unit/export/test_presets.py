@@ -12,7 +12,7 @@ from tmd_engines import Manifest
 from tmd_export.errors import ExportError
 from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find
 from tmd_runtime.sampling.schedule import told_time
-from tmd_runtime.settings import resolve_settings
+from tmd_runtime.sampling import resolve_settings
 
 
 def manifest_of(name: str) -> Manifest:

@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import CLASSES as SMALL_CLASSES
+from tests.helpers.tim_models import TEXT_16 as TEXT
 from tmd_engines import Bundle, load
 from tmd_engines.command.build import write_for_trtexec
 from tmd_engines.cost.tiling import tile_starts
@@ -52,8 +53,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], float, str]] = {
     "dcae": (AutoencoderDC, DCAE, 0.41407, "tim-t2i"),
     "sd-vae": (AutoencoderKL, SD_VAE, 0.18215, "tim-c2i-256"),
 }
-TEXT = replace(test_tim.TEXT, in_channels=16)
-CLASSES = replace(test_tim.CLASSES, in_channels=16)
+CLASSES = replace(SMALL_CLASSES, in_channels=16)
 
 
 def library(kind: str, **changes: Any) -> Any:

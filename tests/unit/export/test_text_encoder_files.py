@@ -22,9 +22,9 @@ from tests.helpers.synthetic import (
 )
 from tmd_engines import Bundle, BundleWriter, load
 from tmd_export import ExportError, ExportResult, RandomSource, export_bundle
+from tmd_export.families.build import build
 from tmd_export.graphs import graph as graphs
 from tmd_export.weights import int8
-from tmd_export.weights.weights import build
 from tmd_ref.umt5 import UMT5Config
 from tmd_runtime.text.embedding import TokenEmbedding
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 import tmd_runtime
 from tests.helpers.synthetic_tim import write_tim_bundle
-from tests.unit.runtime.test_velocity_pipeline import Watch
+from tests.helpers.watch import Watch
 from tmd_engines.cost.sizing import estimate
 from tmd_runtime import Pipeline, RuntimeFailure, UsageFailure
 from tmd_runtime.autoencoder.picture import fit, read_picture, start_size

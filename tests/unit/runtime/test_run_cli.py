@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from tests.helpers.synthetic import write_synthetic_bundle
 from tmd_engines.device.gpu import has_gpu
-from tmd_runtime.command.cli import ENGINES, command
+from tmd_runtime.command.cli import command
 from tmd_runtime.command.job import slug
 from tmd_runtime.memory import DENOISER
 
@@ -277,7 +277,7 @@ def test_help_imports_nothing_heavy() -> None:
         "rich",
         "sentencepiece",
         "ftfy",
-        "tmd_engines",
+        "tmd_engines.bundle",
         "openvino",
     }
     assert heavy.isdisjoint(modules.split())
@@ -305,12 +305,6 @@ def test_a_device_is_where_the_graphs_run(synthetic_bundle: Path, monkeypatch: p
         result = run(*command, "--device", "cuda:1", "--out", "w.png")
         assert result.exit_code == 1 and files() == ["v.png"]
         assert "no engine for device cuda:1 here: tmd-engine doctor says what is missing" in result.stderr
-
-
-def test_engine_names_are_those_of_the_engines() -> None:
-    from tmd_engines.registry import ENGINE_NAMES
-
-    assert ENGINES == ENGINE_NAMES
 
 
 @pytest.mark.parametrize(

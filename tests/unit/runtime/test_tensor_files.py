@@ -18,7 +18,7 @@ from tests.helpers.synthetic import TEXT_DIM, TEXT_LENGTH, velocity_sampler, wri
 from tmd_engines import Bundle, Manifest
 from tmd_engines.bundle.manifest import parse_manifest
 from tmd_runtime import RuntimeFailure
-from tmd_runtime.command.cli import MEMORY, command
+from tmd_runtime.command.cli import command
 from tmd_runtime.files.tensor_files import (
     Embeddings,
     Latents,
@@ -28,7 +28,6 @@ from tmd_runtime.files.tensor_files import (
     save_embeds,
     save_latents,
 )
-from tmd_runtime.memory import MODES
 
 PROMPT = "a red circle moving right"
 DECODER = ("decoder_first", "decoder_step")
@@ -312,10 +311,6 @@ def test_the_file_brings_its_own_negative_prompt_unless_one_is_named(bundles: di
         record("--bundle", bundles["full"], "--embeds", "e.st", "--seed", 1, "--out", f"{name}.png", *options)
     pictures = {path.read_bytes() for path in here.glob("*.png")}
     assert len(pictures) == 3
-
-
-def test_memory_modes_are_those_of_the_runtime() -> None:
-    assert MEMORY == MODES
 
 
 def test_another_encoder_is_noticed_by_the_command(bundles: dict[str, Path], here: Path) -> None:

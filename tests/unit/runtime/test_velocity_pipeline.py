@@ -13,10 +13,9 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-import tmd_engines
 import tmd_runtime
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
-from tmd_engines import Bundle
+from tests.helpers.watch import Watch
 from tmd_engines.cost import sizing as engine_sizing
 from tmd_ref.samplers import unipc_sample
 from tmd_runtime import NoiseStream, RuntimeFailure, StepInfo, UsageFailure
@@ -181,30 +180,6 @@ def test_a_bundle_may_end_where_its_parts_end(tmp_path: Path) -> None:
     assert np.array_equal(kept[1], result.latents) and len(result.frames) == 0
     with pytest.raises(RuntimeFailure, match=r"no graph decoder_first.*--save-latents"):
         denoiser(PROMPT)
-
-
-class Watch:
-    """Counts which graphs are loaded at the same time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.loaded: set[str] = set()
-        self.together: list[set[str]] = []
-        original = tmd_engines.load
-
-        def load(bundle: Bundle, graph: str, **options: Any) -> Any:
-            engine = original(bundle, graph, **options)
-            close = engine.close
-
-            def watched() -> None:
-                self.loaded.discard(graph)
-                close()
-
-            engine.close = watched  # type: ignore[method-assign]
-            self.loaded.add(graph)
-            self.together.append(set(self.loaded))
-            return engine
-
-        monkeypatch.setattr(tmd_engines, "load", load)
 
 
 def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,12 @@
-"""How published checkpoints want to be sampled: times, what the network is told of them, update rule, guidance.
-
-A preset holds the manifest's `sampler` for one family of checkpoints and the video it was made for. The figures come
-from the authors' own inference code, named beside each. No torch here: the command line reads the names.
-"""
+"""Checkpoints without inner flow: Wan2.1 itself, and few-step models distilled from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import ExportError
-
-if TYPE_CHECKING:
-    from tmd_ref.student import TimeGrids
+from . import Preset
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
 WAN_NEGATIVE_PROMPT = (
@@ -26,18 +18,8 @@ RCM_SIGMA_MAX = 80.0
 DMD_STEPS = [1000, 757, 522]
 
 
-@dataclass(frozen=True)
-class Preset:
-    """`sampler` as the manifest holds it, for models of `kind`; `video` is the default output; `about` says whose."""
-
-    kind: str
-    about: str
-    sampler: Mapping[str, Any]
-    video: Mapping[str, int] = field(default_factory=lambda: VIDEO_480P)
-
-
 def _velocity(rule: str, steps: int, *, times: list[float] | None = None, **others: Any) -> dict[str, Any]:
-    """A `sampler` of kind "wan": one pass, exact times, noise as drawn, and as many steps as times unless said."""
+    """A `sampler` of family "wan": one pass, exact times, noise as drawn, and as many steps as times unless said."""
     return {
         "rule": rule,
         "steps": steps,
@@ -56,10 +38,10 @@ def _warped(times: list[float], shift: float) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in times]
 
 
-def _looked_up(told: list[int], shift: float) -> list[float]:
-    """The times nearest to `told`/1000 in a table of 1000 warped ones: what steps by such a list go through."""
+def _looked_up(listed: list[int], shift: float) -> list[float]:
+    """The times nearest to `listed`/1000 in a table of 1000 warped ones: what steps by such a list go through."""
     table = _warped([k / 1000 for k in range(1, 1001)], shift)
-    return [min(table, key=lambda t: abs(1000 * t - thousandths)) for thousandths in told]
+    return [min(table, key=lambda t: abs(1000 * t - thousandths)) for thousandths in listed]
 
 
 def _rcm_times() -> list[float]:
@@ -69,24 +51,8 @@ def _rcm_times() -> list[float]:
 
 
 PRESETS: Mapping[str, Preset] = {
-    # What the built-in student is trained for, and what TMD reports for Wan.
-    "tmd": Preset(
-        "tmd",
-        "a TMD student",
-        {
-            "rule": "euler",
-            "steps": 2,
-            "inner_steps": 2,
-            "allowed_steps": [1, 2, 3, 4],
-            "allowed_inner_steps": [1, 2, 4],
-            "shift": 10.0,
-            "inner_shift": 10.0,
-            "t_max": 0.999,
-        },
-    ),
     # Wan2.1, generate.py and README: 50 steps of UniPC, whole time steps. The shift is that of 480p; 5 suits 720p.
     "wan": Preset(
-        "wan",
         "Wan2.1 itself, 50 steps with guidance",
         _velocity(
             "unipc",
@@ -97,10 +63,10 @@ PRESETS: Mapping[str, Preset] = {
             guidance=5.0,
             negative_prompt=WAN_NEGATIVE_PROMPT,
         ),
+        VIDEO_480P,
     ),
     # NVlabs/rcm, wan2pt1_t2v_rcm_infer.py: the first noise is scaled by the first time; the network gets times in bf16.
     "rcm": Preset(
-        "wan",
         "rCM, 1 to 4 steps, 77 frames",
         _velocity(
             "renoise",
@@ -114,68 +80,26 @@ PRESETS: Mapping[str, Preset] = {
     ),
     # ModelTC/LightX2V, schedulers/wan/step_distill: deterministic although trained with fresh noise.
     "lightx2v": Preset(
-        "wan",
         "LightX2V step distillation, 4 steps",
         _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
+        VIDEO_480P,
     ),
     # hao-ai-lab/FastVideo, DmdDenoisingStage: the network gets whole numbers, the steps what the table has for them.
     "fastwan-qad": Preset(
-        "wan",
         "FastWan-QAD, 3 steps",
         _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
     ),
     # tianweiy/CausVid, bidirectional_inference.py and configs/wan_bidirectional_dmd.yaml: the same list and table.
     "causvid": Preset(
-        "wan",
         "CausVid, the bidirectional checkpoints, 3 steps",
         _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
     ),
     # aejion/AccVideo, README for WanXT2V: UniPC, 10 steps on Wan's grid with its default shift, without guidance.
     "accvideo": Preset(
-        "wan",
         "AccVideo-WanX, 10 steps",
         _velocity("unipc", 10, shift=5.0, time_rounding="integer"),
-    ),
-    # WZDTHU/TiM, scripts of GenEval and DPG-Bench: uniform times from 1 to 0; guidance strictly inside of (0, 1), so
-    # that the first step goes without.
-    "tim": Preset(
-        "tim",
-        "a Transition Model, any number of steps",
-        {"rule": "flow_map", "steps": 4, "guidance": 2.5, "guidance_interval": [0.0, 1.0], "negative_prompt": None},
-        {"frames": 1, "width": 1024, "height": 1024, "fps": 1},
+        VIDEO_480P,
     ),
 }
-
-
-def student_sampler(grids: TimeGrids) -> dict[str, Any]:
-    """The manifest's `sampler` of a TMD student: that of the paper, with the steps and shifts it was distilled for."""
-    base = PRESETS["tmd"].sampler
-    return {
-        **base,
-        "steps": grids.outer_steps,
-        "inner_steps": grids.inner_steps,
-        "allowed_steps": sorted({*base["allowed_steps"], grids.outer_steps}),
-        "allowed_inner_steps": sorted({*base["allowed_inner_steps"], grids.inner_steps}),
-        "shift": float(grids.outer_shift),
-        "inner_shift": float(grids.inner_shift),
-    }
-
-
-DEFAULT_OF = {"tmd": "tmd", "wan": "wan", "tim": "tim"}
-"""Kind of model -> its preset when none is named."""
-
-
-def find(kind: str, name: str | None = None) -> Preset:
-    """The preset `name`, or that of the kind of model if None. Raises ExportError if it is for another kind."""
-    if name is None:
-        return PRESETS[DEFAULT_OF[kind]]
-    if name not in PRESETS:
-        raise ExportError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
-    preset = PRESETS[name]
-    if preset.kind != kind:
-        mine = ", ".join(other for other, found in PRESETS.items() if found.kind == kind)
-        raise ExportError(
-            f"the preset {name} is for {preset.about}, and this checkpoint "
-            f"{'has' if kind == 'tmd' else 'has not'} a flow head with inner steps: choose among {mine}."
-        )
-    return preset

@@ -27,23 +27,24 @@ DTYPES: Mapping[str, torch.dtype] = {
 return, and what stays unquantized (see `quantization`); bfloat16, because sums of attention leave float16's range.
 int8-weights are int8 in the file only (see `int8`)."""
 
-# Layers of few operations whose rounding the whole result would feel: Wan computes its time embedding and its output
-# layer in float32; latents and pictures have more levels than 8 bits of mantissa tell apart.
-_EXACT = re.compile(
-    r"(^|\.)((time|interval)_(embedding|projection)|patch_embedding|pos_embedding|conv1|conv2|head\.head"
+# Of autoencoders and text encoders, layers of few operations whose rounding the whole result would feel: pictures have
+# more levels than 8 bits of mantissa tell apart. Those of the denoiser, its family names.
+_EXACT = (
+    r"pos_embedding|conv1|conv2"
     r"|encoder\.head|decoder\.(head|1|22)"  # first and last of Wan's VAE (conv1 above) and of TAEHV
-    r"|(t|delta|x)_embedder|final_layer)(\.|$)"  # of TiM
 )
 
 
-def lower(module: nn.Module, precision: str) -> None:
+def lower(module: nn.Module, precision: str, exact: str = "") -> None:
     """Gives the layers of `module` that make its large products the type of `precision`, in place.
 
-    Raises ExportError for a module that can be in float32 alone.
+    `exact`: pattern of the names of further layers that stay in float32. Raises ExportError for a module that can be in
+    float32 alone.
     """
     if precision != "fp32" and getattr(module, "float32_only", False):
         raise ExportError(f"this autoencoder can be exported in fp32 only: say --precision {precision},decoder=fp32.")
+    kept = re.compile(rf"(^|\.)({'|'.join(filter(None, (_EXACT, exact)))})(\.|$)")
     for path, layer in module.named_modules():
         large = isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv3d))
-        if large and not _EXACT.search(path):
+        if large and not kept.search(path):
             layer.to(DTYPES[precision])

@@ -23,26 +23,26 @@ from tmd_engines import Bundle
 from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.bundle.manifest import parse_manifest
 
-from ..errors import ExportError
-from ..sources.source import Source
-from ..weights.int8 import to_int8
-from ..weights.storage import Stored, compare, save
-from ..weights.tables import write_table
-from ..weights.weights import Weights, blocks_of, build, kept_blocks
-from . import accuracy
-from .graph import Graph
-from .rules import lint
-from .trace import OPSET, trace
+from .errors import ExportError
+from .families.build import blocks_of, build, kept_blocks
+from .graphs import accuracy
+from .graphs.graph import Graph
+from .graphs.rules import lint
+from .graphs.trace import OPSET, trace
+from .sources.source import Source
+from .weights.int8 import to_int8
+from .weights.storage import Stored, compare, save
+from .weights.tables import write_table
+from .weights.weights import Weights
 
 if TYPE_CHECKING:
-    from ..quantization.quantizer import Quantizer
+    from .quantization.quantizer import Quantizer
 
-STAGES = ("calibrate", "trace", "write", "verify")
 LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCKS blocks is compared
 KEPT_BLOCKS = 2
 
 Tell = Callable[..., None]
-"""Hears of (stage, bytes done, bytes in all) of one graph."""
+"""Hears of (stage, bytes done, bytes in all) of one graph. Stages are calibrate, trace, write and verify."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def export_graph(
         tell("verify")
         large = weights.bytes(as_float32=True) > LARGE_BYTES and blocks_of(graph.module)
         if quantizer:
-            found = quantizer.measure(unfinished(folder, document, part, entry), part)
+            found = quantizer.measure(unfinished(folder, document, {part: entry}), part)
             if large:
                 compare(path, stored, lambda done, size: tell("verify", done, size))
         elif large:
             found = _compare_short(source, graph, stored, precision, path, document, tell)
         else:
             cases = _reference(source, part, None, weights)
-            found = accuracy.measure(unfinished(folder, document, part, entry), part, cases)
+            found = accuracy.measure(unfinished(folder, document, {part: entry}), part, cases)
         accuracy.check(part, found, precision)
         entry["accuracy"] = found.entry()
     size = sum(file.stat().st_size for file in (path, _data(path)) if file.exists())
@@ -149,7 +149,7 @@ def _compare_short(
         short_path, _ = _write(short, its_weights, precision, folder)
         _check_likeness(path, short_path, total - len(numbers))
         cases = _reference(source, part, KEPT_BLOCKS, its_weights)
-        bundle = unfinished(folder, document, part, _entry(short_path, short, precision))
+        bundle = unfinished(folder, document, {part: _entry(short_path, short, precision)})
         found = accuracy.measure(bundle, part, cases, as_stored=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,17 +192,21 @@ def _entry(path: Path, graph: Graph, precision: str) -> dict[str, Any]:
     }
 
 
-def unfinished(folder: Path, document: dict[str, Any], part: str, entry: dict[str, Any]) -> Bundle:
-    """The files of one graph as a bundle that an engine can load, before there is a bundle."""
-    files = {}
-    for name in filter(None, (entry["file"], entry["data"])):
+def unfinished(folder: Path, document: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Bundle:
+    """The files of a few graphs as a bundle that an engine can load, before there is a bundle.
+
+    `entries`: graph -> its entry in the manifest. With the text encoder come the tokenizer and the tables of text.
+    """
+    files, text = {}, dict(document["text"])
+    names = [entry[key] for entry in entries.values() for key in ("file", "data") if entry[key]]
+    if "text_encoder" not in entries:
+        text = {key: value for key, value in text.items() if key not in ("tokenizer", "embedding", "null_embeds")}
+    names += filter(None, (text.get("tokenizer"),))
+    for name in names:
         with open(folder / name, "rb", buffering=0) as file:
             files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": sha256_hex(file)}
-    text = {**document["text"], "tokenizer": None}
-    if part != "text_encoder":
-        text.pop("embedding", None)
-    elif table := text.get("embedding"):  # no engine opens it
-        itemsize = 4 if table["dtype"] == "float32" else 2
-        files[table["file"]] = {"size": table["rows"] * table["dim"] * itemsize, "sha256": "0" * 64}
-    single = {**document, "text": text, "graphs": {part: entry}, "files": files}
-    return Bundle(folder, parse_manifest(json.dumps(single).encode(), f"the manifest of {part}"))
+    for table in filter(None, (text.get("embedding"), text.get("null_embeds"))):
+        # Its sha256 would take a while, and nothing checks it here.
+        files[table["file"]] = {"size": (folder / table["file"]).stat().st_size, "sha256": "0" * 64}
+    single = {**document, "text": text, "graphs": entries, "files": files}
+    return Bundle(folder, parse_manifest(json.dumps(single).encode(), f"the manifest of {' and '.join(entries)}"))

@@ -15,7 +15,7 @@ from tmd_engines.errors import quote
 from .tensors import Entry
 
 
-class Family(NamedTuple):
+class Stranger(NamedTuple):
     """`sign`: pattern of a tensor's name; `name` and `reason` end up in "this is NAME: REASON"."""
 
     sign: str
@@ -26,26 +26,26 @@ class Family(NamedTuple):
 _SPARSE = "its attention skips tokens, and with the dense attention of these graphs it shows noise"
 _ROUNDED = "take the file of the same model in float32, float16 or bfloat16; tmd-export rounds by itself"
 
-FAMILIES = (
-    Family(r"(^|\.)proj_l\.", "TurboDiffusion's sparse-linear attention (SLA)", _SPARSE),
-    Family(r"\.to_gate_compress\.", "FastWan's video sparse attention (VSA)", f"{_SPARSE}. FastWan-QAD is dense"),
-    Family(r"(^|\.)delta_embedder\.", "AnyFlow", "it is told two times at once, and these graphs tell one"),
-    Family(r"^vace_", "VACE", "it edits videos and needs one as input; take the text-to-video model"),
-    Family(
+STRANGERS = (
+    Stranger(r"(^|\.)proj_l\.", "TurboDiffusion's sparse-linear attention (SLA)", _SPARSE),
+    Stranger(r"\.to_gate_compress\.", "FastWan's video sparse attention (VSA)", f"{_SPARSE}. FastWan-QAD is dense"),
+    Stranger(r"(^|\.)delta_embedder\.", "AnyFlow", "it is told two times at once, and these graphs tell one"),
+    Stranger(r"^vace_", "VACE", "it edits videos and needs one as input; take the text-to-video model"),
+    Stranger(
         r"^img_emb\.|\.image_embedder\.|\.(k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k)\.",
         "an image-to-video model",
         "it needs an image as input; take the text-to-video model",
     ),
-    Family(r"^(motion_encoder|face_adapter|pose_patch_embedding)\.", "Wan-Animate", "take the text-to-video model"),
-    Family(r"^decoder\.\d+\.", "a TAEHV decoder", "give it as --decoder, beside the --checkpoint of the transformer"),
-    Family(
+    Stranger(r"^(motion_encoder|face_adapter|pose_patch_embedding)\.", "Wan-Animate", "take the text-to-video model"),
+    Stranger(r"^decoder\.\d+\.", "a TAEHV decoder", "give it as --decoder, beside the --checkpoint of the transformer"),
+    Stranger(
         r"\.lora_(A|B|up|down)\b|\.diff(_b)?$",
         "a LoRA",
         "it holds only differences to a model; merge it into that model first, and give the merged file",
     ),
-    Family(r"(^|\.)(weight_scale_2|(input|weight)_global_scale)$", "a model quantised to NVFP4", _ROUNDED),
-    Family(r"^scaled_fp8$|\.(scale_weight|scale_input|comfy_quant)$", "a ComfyUI model in scaled fp8", _ROUNDED),
-    Family(r"(^|\.)int8_weight$", "a model with int8 linear layers", _ROUNDED),
+    Stranger(r"(^|\.)(weight_scale_2|(input|weight)_global_scale)$", "a model quantised to NVFP4", _ROUNDED),
+    Stranger(r"^scaled_fp8$|\.(scale_weight|scale_input|comfy_quant)$", "a ComfyUI model in scaled fp8", _ROUNDED),
+    Stranger(r"(^|\.)int8_weight$", "a model with int8 linear layers", _ROUNDED),
 )
 
 _ROUNDED_TO = {
@@ -64,7 +64,7 @@ def stranger(entries: Mapping[str, Entry]) -> str | None:
 
     `entries`: by bare name.
     """
-    for family in FAMILIES:
+    for family in STRANGERS:
         found = next((name for name in entries if re.search(family.sign, name)), None)
         if found is not None:
             return f"{family.name} ({quote(found)} is in it): {family.reason}"
