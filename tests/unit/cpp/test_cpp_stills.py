@@ -145,7 +145,7 @@ def test_a_picture_is_encoded_and_changed_alike(
         asked = {"rgb": image.tobytes().hex(), "width": width, "height": height}
         answer = ask("encode_image", bundles["text"], engine, **asked)
         assert answer["ok"] == latents.tobytes().hex() and answer["seconds"] > 0
-        wishes = {"strength": 0.6, "steps": 3, "seed": 5}
+        wishes: dict[str, Any] = {"strength": 0.6, "steps": 3, "seed": 5}
         expected = pipelines["text"](PROMPT, image=image, size=(width, height), **wishes)
         found = in_cpp(bundles["text"], engine, width=width, height=height, init_latents=answer["ok"], **wishes)
         np.testing.assert_array_equal(pixels(found["ok"], expected.frames.shape), expected.frames)
