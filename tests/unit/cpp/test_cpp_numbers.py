@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tmd_runtime.sampling.rules import RULES
 
 from tests.helpers.bundle_tools import edit_manifest, reseal
 from tests.helpers.cpp_tools import RUN, USAGE, twin
