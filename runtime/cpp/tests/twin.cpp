@@ -49,7 +49,7 @@ std::string from_hex(const std::string& hex) {
 std::vector<float> floats(const std::string& hex) {
   const std::string bytes = from_hex(hex);
   std::vector<float> values(bytes.size() / sizeof(float));
-  std::memcpy(values.data(), bytes.data(), values.size() * sizeof(float));
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), values.size() * sizeof(float));
   return values;
 }
 

@@ -64,7 +64,7 @@ def in_python(text: str) -> str | None:
         seen.append(real(piece))
         return seen[-1]
 
-    ftfy.is_bad = watch
+    ftfy.is_bad = watch  # type: ignore[assignment]
     try:
         cleaned = clean_prompt(text)
     finally:
