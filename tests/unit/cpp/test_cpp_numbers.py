@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tmd_runtime.sampling.rules import RULES
 
 from tests.helpers.bundle_tools import edit_manifest, reseal
 from tests.helpers.cpp_tools import RUN, USAGE, twin
@@ -18,6 +17,7 @@ from tmd_engines.bundle.manifest import parse_manifest
 from tmd_runtime.built_in import BUILT_IN, BUNDLES
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.sampling.noise import NoiseStream
+from tmd_runtime.sampling.rules import RULES
 from tmd_runtime.sampling.schedule import rope_tables, shift_grid, told_time, wan_grid
 from tmd_runtime.settings import resolve_settings
 from tmd_runtime.text.embedding import TokenEmbedding

@@ -202,7 +202,7 @@ def test_a_student_of_our_own_joins_an_official_folder(head_blocks: int, officia
     student = TMDStudent(made.WAN, head_blocks, "concat", grids=TimeGrids(1, 4, 5.0, 6.0))
     save_student(tmp_path / "student.safetensors", student)
     source = small(tmp_path / "student.safetensors", official)
-    assert (source.kind, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
+    assert (source.family, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
     assert source.sampler == student_sampler(student.grids)
     source.check(VIDEO_PARTS)
     for name, weight in student.state_dict().items():

@@ -13,8 +13,8 @@ from tmd_engines.bundle.manifest import parse_manifest
 from tmd_export.errors import ExportError
 from tmd_export.families import FAMILIES, find_preset, presets
 from tmd_export.presets.wan import WAN_NEGATIVE_PROMPT
+from tmd_runtime.sampling import resolve_settings
 from tmd_runtime.sampling.schedule import told_time
-from tmd_runtime.settings import resolve_settings
 
 PRESETS = presets()
 FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.presets}
