@@ -28,7 +28,7 @@ from .weights.tables import write_null_embeds
 
 
 class Progress(NamedTuple):
-    """Told before each stage of each graph and, while weights are written or read, after each piece of them.
+    """Reported before each stage of each graph and, while weights are written or read, after each piece of them.
 
     `done` of `total` graphs are over, `graph` is now in `stage`, see `graph_export.Tell`; `bytes_done` of
     `bytes_total` in that stage, 0 if it does not count bytes.
@@ -115,7 +115,7 @@ def export_bundle(
             if (null_embeds := source.null_embeds()) is not None:
                 document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
             for done, part in enumerate(graphs):
-                tell = _told(report, part, done, len(graphs))
+                tell = _teller(report, part, done, len(graphs))
                 needed = quantizer if precisions[part] in QUANTIZED else None
                 reports.append(
                     export_graph(source, part, precisions[part], writer.folder, document, verify, tell, needed)
@@ -129,7 +129,7 @@ def export_bundle(
         return ExportResult(writer.commit(document), tuple(reports))
 
 
-def _told(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Tell:
+def _teller(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Tell:
     return lambda stage, *size: report(Progress(part, stage, done, total, *size)) if report else None
 
 

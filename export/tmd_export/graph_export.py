@@ -1,9 +1,8 @@
 """One graph of a bundle: traced, written, checked against the rules and compared with the reference.
 
 Small graphs are compared as a whole. A large one would not fit into memory twice, as reference and as graph. It is the
-same block many times, so a copy with few of them takes the same path through the exporter and is compared in its place;
-that the written graph is this copy with more blocks, and that every weight in its file is the source's, is asked of the
-file.
+same block many times, so a copy with few of them takes the same path through the exporter and is compared in its place.
+The written file is then checked to be this copy with more blocks, and to hold every weight of the source.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCK
 KEPT_BLOCKS = 2
 
 Tell = Callable[..., None]
-"""Hears of (stage, bytes done, bytes in all) of one graph. Stages are calibrate, trace, write and verify."""
+"""Called with (stage, bytes done, bytes in all) of one graph; the stages are calibrate, trace, write and verify."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def _entry(path: Path, graph: Graph, precision: str) -> dict[str, Any]:
 def unfinished(folder: Path, document: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Bundle:
     """The files of a few graphs as a bundle that an engine can load, before there is a bundle.
 
-    `entries`: graph -> its entry in the manifest. With the text encoder come its tokenizer and tables.
+    `entries`: graph -> its entry in the manifest. The text encoder brings tokenizer and tables, if they are there.
     """
     names = [entry[key] for entry in entries.values() for key in ("file", "data") if entry[key]]
     text = dict(document["text"])

@@ -1,7 +1,7 @@
 """A graph to export: a torch module, and its inputs and outputs as the manifest will state them.
 
-Names and shapes come from the signatures of the model's family in `tmd_engines`, which every host reads too. Everything
-else of the export (tracing, rules, comparison) reads that interface and knows no model. Letters in shapes as in
+Names and shapes come from the signatures of the model's family in `tmd_engines`, which every host reads too. The rest
+of the export (tracing, rules, comparison) reads this interface and knows no model. Letters in shapes as in
 `tmd_ref.wan`.
 """
 

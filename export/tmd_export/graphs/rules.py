@@ -1,5 +1,6 @@
-"""The rules of an exported graph, asked of the file after every export. What the rules are for: docs/bundle.md and the
-engines, each of which refuses or slows down something else. Reads the graph without its weights.
+"""The rules of an exported graph, which every written file is checked for; its weights are not read.
+
+docs/bundle.md and the engines give the reasons: each engine refuses or slows down something else.
 """
 
 from __future__ import annotations
@@ -124,12 +125,12 @@ def one_data_file(model: onnx.ModelProto, name: str, *_: object) -> Problems:
 def interface(model: onnx.ModelProto, _: str, inputs: Specs, outputs: Specs) -> Problems:
     """Names, order, types and sizes as the manifest states them, symbols included; every input in use."""
     for kind, values, specs in (("inputs", model.graph.input, inputs), ("outputs", model.graph.output, outputs)):
-        found, said = [_describe(value) for value in values], [(s.name, s.dtype, s.shape) for s in specs]
-        for have, want in zip(found, said, strict=False):
+        found, stated = [_describe(value) for value in values], [(s.name, s.dtype, s.shape) for s in specs]
+        for have, want in zip(found, stated, strict=False):
             if have != want:
                 yield f"among its {kind} is {_show(have)} where {_show(want)} is documented"
-        if len(found) != len(said):
-            yield f"it has {len(found)} {kind} where {len(said)} are documented"
+        if len(found) != len(stated):
+            yield f"it has {len(found)} {kind} where {len(stated)} are documented"
     used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     for value in model.graph.input:
         if value.name not in used:

@@ -84,13 +84,13 @@ def _weight_behind(value: ir.Value) -> ir.Value | None:
 
 def _is_plain(node: ir.Node) -> bool:
     """Whether it is softmax(scale q k^T) v with as many heads on both sides."""
-    said = {name: attribute.value for name, attribute in node.attributes.items()}
-    heads = said.pop("q_num_heads", None)
-    said.pop("scale", None)
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    heads = attributes.pop("q_num_heads", None)
+    attributes.pop("scale", None)
     return (
         bool(heads)
-        and said.pop("kv_num_heads", heads) == heads
+        and attributes.pop("kv_num_heads", heads) == heads
         and not any(node.inputs[3:])
         and len(node.outputs) == 1
-        and all(_PLAIN.get(name) == value for name, value in said.items())
+        and all(_PLAIN.get(name) == value for name, value in attributes.items())
     )

@@ -67,8 +67,8 @@ def _linear_attention(attention: Any, x: Tensor) -> Tensor:
     is the same product in another order."""
     batch, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1)
-    asked = [layer(rows).permute(0, 3, 1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v)]
-    qkv = torch.cat(asked, dim=1)
+    parts = [layer(rows).permute(0, 3, 1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+    qkv = torch.cat(parts, dim=1)
     scales = [qkv, *(scale(qkv) for scale in attention.to_qkv_multiscale)]
     heads = torch.cat(scales, dim=1).reshape(batch, -1, 3 * attention.attention_head_dim, height * width)
     query, key, value = heads.chunk(3, dim=2)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -17,16 +16,13 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import tmd_ref.wan
-import tmd_runtime
 from tests.helpers.export_tools import WAN, small_export, small_graph, small_source, with_weights
 from tests.helpers.quantized_tools import export_small, quantized
-from tmd_engines import load
 from tmd_engines.tensorrt.lint import lint as tensorrt_lint
 from tmd_engines.tensorrt.lowering import lower
 from tmd_export import ExportError
 from tmd_export.families.build import build
 from tmd_export.families.tmd import TMD
-from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.graphs import rules as lint
 from tmd_export.quantization import qdq, sensitivity
 from tmd_export.quantization.calibration import FILE, read_calibration
@@ -34,7 +30,6 @@ from tmd_export.quantization.formats import FORMATS
 from tmd_export.quantization.observe import Observed, Switched
 from tmd_export.quantization.prompts import default_prompts, read_prompts
 from tmd_export.quantization.qdq import quantize
-from tmd_export.quantization.samplings import Samplings
 from tmd_export.quantization.weights import SCALES, VALUES, QuantizedWeights
 
 SIZES = {"batch": 2, "frames": 2, "height": 4, "width": 6, "text": 8}
@@ -298,42 +293,6 @@ def test_the_worst_layers_are_kept_until_the_rest_is_good_enough() -> None:
     assert unmeasured.chosen == found.everything > sensitivity.GOAL
 
 
-# The samplings that are calibrated on.
-
-
-@pytest.fixture
-def samplings() -> Iterator[tuple[Samplings, dict[str, Observed]]]:
-    """Of `small_export()`, on graphs that are watched."""
-    bundle = small_export().bundle
-    graphs = {part: Observed(bundle, part, TMD.products) for part in ("backbone", "flow_head")}
-    with load(bundle, "update") as update:
-        yield Samplings(bundle.manifest, TMD, {**graphs, "update": update}), graphs
-
-
-def test_a_sampling_is_a_run_of_the_runtime(samplings: tuple[Samplings, dict[str, Observed]]) -> None:
-    runs, graphs = samplings
-    calls: list[str] = []
-    for part, graph in graphs.items():
-        graph.watch = lambda inputs, outputs, part=part: calls.append(part)
-    (condition,) = runs.conditions(["unread"], None, 3)
-    found = runs.run(condition, 7, 2, 4)
-    assert calls == ["backbone", *["flow_head"] * 4] * 2
-    with tmd_runtime.load(small_export().bundle, "onnxruntime") as pipeline:
-        size = {"frames": 3, "size": (40, 40)}
-        expected = pipeline.denoise(condition.prompt, seed=7, steps=2, inner_steps=4, **size)
-    assert found.shape == expected.shape == (1, 16, *runs.latents) == (1, 16, 2, 20, 20)
-    assert np.abs(found - expected).max() < 1e-4 and found.std() > 0.1
-
-
-def test_samplings_have_every_number_of_steps_that_a_model_is_made_for(
-    samplings: tuple[Samplings, dict[str, Observed]],
-) -> None:
-    assert samplings[0].counts == [(steps, inner) for steps in (1, 2, 3, 4) for inner in (1, 2, 4)]
-    few, any_number = ({"steps": 4, "allowed_steps": allowed} for allowed in ((1, 2), None))
-    assert WAN_FAMILY.samplings(SimpleNamespace(**few)) == [(1, 1), (2, 1)]
-    assert WAN_FAMILY.samplings(SimpleNamespace(**any_number)) == [(4, 1)]
-
-
 # Calibrations as files.
 
 
@@ -397,12 +356,3 @@ def test_prompts_are_lines_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("built_in", [True, False])
 def test_results_are_compared_on_prompts_that_were_not_calibrated_on(built_in: bool) -> None:
     assert not set(default_prompts(built_in)) & set(default_prompts(built_in, held_out=True))
-
-
-def test_prompts_become_the_features_that_a_run_makes_of_them() -> None:
-    prompts = ("a small red circle moving left on a black background", "a star")
-    with tmd_runtime.load() as pipeline:
-        expected = [pipeline.encode(prompt) for prompt in prompts]
-        found = Samplings(pipeline.manifest, TMD, {}).conditions(prompts, pipeline.bundle, 0)
-    for condition, embeds in zip(found, expected, strict=True):
-        assert condition.negative is None and np.abs(condition.prompt - embeds).max() < 1e-4
