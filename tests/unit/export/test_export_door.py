@@ -1,4 +1,4 @@
-"""A family that nothing in the export has heard of goes through it: all of it is in this file.
+"""A family that nothing in the export has heard of goes through it (tests/helpers/drift_family.py).
 
 And no shared module of the export compares anything with the name of a family or of a rule, or imports a family's own.
 """
@@ -10,148 +10,18 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import Tensor, nn
 
 import tmd_export
+from tests.helpers.drift_family import CHANNELS, Drift, DriftExport, DriftSource, Network
 from tmd_engines import Bundle, load
 from tmd_engines.bundle.families import FAMILIES as ENGINE_FAMILIES
-from tmd_engines.bundle.families import Calls, Family
 from tmd_engines.bundle.families.rules import RULES
-from tmd_engines.bundle.families.signature import LATENTS, PASSED, TIME, Signature, update_signature
-from tmd_engines.bundle.families.signature import Tensor as Stated
-from tmd_engines.bundle.sections import SamplerInfo
-from tmd_export.families import FAMILIES, ExportFamily, Request
-from tmd_export.graphs.graph import Graph, Interface
-from tmd_export.presets import Preset
-from tmd_export.sources.random_weights import random_tensor
-from tmd_export.sources.source import Source, on_meta
-
-DIM, CHANNELS = 32, 4
-
-# What a bundle of the family says.
-
-
-class DriftSampler(SamplerInfo):
-    rule: Literal["euler"]
-
-
-class Drift(Family):
-    """Each latent drifts by itself: features once per step, then the velocity."""
-
-    name = "drift"
-    sampler = DriftSampler
-    graphs = {  # noqa: RUF012
-        "backbone": Signature({"x": LATENTS, "t": TIME}, {"features": Stated(PASSED)}),
-        "flow_head": Signature({"features": Stated(PASSED)}, {"velocity": LATENTS}),
-        "update": update_signature(LATENTS),
-    }
-
-    def passes(self, sampler: DriftSampler) -> int:
-        return 1
-
-    def calls(self, steps: int, inner_steps: int, passes: int) -> Calls:
-        return Calls(steps, steps)
-
-    def describe(self, sampler: DriftSampler) -> str:
-        return f"{sampler.rule}: {sampler.steps} steps"
-
-
-# The network.
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In the type of the layer's weights, and back."""
-    y: Tensor = layer(x.to(layer.weight.dtype))
-    return y.float()
-
-
-class Features(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.time, self.widen = nn.Linear(1, DIM), nn.Linear(CHANNELS, DIM)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        wide = linear(self.widen, x.movedim(1, -1))
-        return (wide + self.time(t[:, None])[:, None, None, None]).tanh()
-
-
-class Velocity(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.narrow = nn.Linear(DIM, CHANNELS)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return linear(self.narrow, features).movedim(-1, 1)
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.velocity = Features(), Velocity()
-
-
-# How it is exported.
-
-FEATURES = {"features": ("batch", "frames", "height", "width", DIM)}
-
-
-def backbone(network: Network, interface: Interface) -> Graph:
-    return Graph("backbone", network.features, *interface.of("backbone", FEATURES))
-
-
-def flow_head(network: Network, interface: Interface) -> Graph:
-    return Graph("flow_head", network.velocity, *interface.of("flow_head", FEATURES))
-
-
-class DriftSource(Source):
-    model, family, trained = "drift-1m", "drift", False
-    parts = default_parts = ("backbone", "flow_head")
-
-    def __init__(self, seed: int) -> None:
-        self.seed, self.origin = seed, f"random weights, seed {seed}"
-
-    def model_entry(self) -> dict[str, Any]:
-        sizes = {"dim": DIM, "num_layers": 2, "head_blocks": 1, "num_heads": 2, "head_dim": DIM // 2}
-        return {"architecture": "drift", **sizes, "patch_size": [1, 1, 1]}
-
-    def latents_entry(self) -> dict[str, Any]:
-        strides = {"temporal_stride": 4, "spatial_stride": 8}
-        return {"channels": CHANNELS, **strides, "mean": [0.0] * CHANNELS, "std": [1.0] * CHANNELS}
-
-    def text_entry(self) -> dict[str, Any]:
-        return {"max_length": 8, "dim": 8, "pad_id": 0, "eos_id": 1}
-
-    def check(self, parts: tuple[str, ...]) -> None:
-        pass
-
-    def module(self, which: str) -> nn.Module:
-        return on_meta(Network)
-
-    def tensor(self, which: str, name: str) -> Tensor:
-        return random_tensor(name, dict(Network().named_parameters())[name].shape, self.seed)
-
-
-class DriftExport(ExportFamily):
-    name = "drift"
-    models = ("drift-1m",)
-    presets = {  # noqa: RUF012
-        "drift": Preset("a drifting model", {"rule": "euler", "steps": 4},
-                        {"frames": 5, "width": 64, "height": 32, "fps": 8}),
-    }  # fmt: skip
-    known_by = "drifts"
-    exact, products = "time", "widen|narrow"
-
-    def open(self, request: Request) -> Source:
-        return DriftSource(request.seed or 0)
-
-    def builders(self) -> dict[str, Any]:
-        return {**super().builders(), "backbone": backbone, "flow_head": flow_head}
+from tmd_export.families import FAMILIES
 
 
 @pytest.fixture
