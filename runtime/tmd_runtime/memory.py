@@ -44,7 +44,7 @@ class MemoryChooser:
         from tmd_engines.cost.sizing import STAGES, available_bytes
 
         free = available_bytes()
-        found = self._estimate(settings) if free is not None else None
+        found = self.estimate(settings) if free is not None else None
         if free is None or found is None:
             return "all"
         used = {name: stage for name, stage in found.stages.items() if not set(STAGES[name]) <= set(unused)}
@@ -61,8 +61,8 @@ class MemoryChooser:
             "lower precision, free some memory, or try all the same with --memory low."
         )
 
-    def _estimate(self, settings: Settings) -> Estimate | None:
-        """None if the graphs cannot be sized: they may run all the same."""
+    def estimate(self, settings: Settings) -> Estimate | None:
+        """Of a run with the bundle's own steps. None if the graphs cannot be sized: they may run all the same."""
         from tmd_engines import BundleError
         from tmd_engines.cost.sizing import estimate
 

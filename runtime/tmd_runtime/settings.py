@@ -11,6 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Self, TypedDict
 
 MAX_STEPS = 1000
+MAX_SEED = 2**32 - 1
+WIDE_SEED = (
+    f"give a whole number from 0 to {MAX_SEED} (2^32-1). The noise is that of torch's CPU generator, which reads 32 "
+    "bits of a seed, so a larger one would give the video of another."
+)
 
 
 class MoreWishes(TypedDict, total=False):

@@ -169,8 +169,8 @@ def test_embeddings_that_do_not_fit_are_refused(
         ({"shape": (4, 2, 4, 6)}, "shape [4, 2, 4, 6], and this bundle decodes [16, frames"),
         ({"shape": (1, 16, 2, 4, 6)}, "shape [1, 16, 2, 4, 6]"),
         ({"shape": (16, 2, 4, 4)}, "decodes to 32x32 pixels, and they were made for 48x32"),
-        ({"width": "fifty"}, "does not say how its latents were made"),
-        ({"seed": None}, "does not say how its latents were made ('seed')"),
+        ({"width": "fifty"}, "does not say how it was made: width is 'fifty'"),
+        ({"seed": None}, "does not say how it was made: seed is missing"),
         ({"format": "tmd-embeds-1"}, "another kind: name a latents file"),
     ],
 )
