@@ -19,7 +19,7 @@ from types import FrameType
 from ..device import unfinished
 from ..device.running import AGAIN_SECONDS, stop_step
 
-PATIENCE_SECONDS = 0.35
+PATIENCE_SECONDS = 0.25
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -44,13 +44,26 @@ class Ending:
                 signal.signal(number, _raise)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
+    @property
+    def code(self) -> int | None:
+        """The exit code of a program that a signal is ending; None: there was no signal."""
+        return None if self._number is None else 128 + self._number
+
     def calm(self) -> None:
         """The work that a signal should end has ended, and the program goes on."""
         self._number = None
 
     def over(self) -> None:
-        """Nothing is left to clean up: from now on a signal ends the process as it does by default."""
+        """Nothing is left to clean up: from now on a signal ends the process as it does by default.
+
+        If a signal is what ended the work, the process ends here.
+        """
         self.last_words = None
+        if self._number is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            self._end(self._number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
@@ -74,7 +87,7 @@ class Ending:
 
     def _end(self, number: int) -> None:
         unfinished.remove_all()
-        with suppress(Exception):
+        with suppress(BaseException):  # SystemExit too: it would end this thread alone
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR)
             if self.last_words is not None:

@@ -227,18 +227,20 @@ def command(
         preview=preview,
     )
     several = prompt_file is not None or len(texts) > 1
+    ending = click.get_current_context().obj
 
     def show(document: dict[str, Any]) -> None:
         if as_json:
             say(json.dumps(document, indent=None if several else 2, allow_nan=False))
 
     def fail(message: str, code: int) -> NoReturn:
+        if isinstance(ending, Ending) and ending.code is not None:  # whatever it broke on its way
+            message, code = "stopped.", ending.code
         tell(f"tmd-run: {message}")
         with failures(lambda *_: sys.exit(code)):  # stdout may be what failed
             show({"error": message})
         raise SystemExit(code)
 
-    ending = click.get_current_context().obj
     if isinstance(ending, Ending):
         ending.last_words = lambda: fail("stopped.", INTERRUPTED)
     with failures(fail):
@@ -320,7 +322,8 @@ def main() -> NoReturn:
         tell(f"tmd-run: cannot write to stdout: {(error.strerror or str(error)).lower()}.")
         sys.exit(FAILED)
     finally:
-        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback.
+        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback, and after a first one
+        # nobody waits for engines to give their memory back.
         ending.over()
     sys.exit(0)
 

@@ -234,6 +234,8 @@ class _Mp4(_StreamEncoder):
 class _WebM(_StreamEncoder):
     container, codecs = "webm", ("libvpx-vp9",)
     options: ClassVar = {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "3", "row-mt": "1"}
+    # Without it Matroska's muxer numbers each file at random.
+    container_options: ClassVar = {"fflags": "+bitexact"}
 
 
 class _Gif(_Encoder):
