@@ -41,7 +41,8 @@ class MemoryChooser:
         figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
         need or supply cannot be told, "all".
         """
-        from tmd_engines.cost.sizing import STAGES, available_bytes
+        from tmd_engines.cost.sizing import BASE_BYTES, STAGES, available_bytes
+        from tmd_engines.cost.system_memory import resident_bytes
 
         free = available_bytes()
         found = self.estimate(settings) if free is not None else None
@@ -49,6 +50,8 @@ class MemoryChooser:
             return "all"
         used = {name: stage for name, stage in found.stages.items() if not set(STAGES[name]) <= set(unused)}
         found = replace(found, stages=used)
+        # What the process holds by now is not free any more, and is a part of what the run needs.
+        free += min(resident_bytes(), BASE_BYTES)
         free += sum(stage.weight_bytes for name, stage in used.items() if set(STAGES[name]) & set(loaded))
         needs: dict[Memory, int] = {"all": found.peak("all"), "low": found.peak("low")}
         for mode, need in needs.items():

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .autoencoder.frames import FrameDecoder
 from .autoencoder.picture import encode_picture, start_size
 from .built_in import locate
-from .checks import check_embeds, check_preview, check_start, memory_failure
+from .checks import check_arrays, check_embeds, check_hooks, check_preview, check_prompt, check_start, memory_failure
 from .clock import Callback, Timings, no_seconds
 from .errors import UsageFailure
 from .graphs import Engines, Graphs, LastStage, last_stage
@@ -150,6 +150,8 @@ class Pipeline:
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
+        check_arrays(init_latents=init_latents)
+        check_hooks(on_latents)
         size = start_size(self.manifest, size, image, init_latents)
         return self.run(
             self.settings(seed, steps, inner_steps, frames, size, **more),
@@ -187,6 +189,9 @@ class Pipeline:
 
         `on_denoised` gets what the loop returned, before decoding; the rest is as in a call.
         """
+        check_prompt(prompt)
+        check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
+        check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._family, settings, init_latents, image)
         if settings.label is not None and (prompt or prompt_embeds is not None):
             raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
@@ -246,6 +251,7 @@ class Pipeline:
 
         Raises UsageFailure for an empty prompt, RuntimeFailure if the bundle has no text encoder.
         """
+        check_prompt(prompt)
         timings = Timings()
         with self._graphs.stage("text_encoder"):
             return self._conditions.encoder(prompt, lambda: self._graphs.load("text_encoder", timings), timings)[0]
@@ -260,8 +266,8 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """Latents `[1, C, 1, h, w]` of a picture, uint8 `[H, W, 3]`: of its middle, scaled to `size` (width, height).
 
-        Without a size, in its own shape with about as many pixels as the model was made for. Raises as a run does;
-        `seconds` as in `decode_chunks`, for `load` and `encode`.
+        Without a size, in its own shape with about as many pixels as the model was made for. `seconds` as in
+        `decode_chunks`. Raises as a run does.
         """
         return self._encode_image(image, size, Timings(callback, seconds))
 
@@ -386,7 +392,8 @@ class Pipeline:
                 if not (same_size and self.manifest.family.keeps_prompt_length):
                     previous = None  # only for a prompt of another length it holds what an engine compiled for the size
                 self._loop = None
-                self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
+                with timings.stage("load"):  # an engine may compile where it is bound
+                    self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
             assert self._loop is not None
             denoised = self._loop[1].run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
             del previous

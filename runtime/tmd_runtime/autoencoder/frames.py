@@ -40,7 +40,8 @@ class FrameDecoder:
             if self._decoder is None or self._decoder[0] != key:
                 first = self._graphs.load("decoder_first", timings)
                 self._decoder = None
-                self._decoder = key, ChunkDecoder(first, *key)
+                with timings.stage("load"):  # an engine may compile where it is bound
+                    self._decoder = key, ChunkDecoder(first, *key)
             decoder = self._decoder[1]
             if key != whole:
                 yield decode_tiles(decoder, latents, key, stride, timings)

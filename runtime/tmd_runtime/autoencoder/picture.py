@@ -124,6 +124,8 @@ def start_size(
 
 def check_picture(image: NDArray[Any]) -> None:
     """Raises UsageFailure unless `image` is uint8 `[H, W, 3]`."""
+    if not isinstance(image, np.ndarray):
+        raise UsageFailure(f"a picture must be a numpy array, uint8 [height, width, 3], not {type(image).__name__}.")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype.name != "uint8" or 0 in image.shape:
         raise UsageFailure(f"a picture must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}.")
 
@@ -172,11 +174,12 @@ def encode_picture(
         raise UsageFailure(f"a picture of {size[0]}x{size[1]} cannot be encoded: choose multiples of {stride}.")
     height, width = size[1] // stride, size[0] // stride
     engine = load()
-    start = perf_counter()
     tile = tile_size(height, width, stride)
     dims = {"batch": 1, "frames": 1, "height": tile[0], "width": tile[1]}
     frames, latents = engine.empty("frames", **dims), engine.empty("latents", **dims)
-    run = engine.bind({"frames": frames}, {"latents": latents})
+    with timings.stage("load"):  # an engine may compile where it is bound
+        run = engine.bind({"frames": frames}, {"latents": latents})
+    start = perf_counter()
 
     def encode(cut: NDArray[np.uint8]) -> NDArray[np.float32]:
         frames[...] = cut[None, None]

@@ -18,7 +18,7 @@ from tmd_engines.command.signals import Ending
 from tmd_engines.registry import engine_names
 
 from ..memory import MODES
-from .failures import FAILED, INTERRUPTED, failures
+from .failures import FAILED, INTERRUPTED, check_address_space, failures
 from .job import Job
 from .options import Number, Output, Schedule, Size, Whole
 from .prompts import read_prompts
@@ -244,6 +244,7 @@ def command(
     if isinstance(ending, Ending):
         ending.last_words = lambda: fail("stopped.", INTERRUPTED)
     with failures(fail):
+        check_address_space()
         job.check_targets(len(texts))
         start = perf_counter()
         import tmd_runtime
@@ -309,6 +310,8 @@ def _check_sources(
 def main() -> NoReturn:
     """Runs `tmd-run`."""
     repair_streams()
+    # Nothing here multiplies in numpy, and its threads take address space, which a container may count.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     ending = Ending(lambda: tell("tmd-run: stopped."))
     try:
         command.main(prog_name="tmd-run", standalone_mode=False, obj=ending)
