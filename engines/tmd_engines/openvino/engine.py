@@ -24,6 +24,7 @@ from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
+from ..device.numbers import decimal_point
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
 from ..device.running import RUNNING
 from ..engine import Engine
@@ -100,7 +101,8 @@ class OpenVinoEngine(Engine):
             ) from None
         self._openvino = openvino
         self._properties = compile_properties(threads)
-        self._model = _read_model(openvino, bundle, graph)
+        with decimal_point():
+            self._model = _read_model(openvino, bundle, graph)
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         text = bundle.manifest.text
         self._longest = text.max_length if text.tokenization == "plain" else None
@@ -128,7 +130,8 @@ class OpenVinoEngine(Engine):
             compiled = self._compiled.get(shapes)
             if compiled is None:
                 self._latest = None  # two compiled copies of a large model do not fit side by side
-                compiled = self._compiled[shapes] = self._compile(shapes, sizes)
+                with decimal_point():
+                    compiled = self._compiled[shapes] = self._compile(shapes, sizes)
             self._latest = compiled
         try:
             request = compiled.create_infer_request()
