@@ -102,6 +102,7 @@ class Graphs:
         self.shared = Engines() if engines is None else engines
         self.memory: Memory = "low" if memory == "low" else "all"
         self._engines: dict[str, Engine] = {}
+        self.remarks: list[str] = []  # of the engines that were loaded
 
     def choose_memory(self, settings: Settings, unused: Collection[str]) -> Memory:
         """See `Pipeline.choose_memory`."""
@@ -123,6 +124,8 @@ class Graphs:
         engine = self.shared.take(name, lambda: load_engine(self._bundle, name, **wanted))  # type: ignore[arg-type]
         seconds = perf_counter() - start
         self._engines[name] = engine
+        if engine.remark is not None and engine.remark not in self.remarks:
+            self.remarks.append(engine.remark)
         timings.add("load", seconds)
         timings.report("load", len(self._engines), len(graphs), seconds)
         return engine

@@ -201,7 +201,7 @@ class Pipeline:
             check_preview(settings, self._graphs.memory)
         timings = Timings(callback, no_seconds())
         warnings = [*filter(None, [self._graphs.note]), *settings.warnings]
-        made = settings
+        made, said = settings, len(self._graphs.remarks)
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with memory_failure(settings):
@@ -229,7 +229,7 @@ class Pipeline:
             prompt=prompt,
             latents=latents,
             stage_seconds=timings.seconds,
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._graphs.remarks[said:]),
             memory=self._graphs.memory,
             threads=self.threads,
         )

@@ -14,6 +14,7 @@ from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
 from ..device.gpu import has_gpu, has_onnxruntime_cuda
+from ..device.paths import utf8_name
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import EngineError, one_line
@@ -142,7 +143,7 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they come as exceptions too
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_name(bundle.folder))
     # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than needed.

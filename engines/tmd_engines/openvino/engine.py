@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from ..bundle.graph_file import parse_graph
-from ..bundle.reader import Bundle
+from ..bundle.reader import Bundle, format_size
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
 from ..device.numbers import decimal_point
+from ..device.paths import utf8_name
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
 from ..device.running import RUNNING
 from ..engine import Engine
@@ -108,7 +109,13 @@ class OpenVinoEngine(Engine):
         self._longest = text.max_length if text.tokenization == "plain" else None
         self._key = _base_key(openvino, [file.sha256 for file in files], self._properties)
         # Beside the weights in their file, an entry holds a second copy of them.
-        small = sum(file.size for file in files) <= MAX_ENTRY_BYTES
+        size = sum(file.size for file in files)
+        small = size <= MAX_ENTRY_BYTES
+        if not small:
+            self.remark = (
+                f"OpenVINO compiles {graph} anew in every process: it has {format_size(size)}, and compiled graphs of "
+                f"at most {format_size(MAX_ENTRY_BYTES)} are kept. Several prompts in one run are compiled for once."
+            )
         self._plans = PlanCache(cache_folder() if small else None)
         self._compiled: weakref.WeakValueDictionary[Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None
@@ -278,7 +285,7 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
                 try:
                     os.link(bundle.folder / info.data, Path(folder) / info.data)
                 except OSError:  # another file system, or one without second names
-                    found = _core().read_model(path)
+                    found = _core().read_model(utf8_name(path))
                     bundle.read_graph(graph)  # raises if it is not the same any more
                     return found
             return _core().read_model(Path(folder) / info.file)
