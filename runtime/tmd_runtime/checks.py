@@ -45,8 +45,35 @@ def missing_graph(name: str) -> RuntimeFailure:
     )
 
 
+def check_arrays(**arrays: object) -> None:
+    """Raises UsageFailure unless each is an array of real numbers, or None."""
+    for name, values in arrays.items():
+        kind = getattr(getattr(values, "dtype", None), "kind", None)
+        if values is not None and (kind not in ("f", "i", "u") or not hasattr(values, "ndim")):
+            raise UsageFailure(f"{name} must be a numpy array of numbers, not {_kind(values)}.")
+
+
+def check_prompt(prompt: object) -> None:
+    """Raises UsageFailure unless a prompt is a text."""
+    if not isinstance(prompt, str):
+        raise UsageFailure(f"a prompt must be a text, not {_kind(prompt)}.")
+
+
+def check_hooks(*hooks: object) -> None:
+    """Raises UsageFailure unless each is a function, or None."""
+    for hook in hooks:
+        if hook is not None and not callable(hook):
+            raise UsageFailure(f"a callback must be a function, not {_kind(hook)}.")
+
+
+def _kind(value: object) -> str:
+    dtype = getattr(value, "dtype", None)
+    return f"{type(value).__name__}" if dtype is None else f"{type(value).__name__} of {dtype}"
+
+
 def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: int) -> None:
     """Raises RuntimeFailure unless the embeddings of a prompt are `[1, text, width]`, and those of none the same."""
+    check_arrays(prompt_embeds=positive, negative_embeds=negative)
     if positive.ndim != 3 or positive.shape[0] != 1 or positive.shape[2] != width:
         raise RuntimeFailure(f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(positive.shape)}.")
     if negative is not None and negative.shape != positive.shape:
@@ -57,6 +84,7 @@ def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: i
 
 def check_latents(latents: NDArray[Any], channels: int) -> None:
     """Raises RuntimeFailure unless `latents` can be decoded: `[1, channels, frames, height, width]`."""
+    check_arrays(latents=latents)
     if latents.ndim != 5 or latents.shape[:2] != (1, channels) or 0 in latents.shape:
         raise RuntimeFailure(
             f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
@@ -67,6 +95,7 @@ def check_start(
     family: RuntimeFamily, settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None
 ) -> None:
     """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings."""
+    check_arrays(init_latents=init)
     if init is not None and image is not None:
         raise UsageFailure("a run starts from one picture: give the image or its latents, not both.")
     pictured = init is not None or image is not None

@@ -41,14 +41,17 @@ class MemoryChooser:
         figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
         need or supply cannot be told, "all".
         """
-        from tmd_engines.cost.sizing import STAGES, available_bytes
+        from tmd_engines.cost.sizing import BASE_BYTES, STAGES, available_bytes
+        from tmd_engines.cost.system_memory import resident_bytes
 
         free = available_bytes()
-        found = self._estimate(settings) if free is not None else None
+        found = self.estimate(settings) if free is not None else None
         if free is None or found is None:
             return "all"
         used = {name: stage for name, stage in found.stages.items() if not set(STAGES[name]) <= set(unused)}
         found = replace(found, stages=used)
+        # What the process holds by now is not free any more, and is a part of what the run needs.
+        free += min(resident_bytes(), BASE_BYTES)
         free += sum(stage.weight_bytes for name, stage in used.items() if set(STAGES[name]) & set(loaded))
         needs: dict[Memory, int] = {"all": found.peak("all"), "low": found.peak("low")}
         for mode, need in needs.items():
@@ -61,8 +64,8 @@ class MemoryChooser:
             "lower precision, free some memory, or try all the same with --memory low."
         )
 
-    def _estimate(self, settings: Settings) -> Estimate | None:
-        """None if the graphs cannot be sized: they may run all the same."""
+    def estimate(self, settings: Settings) -> Estimate | None:
+        """Of a run with the bundle's own steps. None if the graphs cannot be sized: they may run all the same."""
         from tmd_engines import BundleError
         from tmd_engines.cost.sizing import estimate
 

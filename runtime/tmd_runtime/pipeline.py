@@ -5,33 +5,32 @@
     result.frames                                        # uint8 [F, H, W, 3]
 
 Each stage is usable alone: `encode`, `denoise`, `decode`. A pipeline loads a graph when a stage first needs it and
-keeps it, so only the first run is cold, unless memory is short (`memory.py`). One pipeline serves one thread at a time.
+keeps it, so only the first run is cold, unless memory is short (`memory.py`). Threads take turns with one pipeline;
+`clone` makes another one that shares its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tmd_engines.cost.tiling import tile_size
-
-from .autoencoder.decoder import ChunkDecoder
+from .autoencoder.frames import FrameDecoder
 from .autoencoder.picture import encode_picture, start_size
-from .autoencoder.tiles import decode_tiles
 from .built_in import locate
-from .checks import check_embeds, check_latents, check_preview, check_start, memory_failure
+from .checks import check_arrays, check_embeds, check_hooks, check_preview, check_prompt, check_start, memory_failure
 from .clock import Callback, Timings, no_seconds
 from .errors import UsageFailure
-from .graphs import Graphs
+from .graphs import Engines, Graphs, LastStage, last_stage
 from .memory import DECODER, DENOISER, ENCODER, READER
 from .result import Result
 from .sampling import Denoised, Loop, family_of, resolve_settings
 from .settings import MoreWishes, Settings
 from .text.conditions import Conditions
+from .turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from tmd_engines import Bundle, Manifest
     from tmd_engines.cost.sizing import Memory
 
-LastStage = Literal["text", "denoise", "decode"]
+    from .forecast import Forecast
 
 
 def load(
@@ -73,17 +72,37 @@ class Pipeline:
         threads: int | None = None,
         device: str = "auto",
         memory: str = "auto",
+        *,
+        engines: Engines | None = None,
     ) -> None:
         self.bundle, self._family = bundle, family_of(bundle.manifest)
-        self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget)
+        self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines)
+        self.turns = Turns()
         self._conditions = Conditions(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
         self._loop: tuple[Any, Loop] | None = None
-        self._decoder: tuple[Any, ChunkDecoder] | None = None
+        self._frames = FrameDecoder(self._graphs, bundle.manifest)
+
+    def clone(self) -> Pipeline:
+        """Another pipeline with the same weights (on a GPU: with its own) and buffers of its own, for another thread.
+
+        What is loaded is freed when the last of them is closed, or needs it no more.
+        """
+        return Pipeline(self.bundle, *self._graphs.asked, engines=self._graphs.shared)
 
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of the engines; None: as many as the engine chooses."""
+        return self._graphs.threads
+
+    @property
+    def forecast(self) -> Forecast:
+        """How long runs will take."""
+        return self._graphs.forecast
 
     def settings(
         self,
@@ -131,11 +150,13 @@ class Pipeline:
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
+        check_arrays(init_latents=init_latents)
+        check_hooks(on_latents)
         size = start_size(self.manifest, size, image, init_latents)
         return self.run(
             self.settings(seed, steps, inner_steps, frames, size, **more),
             prompt,
-            last=self.last_stage(on_embeds is not None, on_latents is not None),
+            last=last_stage(self.manifest, on_embeds is not None, on_latents is not None),
             callback=callback,
             prompt_embeds=prompt_embeds,
             negative_embeds=negative_embeds,
@@ -147,6 +168,7 @@ class Pipeline:
             on_preview=on_preview,
         )
 
+    @in_turn
     def run(
         self,
         settings: Settings,
@@ -167,6 +189,9 @@ class Pipeline:
 
         `on_denoised` gets what the loop returned, before decoding; the rest is as in a call.
         """
+        check_prompt(prompt)
+        check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
+        check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._family, settings, init_latents, image)
         if settings.label is not None and (prompt or prompt_embeds is not None):
             raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
@@ -175,13 +200,14 @@ class Pipeline:
         if on_preview is not None:
             check_preview(settings, self._graphs.memory)
         timings = Timings(callback, no_seconds())
-        warnings = list(settings.warnings)
-        made = settings
+        warnings = [*filter(None, [self._graphs.note]), *settings.warnings]
+        made, said = settings, len(self._graphs.remarks)
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with memory_failure(settings):
             if image is not None:
-                init_latents = self.encode_image(image, (settings.width, settings.height), callback, timings.seconds)
+                size = settings.width, settings.height
+                init_latents = self._encode_image(image, size, Timings(callback, timings.seconds))
             embeds = self._embed(prompt, prompt_embeds, negative_embeds, settings, timings, warnings)
             if on_embeds is not None and settings.label is None:
                 on_embeds(*embeds)
@@ -192,7 +218,7 @@ class Pipeline:
                 if on_denoised is not None:
                     on_denoised(denoised)
             if latents is not None and last == "decode":
-                for piece in self._decode(latents, timings):
+                for piece in self._frames(latents, timings):
                     pieces.append(piece)
                     if on_frames is not None:
                         on_frames(piece)
@@ -203,19 +229,10 @@ class Pipeline:
             prompt=prompt,
             latents=latents,
             stage_seconds=timings.seconds,
-            warnings=tuple(warnings),
+            warnings=(*warnings, *self._graphs.remarks[said:]),
             memory=self._graphs.memory,
+            threads=self.threads,
         )
-
-    def last_stage(self, keeps_embeds: bool, keeps_latents: bool) -> LastStage:
-        """Where a run ends that keeps its embeddings or its latents: a bundle without the graphs to go on ends there.
-
-        A run that keeps neither goes on, and the missing graph is an error.
-        """
-        graphs = self.manifest.graphs
-        if keeps_embeds and "backbone" not in graphs:
-            return "text"
-        return "denoise" if keeps_latents and "decoder_first" not in graphs else "decode"
 
     def choose_memory(self, settings: Settings, unused: Collection[str] = ()) -> Memory:
         """With memory "auto", settle whether graphs stay loaded in the runs to come; `unused` graphs do not count.
@@ -228,15 +245,18 @@ class Pipeline:
         """Whether a run with these settings needs the text encoder for its negative prompt."""
         return settings.passes == 2 and negative_embeds is None and not self._conditions.stores_negative(settings)
 
+    @in_turn
     def encode(self, prompt: str) -> NDArray[np.float32]:
         """Prompt embeddings float32 `[1, text, E]`.
 
         Raises UsageFailure for an empty prompt, RuntimeFailure if the bundle has no text encoder.
         """
+        check_prompt(prompt)
         timings = Timings()
         with self._graphs.stage("text_encoder"):
             return self._conditions.encoder(prompt, lambda: self._graphs.load("text_encoder", timings), timings)[0]
 
+    @in_turn
     def encode_image(
         self,
         image: NDArray[np.uint8],
@@ -246,13 +266,18 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """Latents `[1, C, 1, h, w]` of a picture, uint8 `[H, W, 3]`: of its middle, scaled to `size` (width, height).
 
-        Without a size, in its own shape with about as many pixels as the model was made for. Raises as a run does;
-        `seconds` as in `decode_chunks`, for `load` and `encode`.
+        Without a size, in its own shape with about as many pixels as the model was made for. `seconds` as in
+        `decode_chunks`. Raises as a run does.
         """
-        timings = Timings(callback, seconds)
+        return self._encode_image(image, size, Timings(callback, seconds))
+
+    def _encode_image(
+        self, image: NDArray[np.uint8], size: tuple[int, int] | None, timings: Timings
+    ) -> NDArray[np.float32]:
         with self._graphs.stage("encoder"):
             return encode_picture(lambda: self._graphs.load("encoder", timings), self.manifest, image, size, timings)
 
+    @in_turn
     def denoise(
         self,
         prompt_embeds: NDArray[Any] | None,
@@ -302,13 +327,14 @@ class Pipeline:
 
         `seconds`, if given, is filled with what `load` and `decode` took.
         """
-        timings = Timings(callback, seconds)
-        yield from self._decode(latents, timings)
+        with self.turns.take():
+            yield from self._frames(latents, Timings(callback, seconds))
 
     def close(self) -> None:
         """Give the engines and buffers back. A later run loads them again."""
-        self._graphs.close()
-        self._conditions.forget()
+        with self.turns.take(again=True):
+            self._graphs.close()
+            self._conditions.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +347,7 @@ class Pipeline:
         if graphs & set(DENOISER):
             self._loop = None
         if graphs & set(DECODER):
-            self._decoder = None
+            self._frames.forget()
 
     def _embed(
         self,
@@ -366,7 +392,8 @@ class Pipeline:
                 if not (same_size and self.manifest.family.keeps_prompt_length):
                     previous = None  # only for a prompt of another length it holds what an engine compiled for the size
                 self._loop = None
-                self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
+                with timings.stage("load"):  # an engine may compile where it is bound
+                    self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
             assert self._loop is not None
             denoised = self._loop[1].run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
             del previous
@@ -377,21 +404,4 @@ class Pipeline:
     ) -> Callable[[NDArray[np.float32]], object]:
         """Decodes the latents of a preview for `on_preview`; its seconds count as `decode`, its steps as none."""
         silent = Timings(seconds=timings.seconds)
-        return lambda latents: on_preview(np.concatenate(list(self._decode(latents, silent))))
-
-    def _decode(self, latents: NDArray[Any], timings: Timings) -> Iterator[NDArray[np.uint8]]:
-        check_latents(latents, self.manifest.latents.channels)
-        with self._graphs.stage("decoder_first"):
-            stride = self.manifest.latents.spatial_stride
-            is_still = self.manifest.family.makes_stills and latents.shape[2] == 1
-            whole = latents.shape[3], latents.shape[4]
-            key = tile_size(*whole, stride) if is_still else whole
-            if self._decoder is None or self._decoder[0] != key:
-                first = self._graphs.load("decoder_first", timings)
-                self._decoder = None
-                self._decoder = key, ChunkDecoder(first, *key)
-            decoder = self._decoder[1]
-            if key != whole:
-                yield decode_tiles(decoder, latents, key, stride, timings)
-            else:
-                yield from decoder.chunks(latents, lambda: self._graphs.load("decoder_step", timings), timings)
+        return lambda latents: on_preview(np.concatenate(list(self._frames(latents, silent))))

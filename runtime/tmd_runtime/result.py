@@ -23,7 +23,8 @@ class Result:
     `stage_seconds` has the stages `load` (0 when warm), `text`, `noise`, `backbone`, `flow_head`, `decode`, and
     `encode` if the run started from a picture. `times` are those of a model that steps between times, noise to data.
     `rho` is the strength of fresh noise in its steps. `latents` are what was decoded; `memory` is the mode of the run,
-    "all" or "low". `warnings` are for people.
+    "all" or "low". `threads` are those of the engines on the CPU (None: their own choice), on which the last bits of
+    what they compute depend. `warnings` are for people.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -41,6 +42,7 @@ class Result:
     times: tuple[float, ...] = ()
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
     rho: float = 0.0
+    threads: int | None = None
 
     @classmethod
     def of(cls, settings: Settings, frames: NDArray[np.uint8], **more: Any) -> Self:

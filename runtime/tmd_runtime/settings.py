@@ -6,11 +6,19 @@ them on; nothing changes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
+
+from .errors import UsageFailure
 
 MAX_STEPS = 1000
+MAX_SEED = 2**32 - 1
+WIDE_SEED = (
+    f"give a whole number from 0 to {MAX_SEED} (2^32-1). The noise is that of torch's CPU generator, which reads 32 "
+    "bits of a seed, so a larger one would give the video of another."
+)
 
 
 class MoreWishes(TypedDict, total=False):
@@ -51,6 +59,42 @@ class Wishes:
     strength: float | None = None
     label: int | None = None
     rho: float | None = None
+
+
+def check_types(wishes: Wishes) -> None:
+    """Raises UsageFailure for a wish that is of another type than it should be, or not finite."""
+    for name in ("seed", "steps", "inner_steps", "frames", "label"):
+        _check(name, getattr(wishes, name), "a whole number", _is_whole)
+    for name in ("guidance", "shift", "deadline", "strength", "rho"):
+        _check(name, getattr(wishes, name), "a finite number", _is_finite)
+    _check("negative_prompt", wishes.negative_prompt, "a text", lambda value: isinstance(value, str))
+    _check("size", wishes.size, "two whole numbers, (width, height)", lambda value: _are(value, _is_whole, 2))
+    _check("schedule", wishes.schedule, "a list of finite numbers", lambda value: _are(value, _is_finite))
+
+
+def _check(name: str, value: object, what: str, holds: Callable[[Any], bool]) -> None:
+    if value is not None and not holds(value):
+        shown = ascii(value)
+        raise UsageFailure(f"{name} must be {what}, not {shown if len(shown) <= 40 else shown[:40] + '...'}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool | str | bytes):
+        return False
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError, ValueError):
+        return False
+
+
+def _are(values: Any, holds: Callable[[Any], bool], count: int | None = None) -> bool:
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+        return False
+    return (count is None or len(values) == count) and all(map(holds, values))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..cost.sizing import autoencoder_sizes, graph_sizes
+from ..device.cpu import resolve_threads
 from ..device.gpu import split_device
 from ..errors import EngineError
 from ..registry import choose, engine_class, load
@@ -59,6 +60,7 @@ def build(
     All are checked before the first is built, as far as their engine can. Raises EngineError, and ValueError for a size
     that the model cannot make.
     """
+    threads = resolve_threads(bundle, threads)[0]  # as runs have them: a plan is for a number of threads
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
     sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
     for graph, (name, where) in chosen.items():

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import format_size
 from ..cost.sizing import STAGES, StageEstimate, available_bytes, estimate, step_counts
+from ..cost.speed import speed_of
+from ..device.cpu import resolve_threads
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -49,6 +51,7 @@ def size_run(
         "flops": needed.flops,
         "peak_bytes": {"all": needed.peak("all"), "low": needed.peak("low")},
         "available_bytes": available_bytes(),
+        "seconds": needed.flops / speed_of(bundle, "auto auto", resolve_threads(bundle, None)[0]),
     }
     return {"run": run, "stages": {name: _stage(manifest, name, stage) for name, stage in needed.stages.items()}}
 
@@ -80,6 +83,7 @@ def print_table(data: dict[str, Any]) -> None:
         f"a run      {run['frames']} frames of {run['width']}x{run['height']}, {steps}{passes}: "
         f"NFE {run['nfe']:g}, {format_flops(run['flops'])}"
     )
+    console.print(f"time       {format_seconds(run['seconds'])} on this machine, without loading")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("  stage", no_wrap=True)
     for title in ("parameters", "calls", "per call", "weights", "running", "buffers"):
@@ -107,6 +111,14 @@ def print_table(data: dict[str, Any]) -> None:
         else:
             verdict = "too little: choose fewer frames or a smaller size"
         console.print(f"           {format_size(available)} are free here: {verdict}")
+
+
+def format_seconds(seconds: float) -> str:
+    """An estimated duration for people, in two digits."""
+    for size, unit in ((1.0, "s"), (60.0, "min"), (3600.0, "h")):
+        if seconds < 100 * size or unit == "h":
+            return f"about {float(f'{seconds / size:.2g}'):g} {unit}"
+    raise AssertionError("unreachable")
 
 
 def format_flops(count: float) -> str:

@@ -15,15 +15,19 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..bundle.graph_file import parse_graph
-from ..bundle.reader import Bundle
+from ..bundle.reader import Bundle, format_size
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
+from ..device.numbers import decimal_point
+from ..device.paths import utf8_name
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
+from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import BundleError, EngineError, one_line, quote
 
@@ -67,6 +71,7 @@ class OpenVinoEngine(Engine):
     kept, and those of older sizes as long as a step uses them.
     """
 
+    shares = True
     package, install = "openvino", "pip install openvino"
 
     @classmethod
@@ -97,16 +102,24 @@ class OpenVinoEngine(Engine):
             ) from None
         self._openvino = openvino
         self._properties = compile_properties(threads)
-        self._model = _read_model(openvino, bundle, graph)
+        with decimal_point():
+            self._model = _read_model(openvino, bundle, graph)
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         text = bundle.manifest.text
         self._longest = text.max_length if text.tokenization == "plain" else None
         self._key = _base_key(openvino, [file.sha256 for file in files], self._properties)
         # Beside the weights in their file, an entry holds a second copy of them.
-        small = sum(file.size for file in files) <= MAX_ENTRY_BYTES
+        size = sum(file.size for file in files)
+        small = size <= MAX_ENTRY_BYTES
+        if not small:
+            self.remark = (
+                f"OpenVINO compiles {graph} anew in every process: it has {format_size(size)}, and compiled graphs of "
+                f"at most {format_size(MAX_ENTRY_BYTES)} are kept. Several prompts in one run are compiled for once."
+            )
         self._plans = PlanCache(cache_folder() if small else None)
         self._compiled: weakref.WeakValueDictionary[Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None
+        self._binding = Lock()
         self._steps: weakref.WeakSet[_BoundStep] = weakref.WeakSet()
 
     def empty(self, name: str, **dims: int) -> np.ndarray:
@@ -120,11 +133,13 @@ class OpenVinoEngine(Engine):
         check_buffers(self, inputs, outputs)
         sizes = tuple(tuple(inputs[name].shape) for name in self.inputs)
         shapes = tuple(map(self._opened, self.inputs.values(), sizes))
-        compiled = self._compiled.get(shapes)
-        if compiled is None:
-            self._latest = None  # two compiled copies of a large model do not fit side by side
-            compiled = self._compiled[shapes] = self._compile(shapes, sizes)
-        self._latest = compiled
+        with self._binding:
+            compiled = self._compiled.get(shapes)
+            if compiled is None:
+                self._latest = None  # two compiled copies of a large model do not fit side by side
+                with decimal_point():
+                    compiled = self._compiled[shapes] = self._compile(shapes, sizes)
+            self._latest = compiled
         try:
             request = compiled.create_infer_request()
             for name, array in (*inputs.items(), *outputs.items()):
@@ -206,18 +221,34 @@ class OpenVinoEngine(Engine):
 class _BoundStep:
     """Holds what a bound run needs. OpenVINO has only the addresses of the buffers, so they are kept alive here."""
 
-    __slots__ = ("__weakref__", "_buffers", "_graph", "_request", "_run")
+    __slots__ = ("__weakref__", "_buffers", "_graph", "_request", "_run", "_stopped")
 
     def __init__(self, graph: str, request: Any, buffers: object) -> None:
         self._graph, self._run, self._request, self._buffers = graph, request.infer, request, buffers
+        self._stopped = False
 
     def __call__(self) -> None:
+        thread = get_ident()
+        self._stopped = False
+        RUNNING[thread] = self
         try:
             self._run(share_outputs=True)  # otherwise every output is copied into its return value
         except Exception as error:
-            if self._run is None:
-                raise EngineError(f"The engine of graph {self._graph} was closed: load the graph again.") from None
-            raise EngineError(f"OpenVINO failed in graph {self._graph}: {one_line(error)}") from error
+            self._fail(error)
+        finally:
+            RUNNING.pop(thread, None)
+
+    def stop(self) -> None:
+        """Ends a run that another thread is in, after the node that it is at."""
+        self._stopped = True
+        self._request.cancel()
+
+    def _fail(self, error: Exception) -> NoReturn:
+        if self._run is None:
+            raise EngineError(f"The engine of graph {self._graph} was closed: load the graph again.") from None
+        if self._stopped:
+            raise EngineError(f"Graph {self._graph} was stopped.") from None
+        raise EngineError(f"OpenVINO failed in graph {self._graph}: {one_line(error)}") from error
 
     def release(self) -> None:
         self._run = self._request = self._buffers = None
@@ -254,7 +285,7 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
                 try:
                     os.link(bundle.folder / info.data, Path(folder) / info.data)
                 except OSError:  # another file system, or one without second names
-                    found = _core().read_model(path)
+                    found = _core().read_model(utf8_name(path))
                     bundle.read_graph(graph)  # raises if it is not the same any more
                     return found
             return _core().read_model(Path(folder) / info.file)

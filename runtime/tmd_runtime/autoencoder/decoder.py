@@ -56,7 +56,9 @@ class ChunkDecoder:
         check_finite("denoise", latents)
         for k in range(total):
             if k and not self._turns:
-                self._bind_step(load_step())
+                step = load_step()
+                with timings.stage("load"):  # an engine may compile where it is bound
+                    self._bind_step(step)
             start = perf_counter()
             self._latents[...] = latents[:, :, k : k + 1]
             if k:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from contextlib import ExitStack
@@ -10,11 +11,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..errors import RuntimeFailure, UsageFailure
+from .report import about, record, report
+from .screen import clean, say, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 _SLUG_LENGTH = 48
+_LONG_SECONDS = 600.0
 
 
 @dataclass
@@ -46,9 +50,10 @@ class Job:
 
     def check_targets(self, count: int) -> None:
         """Fail now, not after minutes of work, if a result could not be written."""
-        from ..files.target import Target
+        from ..files.target import Target, sweep
         from ..files.video import check_target
 
+        self._sweep(sweep)
         for number in range(1, max(count, 1) + 1 if self.out else 2):
             check_target(self.target("video", 0, number))
         for number in range(1, max(count, 1) + 1 if self.preview else 1):
@@ -56,6 +61,16 @@ class Job:
         for number in range(1, max(count, 1) + 1):
             for path in filter(None, (self.save_embeds, self.save_latents)):
                 Target(self._numbered(path, number), is_folder=False).discard()
+
+    def _sweep(self, sweep: Callable[[Path], list[str]]) -> None:
+        """Removes what killed runs left where this one writes, and says so."""
+        outputs = [self.out or Path("video"), self.save_embeds, self.save_latents, self.preview]
+        places = {place for path in outputs if path is not None for place in (path.parent, path)}
+        for place in sorted(place for place in places if os.path.isdir(place)):
+            removed = sweep(place)
+            if removed and not self.quiet:
+                names = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+                tell(f"tmd-run: note: removed from {place} what a run that was killed had left unfinished: {names}")
 
     def target(self, prompt: str, seed: int, number: int) -> Path:
         """File of the prompt with this number (from 1)."""
@@ -102,7 +117,7 @@ class Job:
         from ..files.video import open_video
         from ..memory import DENOISER, READER
         from ..result import Result
-        from .progress import Bars, in_terminal
+        from .progress import watch
 
         start = perf_counter()
         saved = load_latents(path, pipeline.manifest)
@@ -115,9 +130,8 @@ class Job:
         target = self.target(saved.prompt, saved.seed, self.done + 1)
         texts = describe(saved, saved.model, saved.prompt)
         seconds = no_seconds()
-        visible = in_terminal() and not self.quiet
         pieces = []
-        bars = Bars({"decode": settings.latent_shape[2]}, visible)
+        bars = watch({"decode": settings.latent_shape[2]}, self.quiet)
         with bars, open_video(target, settings.fps, texts) as video:
             for piece in pipeline.decode_chunks(saved.latents, bars, seconds):
                 pieces.append(piece)
@@ -134,6 +148,7 @@ class Job:
             rule=saved.rule,
             guidance=saved.guidance,
             memory=memory,
+            threads=pipeline.threads,
         )
         return self._finish(pipeline, result, target, video.seconds, perf_counter() - start, {})
 
@@ -155,10 +170,11 @@ class Job:
     def _make(self, pipeline: Pipeline, settings: Settings, prompt: str, inputs: dict[str, Any]) -> dict[str, Any]:
         from ..files.png import describe
         from ..files.video import open_video
-        from .progress import Bars, in_terminal, steps_of
+        from ..graphs import last_stage
+        from .progress import steps_of, watch
 
         self.stills = pipeline.manifest.family.makes_stills
-        last = pipeline.last_stage(self.save_embeds is not None, self.save_latents is not None)
+        last = last_stage(pipeline.manifest, self.save_embeds is not None, self.save_latents is not None)
         name = prompt if settings.label is None else f"class {settings.label}"
         target = self.target(name, settings.seed, self.done + 1) if last == "decode" else None
         files, hooks = self._extra_files(pipeline, prompt, settings)
@@ -173,9 +189,11 @@ class Job:
                 save_latents(made.latents, taken)
 
         totals = steps_of(pipeline.manifest, settings, reads="prompt_embeds" not in inputs)
+        estimated = self._foretell(pipeline, settings)
         begin = perf_counter()
         with ExitStack() as stack:
-            bars = stack.enter_context(Bars(totals, in_terminal() and not self.quiet))
+            bars = watch(totals, self.quiet)
+            stack.enter_context(bars)
             video = stack.enter_context(open_video(target, settings.fps, texts)) if target is not None else None
             result = pipeline.run(
                 settings,
@@ -188,7 +206,20 @@ class Job:
                 **hooks,
             )
         file_seconds = video.seconds if video is not None else 0.0
-        return self._finish(pipeline, result, target, file_seconds, perf_counter() - begin, files)
+        if len(result.frames):
+            pipeline.forecast.learn(settings, result.stage_seconds)
+        return self._finish(pipeline, result, target, file_seconds, perf_counter() - begin, files, estimated)
+
+    def _foretell(self, pipeline: Pipeline, settings: Settings) -> float | None:
+        """How many seconds the run will take, as far as that can be told, and tells it."""
+        seconds = pipeline.forecast.seconds(settings)
+        if seconds is not None and not self.quiet:
+            if seconds > _LONG_SECONDS:
+                remedy = "Fewer steps, fewer frames or a smaller size take less."
+                tell(f"tmd-run: note: this run will take {about(seconds)} on this machine. {remedy}")
+            else:
+                tell(f"tmd-run: this run will take {about(seconds)}")
+        return seconds
 
     def _extra_files(
         self, pipeline: Pipeline, prompt: str, settings: Settings
@@ -233,6 +264,7 @@ class Job:
         file_seconds: float,
         seconds: float,
         files: dict[str, Path],
+        estimated: float | None = None,
     ) -> dict[str, Any]:
         """Print about a result and return its record."""
         # The bundle was opened for the first prompt alone.
@@ -243,60 +275,11 @@ class Job:
         self.done += 1
         for warning in result.warnings:
             if not self.quiet:
-                click.echo(f"tmd-run: note: {warning}", err=True)
+                tell(f"tmd-run: note: {warning}")
         if not self.quiet and not self.as_json:
             has_inner_steps = pipeline.manifest.family.inner_steps(pipeline.manifest.sampler) is not None
-            click.echo(_report(result, has_inner_steps, target, files))
-        return _record(result, target, total, files)
-
-
-def _report(result: Result, has_inner_steps: bool, target: Path | None, files: dict[str, Path]) -> str:
-    from .progress import LABELS
-
-    seconds = {LABELS[stage]: value for stage, value in result.stage_seconds.items() if stage not in ("load", "noise")}
-    times = ", ".join(f"{label} {_duration(value)}" for label, value in seconds.items())
-    load = result.stage_seconds["load"]
-    frames = f"{len(result.frames)} frames" if len(result.frames) > 1 else "1 frame"
-    lines = []
-    if target is not None:
-        lines.append(f"{target}: {frames} of {result.width}x{result.height} at {result.fps} fps")
-    lines += [f"{path}: {kind} of this run" for kind, path in files.items()]
-    steps = f"{result.steps} x {result.inner_steps}" if has_inner_steps else f"{result.steps}"
-    guidance = f", guidance {result.guidance:g}" if result.guidance != 1 else ""
-    rho = f", rho {result.rho:g}" if result.rho else ""
-    lines.append(f"  seed {result.seed}, steps {steps}{guidance}{rho}, NFE {result.nfe:.2f}")
-    lines.append(f"  {times}" + (f" (and load {_duration(load)}, once)" if load else ""))
-    return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-def _record(result: Result, target: Path | None, total: float, files: dict[str, Path]) -> dict[str, Any]:
-    return {
-        "seed": result.seed,
-        "prompt": result.prompt,
-        "steps": result.steps,
-        "inner_steps": result.inner_steps,
-        "nfe": result.nfe,
-        "frames": len(result.frames),
-        "width": result.width,
-        "height": result.height,
-        "fps": result.fps,
-        "stage_seconds": {stage: round(value, 6) for stage, value in result.stage_seconds.items()},
-        "total_seconds": round(total, 6),
-        "out": None if target is None else str(target),
-        "warnings": list(result.warnings),
-        "rule": result.rule,
-        "guidance": result.guidance,
-        "memory": result.memory,
-        "embeds": str(files["embeds"]) if "embeds" in files else None,
-        "latents": str(files["latents"]) if "latents" in files else None,
-        "preview": str(files["preview"]) if "preview" in files else None,
-        "times": list(result.times),
-        "rho": result.rho,
-    }
+            say(clean(report(result, has_inner_steps, target, files)))
+        return record(result, target, total, files, estimated)
 
 
 def slug(prompt: str) -> str:

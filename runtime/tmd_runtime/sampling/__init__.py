@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import RuntimeFailure
-from ..settings import Wishes
+from ..errors import RuntimeFailure, UsageFailure
+from ..settings import Wishes, check_types
 from .family import Denoised, Loop, RuntimeFamily
 from .tim import TIM
 from .tmd import TMD
@@ -48,4 +48,9 @@ def resolve_settings(
     **more: Unpack[MoreWishes],
 ) -> Settings:
     """The settings of a run with these wishes (`Wishes`). Raises UsageFailure that says what the bundle allows."""
-    return family_of(manifest).settings(manifest, Wishes(seed, steps, inner_steps, frames, size, **more))
+    try:
+        wishes = Wishes(seed, steps, inner_steps, frames, size, **more)
+    except TypeError as error:
+        raise UsageFailure(f"{error}: see tmd_runtime.settings.Wishes.") from None
+    check_types(wishes)
+    return family_of(manifest).settings(manifest, wishes)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageFailure
+from ..settings import MAX_SEED, WIDE_SEED
 from .schedule import ROPE_POSITIONS
 
 if TYPE_CHECKING:
@@ -160,11 +161,9 @@ def _seed(seed: int | None) -> int:
     if seed is None:
         # 32 bits: torch's CPU generator, whose stream we follow, uses no more of a seed.
         return secrets.randbits(32)
-    if not 0 <= seed < 1 << 64:
-        raise UsageFailure(
-            f"the seed {seed} is out of range: choose a whole number from 0 to 18446744073709551615 (2^64-1)."
-        )
-    return seed
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageFailure(f"the seed {seed} is out of range: {WIDE_SEED}")
+    return int(seed)
 
 
 def _latent_shape(manifest: Manifest, frames: int, width: int, height: int) -> LatentShape:

@@ -27,6 +27,7 @@ class Conditions:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._manifest, self.encoder = bundle, bundle.manifest, PromptEncoder(bundle)
         self._negative: tuple[str, NDArray[np.float32]] | None = None
+        self._negative_notes: list[str] = []
 
     def __call__(
         self,
@@ -52,6 +53,7 @@ class Conditions:
             negative_embeds = None
         elif negative_embeds is None and self._negative is not None and self._negative[0] == settings.negative_prompt:
             negative_embeds = self._negative[1]
+            warnings += self._negative_notes
         encodes_negative = guided and negative_embeds is None and not self.stores_negative(settings)
         total = (prompt_embeds is None) + encodes_negative
         if prompt_embeds is None:
@@ -59,8 +61,10 @@ class Conditions:
             warnings += notes
         if encodes_negative:
             negative = settings.negative_prompt
-            negative_embeds, _ = self.encoder(negative, load_encoder, timings, total, total, allow_empty=True)
-            self._negative = negative, negative_embeds
+            negative_embeds, notes = self.encoder(negative, load_encoder, timings, total, total, allow_empty=True)
+            notes = [note.replace("the prompt is", "the negative prompt is") for note in notes]
+            self._negative, self._negative_notes = (negative, negative_embeds), notes
+            warnings += notes
         elif guided and negative_embeds is None:
             negative_embeds = self.null_embeds(prompt_embeds.shape[1])
         return prompt_embeds, negative_embeds

@@ -274,7 +274,8 @@ def test_nan_and_inf_name_their_stage(
         ({"size": (64, 8)}, "height of 8 pixels cannot be made: choose a multiple of 16, such as 16 or 32"),
         ({"size": (64, 0)}, "height of 0 pixels"),
         ({"size": (16400, 64)}, "choose at most 16384"),
-        ({"seed": -1}, "seed -1 is out of range: choose a whole number from 0 to 18446744073709551615"),
+        ({"seed": -1}, "seed -1 is out of range: give a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "which reads 32 bits of a seed, so a larger one would give the video of another"),
         ({"seed": 2**64}, "out of range"),
     ],
 )

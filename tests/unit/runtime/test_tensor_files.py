@@ -169,8 +169,8 @@ def test_embeddings_that_do_not_fit_are_refused(
         ({"shape": (4, 2, 4, 6)}, "shape [4, 2, 4, 6], and this bundle decodes [16, frames"),
         ({"shape": (1, 16, 2, 4, 6)}, "shape [1, 16, 2, 4, 6]"),
         ({"shape": (16, 2, 4, 4)}, "decodes to 32x32 pixels, and they were made for 48x32"),
-        ({"width": "fifty"}, "does not say how its latents were made"),
-        ({"seed": None}, "does not say how its latents were made ('seed')"),
+        ({"width": "fifty"}, "does not say how it was made: width is 'fifty'"),
+        ({"seed": None}, "does not say how it was made: seed is missing"),
         ({"format": "tmd-embeds-1"}, "another kind: name a latents file"),
     ],
 )
@@ -248,7 +248,7 @@ def test_latents_are_saved_before_decoding_begins(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tmd_runtime.pipeline.ChunkDecoder", fail)
+    monkeypatch.setattr("tmd_runtime.autoencoder.frames.ChunkDecoder", fail)
     result = run("--bundle", bundles["full"], "--prompt", PROMPT, "--save-latents", "l.st", "--out", "v.mp4")
     assert result.exit_code == 1 and "not enough memory" in result.stderr
     assert [path.name for path in here.iterdir()] == ["l.st"]
@@ -278,7 +278,7 @@ def test_a_single_frame_is_a_picture(bundles: dict[str, Path], here: Path) -> No
         (["--embeds", "plain.st"], 1, "no text encoder to make them: save the embeddings again"),
         (["--prompt", "x", "--save-embeds", "nowhere/e.st"], 1, "the folder nowhere does not exist"),
         (["--prompt", "x", "--save-latents", "."], 1, "taken by something that is no file"),
-        (["--prompt", "x", "--guidance", "nan"], 2, "nan is out of range: give a number from 0 to 1000"),
+        (["--prompt", "x", "--guidance", "nan"], 2, "'nan' is no number"),
         (["--prompt", "x", "--guidance", "much"], 2, "'much' is no number"),
         (["--prompt", "x", "--shift", "0"], 2, "from 1 to 1000"),
         (["--prompt", "x", "--guidance", "1", "--negative-prompt", "y"], 2, "a negative prompt needs guidance"),

@@ -140,7 +140,7 @@ def test_a_run_from_a_picture_begins_at_its_strength(
         ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
         ("text", {"label": 1}, "no numbered classes"),
         ("text", {"deadline": 0.0}, "a deadline of 0 s is out of range"),
-        ("text", {"deadline": float("nan")}, "a deadline of nan s is out of range"),
+        ("text", {"deadline": float("nan")}, "deadline must be a finite number, not nan"),
         ("text", {"strength": 0.0}, "a strength of 0 is out of range"),
         ("text", {"strength": 1.5}, "a strength of 1.5 is out of range"),
         ("text", {"strength": 0.5, "schedule": (1.0, 0.0)}, "must fall from 0.5 .the strength. to 0.*0.5,0.3,0.1,0"),

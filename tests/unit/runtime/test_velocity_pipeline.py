@@ -17,6 +17,7 @@ import tmd_runtime
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.helpers.watch import Watch
 from tmd_engines.cost import sizing as engine_sizing
+from tmd_engines.cost import system_memory
 from tmd_ref.samplers import unipc_sample
 from tmd_runtime import NoiseStream, RuntimeFailure, StepInfo, UsageFailure
 from tmd_runtime.memory import DENOISER
@@ -118,7 +119,7 @@ def test_negative_prompt_is_encoded_once_for_many_prompts(bundles: dict[str, Pat
         ("unipc", {"steps": 0}, "0 steps cannot be done"),
         ("unipc", {"shift": 0.5}, "shift of 0.5 is out of range"),
         ("unipc", {"guidance": -1.0}, "guidance of -1 is out of range"),
-        ("unipc", {"guidance": float("nan")}, "guidance of nan is out of range"),
+        ("unipc", {"guidance": float("nan")}, "guidance must be a finite number, not nan"),
         ("unipc", {"guidance": 1.0, "negative_prompt": "x"}, "a negative prompt needs guidance"),
         ("renoise", {"negative_prompt": "x"}, "a negative prompt needs guidance"),
         ("renoise", {"shift": 3.0}, "fixed times, which have no shift"),
@@ -215,6 +216,7 @@ def test_auto_memory_takes_what_fits(
     between = (need.peak("all") + need.peak("low")) // 2
     assert need.peak("low") < between
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: between if free == "between" else free)
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 0)
     if memory is RuntimeFailure:
         with pytest.raises(RuntimeFailure, match=r"not enough memory for 17 frames of 64x64.*GB are free.*--memory"):
             pipeline(PROMPT)
@@ -228,6 +230,7 @@ def test_graphs_that_are_loaded_need_no_memory_again(bundles: dict[str, Path], m
     pipeline = tmd_runtime.load(bundles["unipc"], threads=1)
     found = engine_sizing.estimate(pipeline.bundle, width=64, height=64, frames=17)
     weights = sum(stage.weight_bytes for stage in found.stages.values())
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 0)
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all"))
     assert pipeline(PROMPT).memory == "all"
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all") - weights)
@@ -239,6 +242,16 @@ def test_graphs_that_are_loaded_need_no_memory_again(bundles: dict[str, Path], m
     lean = tmd_runtime.load(bundles["unipc"], threads=1)
     embeds = np.ones((1, 32, 64), np.float32)
     assert lean("", prompt_embeds=embeds, negative_embeds=embeds).memory == "all"
+
+
+def test_what_the_process_holds_already_is_not_needed_twice(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tmd_runtime.load(bundles["unipc"], threads=1)
+    found = engine_sizing.estimate(pipeline.bundle, width=64, height=64, frames=17, guidance_passes=2)
+    monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all") - engine_sizing.BASE_BYTES)
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 10 * engine_sizing.BASE_BYTES)
+    assert pipeline(PROMPT).memory == "all"
 
 
 def test_unknown_memory_mode_is_refused(bundles: dict[str, Path]) -> None:
