@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import runtime as cudart
@@ -123,20 +123,12 @@ def _stream() -> Stream:
     return Stream()
 
 
-class Arithmetic(Protocol):
-    """What computes for `CudaArray`: out = a·x + b·y, and sums."""
-
-    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray, out: CudaArray) -> None: ...
-
-    def sum(self, x: DeviceArray) -> float: ...
-
-
 class CudaArray(DeviceArray):
-    """A buffer in the memory of the GPU. Its arithmetic comes from `arithmetic`, an engine's own."""
+    """A buffer in the memory of the GPU."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, arithmetic: Callable[[], Arithmetic]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         super().__init__(shape, dtype)
-        self._stream, self._arithmetic = stream(), arithmetic
+        self._stream = stream()
         self._address = int(check(cudart.cudaMalloc(max(1, self.nbytes))))
         weakref.finalize(self, cudart.cudaFree, self._address)
 
@@ -157,16 +149,8 @@ class CudaArray(DeviceArray):
         self._stream.wait()
         return values
 
-    def take(self, other: DeviceArray) -> None:
-        """Copies another array of this size, on the device."""
+    def copy_from(self, other: DeviceArray) -> None:
+        """See `DeviceArray.copy_from`. While the stream records, the copy becomes part of the recording."""
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._stream.copy(self._address, other.address, self.nbytes, kind)
         self._stream.wait()
-
-    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray) -> None:
-        """See `DeviceArray.combine`."""
-        self._arithmetic().combine(a, x, b, y, self)
-
-    def sum(self, axis: None = None, dtype: Any = None, out: None = None) -> float:
-        """See `DeviceArray.sum`."""
-        return self._arithmetic().sum(self)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
-from ..device.array import DeviceArray, combine_graph, rows_and_columns, sum_graph
+from ..device.array import DeviceArray
 from ..device.engine import DeviceEngine, Shapes
 from ..device.gpu import has_onnxruntime_cuda, split_device
 from ..engine import Progress
@@ -66,50 +66,41 @@ class OrtArray(DeviceArray):
         """See `DeviceArray.read`."""
         return np.array(self.value.numpy())  # on the CPU `numpy` is a view
 
-    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray) -> None:
-        """See `DeviceArray.combine`."""
-        _arithmetic(self._device).combine(a, x, b, y, self)
-
-    def sum(self, axis: None = None, dtype: Any = None, out: None = None) -> float:
-        """See `DeviceArray.sum`."""
-        return _arithmetic(self._device).sum(self)
+    def copy_from(self, other: DeviceArray) -> None:
+        """See `DeviceArray.copy_from`."""
+        _copier(self._device)(other, self)
 
 
-class _Arithmetic:
-    """The operations of `DeviceArray` as two small sessions on one device.
-
-    An output may lie where an input lies: the last node reads each element before it writes it, as ONNX Runtime's own
-    memory planner lets it (MayInplace).
-    """
+class _Copier:
+    """Copies one array of a device to another: a graph of one node, as OrtValues have no such copy in Python."""
 
     def __init__(self, device: str) -> None:
-        self._onnxruntime, self._place = import_onnxruntime(device), split_device(device)
-        self._combine, self._sum = (
-            _open(self._onnxruntime, device, graph, {}) for graph in (combine_graph(), sum_graph())
-        )
-        self._a, self._b, self._total = (OrtArray(device, (1, 1), "float32") for _ in range(3))
+        self._place = split_device(device)
+        self._session = _open(import_onnxruntime(device), device, _copy_graph(), {})
 
-    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray, out: DeviceArray) -> None:
-        self._a[...], self._b[...] = a, b
-        self._run(self._combine, {"a": self._a, "x": x, "b": self._b, "y": y}, out)
-
-    def sum(self, x: DeviceArray) -> float:
-        self._run(self._sum, {"x": x}, self._total)
-        return float(self._total.read()[0, 0])
-
-    def _run(self, session: Any, inputs: dict[str, DeviceArray], out: DeviceArray) -> None:
-        binding = session.io_binding()
-        for name, array in inputs.items():
-            plane = rows_and_columns(array.size, array.shape)
-            binding.bind_input(name, *self._place, np.float32, plane, array.address)
-        plane = rows_and_columns(out.size, out.shape)
-        binding.bind_output("out", *self._place, np.float32, plane, out.address)
-        session.run_with_iobinding(binding)
+    def __call__(self, source: DeviceArray, target: DeviceArray) -> None:
+        binding = self._session.io_binding()
+        binding.bind_input("source", *self._place, np.uint8, (source.nbytes,), source.address)
+        binding.bind_output("target", *self._place, np.uint8, (target.nbytes,), target.address)
+        self._session.run_with_iobinding(binding)
 
 
 @cache
-def _arithmetic(device: str) -> _Arithmetic:
-    return _Arithmetic(device)
+def _copier(device: str) -> _Copier:
+    return _Copier(device)
+
+
+def _copy_graph() -> bytes:
+    """An ONNX graph that gives the bytes it gets."""
+    from onnx import TensorProto, helper
+
+    source, target = (
+        helper.make_tensor_value_info(name, TensorProto.UINT8, ["bytes"]) for name in ("source", "target")
+    )
+    graph = helper.make_graph([helper.make_node("Identity", ["source"], ["target"])], "copy", [source], [target])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 class OnnxRuntimeDeviceEngine(DeviceEngine):

@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
-from ..device.array import DeviceArray, combine_graph, rows_and_columns, sum_graph
+from ..device.array import DeviceArray
 from ..device.engine import DeviceEngine, Shapes
 from ..device.gpu import has_cuda_bindings, has_gpu, split_device
 from ..device.plan_cache import PlanCache, cache_folder
@@ -104,7 +103,7 @@ class TensorRtEngine(DeviceEngine):
 
     def array(self, shape: tuple[int, ...], dtype: str) -> CudaArray:
         """See `DeviceEngine.array`."""
-        made: CudaArray = self._cuda.CudaArray(shape, dtype, _arithmetic)
+        made: CudaArray = self._cuda.CudaArray(shape, dtype)
         return made
 
     def record(self, work: Callable[[], None]) -> Step:
@@ -237,53 +236,6 @@ def _cached_plan(
         told.say(f"built, {format_size(len(built))}" + ("" if plans.usable else ", and not kept: the cache is off"))
     plan = library.Plan(built, shapes)
     return plan
-
-
-class _TensorRtArithmetic:
-    """The operations of `DeviceArray` as small engines, built once per size."""
-
-    def __init__(self) -> None:
-        self._library, self._cuda = import_tensorrt()
-        self._plans: dict[tuple[str, tuple[int, int]], Plan] = {}
-        self._scratch: dict[tuple[int, ...], CudaArray] = {}
-        self._a, self._b, self._total = (self._array((1, 1)) for _ in range(3))
-
-    def combine(self, a: float, x: DeviceArray, b: float, y: DeviceArray, out: CudaArray) -> None:
-        """Through an array of its own, because a kernel may not read where it writes."""
-        self._a[...], self._b[...] = a, b
-        plane = rows_and_columns(out.size, out.shape)
-        scratch = self._scratch.get(plane)
-        if scratch is None:
-            self._scratch = {plane: self._array(plane)}  # of the latest size only
-            scratch = self._scratch[plane]
-        tensors = {"a": self._a, "x": x, "b": self._b, "y": y, "out": scratch}
-        self._run("combine", combine_graph(), plane, tensors)
-        out.take(scratch)
-
-    def sum(self, x: DeviceArray) -> float:
-        self._run("sum", sum_graph(), rows_and_columns(x.size, x.shape), {"x": x, "out": self._total})
-        return float(self._total.read()[0, 0])
-
-    def _array(self, shape: tuple[int, ...]) -> CudaArray:
-        made: CudaArray = self._cuda.CudaArray(shape, "float32", _arithmetic)
-        return made
-
-    def _run(self, kind: str, graph: bytes, plane: tuple[int, int], tensors: Mapping[str, DeviceArray]) -> None:
-        plan = self._plans.get((kind, plane))
-        if plan is None:
-            shapes = {name: (1, 1) if name in "ab" else plane for name in tensors if name != "out"}
-            settings = self._library.BuildSettings()
-            key = plan_key(kind, "", graph, self._library.full_version(), self._cuda.device(), "fp32", shapes, settings)
-            plan = _cached_plan(self._library, key, graph, kind, shapes, settings, BuildProgress(kind, None))
-            self._plans[kind, plane] = plan
-        stream = self._cuda.stream()
-        plan.enqueue({name: array.address for name, array in tensors.items()}, stream.handle)
-        stream.wait()
-
-
-@cache
-def _arithmetic() -> _TensorRtArithmetic:
-    return _TensorRtArithmetic()
 
 
 def _weight_bytes(bundle: Bundle, graph: str) -> int:
