@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -130,6 +131,12 @@ class Engine(ABC):
     def note(cls) -> str | None:
         """What `tmd-engine doctor` adds where the package is installed: how it computes here, or what is missing."""
         return None
+
+    def use_plans(self, folder: str | Path) -> None:
+        """Takes compiled graphs from a folder of `tmd-engine build --out` where they fit. Raises EngineError."""
+        raise EngineError(
+            f"The engine of graph {self.graph} takes no plans: leave them out, or choose the engine that they are for."
+        )
 
     @abstractmethod
     def empty(self, name: str, **dims: int) -> Buffer:

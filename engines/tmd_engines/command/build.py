@@ -14,7 +14,8 @@ from ..cost.sizing import autoencoder_sizes, graph_sizes
 from ..device.gpu import split_device
 from ..errors import EngineError
 from ..registry import choose, engine_class, load
-from ..tensorrt.engine import lowered_graph, workspace_limit
+from ..tensorrt.plans import lowered_graph
+from ..tensorrt.settings import workspace_limit
 
 if TYPE_CHECKING:
     import onnx

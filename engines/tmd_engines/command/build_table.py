@@ -44,10 +44,10 @@ def print_build(
 def tensorrt_version_of(text: str | None) -> tuple[int, int]:
     """A version as people write it, or that of the library here. Raises EngineError, and ValueError for a bad text."""
     if text is None:
-        from ..tensorrt.engine import import_tensorrt
+        from ..tensorrt.library import TENSORRT, use
 
-        installed: tuple[int, int] = import_tensorrt()[0].version()
-        return installed
+        use(TENSORRT)
+        return TENSORRT.operators()
     match = re.fullmatch(r"(1[01])\.([0-9]{1,2})(\.[0-9.]*)?", text)
     if not match:
         raise ValueError(f"{text!r} is no version of TensorRT 10 or 11: write it as 10.3.")
