@@ -132,6 +132,15 @@ class Engine(ABC):
         """What `tmd-engine doctor` adds where the package is installed: how it computes here, or what is missing."""
         return None
 
+    def compile_range(
+        self,
+        smallest: Mapping[str, tuple[int, ...]],
+        best: Mapping[str, tuple[int, ...]],
+        largest: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Compiles once for all shapes of the inputs between two, and keeps the result. Raises EngineError."""
+        raise EngineError(f"The engine of graph {self.graph} compiles for one size at a time: give one, not a range.")
+
     def use_plans(self, folder: str | Path) -> None:
         """Takes compiled graphs from a folder of `tmd-engine build --out` where they fit. Raises EngineError."""
         raise EngineError(

@@ -19,7 +19,7 @@ from ..engine import BuildStep, Progress, Step
 from ..errors import EngineError, one_line
 from .library import FOR_RTX, TENSORRT, TensorRt, use
 from .plans import Found, GraphPlans, open_cache
-from .profile import exactly, to_text
+from .profile import between, exactly, to_text
 from .progress import BuildProgress
 from .scratch import Scratch
 from .settings import BuildSettings, workspace_limit
@@ -96,6 +96,16 @@ class TensorRtEngine(DeviceEngine):
         if info.precision == "fp8" and self._device.capability < (8, 9):
             return refusal_on("fp8", self._device.capability)
         return None
+
+    def compile_range(
+        self,
+        smallest: Mapping[str, tuple[int, ...]],
+        best: Mapping[str, tuple[int, ...]],
+        largest: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """See `Engine.compile_range`."""
+        told = BuildProgress(self.graph, self._progress)
+        self._plans.make(between(smallest, best, largest), self._where, self.settings(), told)
 
     def use_plans(self, folder: str | Path) -> None:
         """See `Engine.use_plans`."""

@@ -34,8 +34,8 @@ def lower(model: onnx.ModelProto, version: tuple[int, int], shapes: Mapping[str,
     """Makes `model`, a graph as tmd-export writes it, one for TensorRT `version` (major, minor).
 
     `shapes` are those of the inputs, of any size that the graph takes: the result serves all sizes. What has no form
-    that TensorRT takes is left as it is, for `graph_lint` to name. Raises BundleError if the graph's types and ranks
-    cannot be found.
+    that TensorRT takes is left as it is, for the parser or `lint` to name. Raises BundleError if the graph's types and
+    ranks cannot be found.
     """
     rewrite = _Rewrite(model, shapes)
     canonical = version >= CANONICAL_SINCE

@@ -18,8 +18,6 @@ from .profile import Ranges, Shapes, contains, exactly, from_text, largest, to_t
 from .targets import to_text as targets_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import onnx
 
     from .build import Built
@@ -42,17 +40,15 @@ class Found(NamedTuple):
     is_new: bool = False
 
 
-def lowered_graph(
-    model: onnx.ModelProto, shapes: Shapes, version: tuple[int, int], where: str, folder: Path | None
-) -> onnx.ModelProto:
-    """A copy of `model` for TensorRT `version`, checked against what its parser takes. Raises EngineError.
+def lowered_graph(model: onnx.ModelProto, shapes: Shapes, version: tuple[int, int], where: str) -> onnx.ModelProto:
+    """A copy of `model` for TensorRT `version`, checked against what older parsers take. Raises EngineError.
 
     `shapes` are the largest that it will run with.
     """
     lowered: onnx.ModelProto = type(model)()
     lowered.CopyFrom(model)
     lower(lowered, version, shapes)
-    check_graph(lowered, shapes, version, where, folder)
+    check_graph(lowered, shapes, version, where)
     mark_decomposable(lowered, shapes)
     return lowered
 
@@ -104,7 +100,7 @@ class GraphPlans:
 
     def lowered(self, shapes: Shapes) -> bytes:
         """The graph as the library gets it, for sizes up to these. Raises EngineError if it would be refused."""
-        model = lowered_graph(self._model, shapes, self.library.operators(), str(self._path), self._path.parent)
+        model = lowered_graph(self._model, shapes, self.library.operators(), str(self._path))
         return model.SerializeToString(deterministic=True)
 
     def key(self, model: bytes, ranges: Ranges, device: tuple[str, str], settings: BuildSettings) -> Key:

@@ -13,7 +13,8 @@ import pytest
 from tests.helpers.built_in import BUILT_IN
 from tests.helpers.synthetic_tim import write_tim_bundle
 from tmd_engines import Bundle, EngineError
-from tmd_engines.command.build import input_shapes, run_sizes, write_for_trtexec
+from tmd_engines.command.build import write_for_trtexec
+from tmd_engines.command.sizes import input_shapes, run_sizes
 from tmd_engines.device.plan_cache import PlanCache
 from tmd_engines.engine import BuildStep
 from tmd_engines.tensorrt import library, targets

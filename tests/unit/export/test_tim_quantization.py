@@ -7,15 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from tests.unit.export.test_tim_bundle import CLASSES, PARTS, network
 from tests.unit.ref import test_tim
 from tmd_engines import load
-from tmd_engines.tensorrt.lint import lint
-from tmd_engines.tensorrt.lowering import lower
 from tmd_export import ExportError, ExportResult, export_bundle
 from tmd_export.quantization.calibration import FILE, read_calibration
 from tmd_export.quantization.inputs import latent_size, rope
@@ -41,17 +38,6 @@ def test_the_products_of_the_blocks_are_quantized_and_no_others(quantized: Expor
     assert set(found.sensitivity["fp8"]["flow_head"].layers) == {f"blocks.0.{name}" for name in BLOCK} | attentions
     assert found.steps == ((1, 1), (4, 1), (8, 1), (16, 1)) and found.latents == (1, 16, 16)
     assert all(graph.accuracy and 0.99 < graph.accuracy.cosine < 0.99999 for graph in quantized.graphs)
-
-
-@pytest.mark.parametrize("version", [(10, 3), (10, 15), (11, 0)])
-def test_tensorrt_would_take_heads_of_any_width_in_fp8(quantized: ExportResult, version: tuple[int, int]) -> None:
-    assert TEXT.head_dim % 16
-    bundle = quantized.bundle
-    model = onnx.load(bundle.graph_path("flow_head"), load_external_data=False)
-    sizes = {"batch": 2, "text": 5, "height": 2, "width": 3, "tokens": 6}
-    shapes = {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info("flow_head").inputs}
-    lower(model, version, shapes)
-    assert lint(model, shapes, version, bundle.folder) == []
 
 
 def test_openvino_computes_the_integer_products_too(quantized: ExportResult) -> None:
