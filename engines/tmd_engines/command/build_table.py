@@ -54,7 +54,8 @@ def print_plans(bundle: Bundle, engine: str, sizes: Sizes, targets: str, out: st
         )
         click.echo(f"{made.graph:<14} {format_size(made.entry.size):>9} {made.seconds:8.1f} s   {told}")
     needed = device_memory(bundle, sizes.largest, figures)
-    click.echo(f"on the GPU     {needed}")
+    for line in needed.lines():
+        click.echo(f"on the GPU     {line}")
     click.echo(f"{out} is complete: tmd-run --bundle {bundle.folder} --engine {engine} --plans {out} ...")
 
 

@@ -58,6 +58,7 @@ class _Size(click.ParamType):
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
 @click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
+@click.option("--engine", default="auto", show_default=True, help=f"Whose memory to tell. {_ENGINES}")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 @_errors_as_messages
 def inspect(
@@ -66,6 +67,7 @@ def inspect(
     frames: int | None,
     steps: int | None,
     inner_steps: int | None,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Check the folder BUNDLE completely, and print what is in it and what a run needs.
@@ -78,7 +80,7 @@ def inspect(
     opened = Bundle.open(bundle)
     problem = None
     try:
-        sized = size_run(opened, size, frames, steps, inner_steps)
+        sized = size_run(opened, size, frames, steps, inner_steps, engine)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except BundleError as error:  # the bundle itself is whole, and the rest can be told
