@@ -147,6 +147,11 @@ class Engine(ABC):
             f"The engine of graph {self.graph} takes no plans: leave them out, or choose the engine that they are for."
         )
 
+    @classmethod
+    def note_on(cls, nvidia: Mapping[str, Any] | None) -> str | None:
+        """The same for the GPUs that `doctor` found: `driver`, and `gpus` with `name` and `compute_capability`."""
+        return None
+
     @abstractmethod
     def empty(self, name: str, **dims: int) -> Buffer:
         """An uninitialised buffer for the input or output `name`; `dims` as for `shape`. Raises EngineError."""

@@ -6,6 +6,7 @@ Plans are kept in a cache of this user; docs/engines.md says what their key hold
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,8 @@ def import_cuda() -> Any:
         from ..device import cuda
     except (ImportError, OSError) as error:
         raise EngineError(
-            f"TensorRT is here, and the CUDA bindings for Python are not ({error}): pip install cuda-python"
+            f"TensorRT is here, and the CUDA bindings for Python are not ({error}): {FOR_RTX.install} brings both, and "
+            "so does '.[tensorrt]'."
         ) from None
     return cuda
 
@@ -65,7 +67,28 @@ class TensorRtEngine(DeviceEngine):
         if not has_gpu():
             builds = "" if cls.library.needs_gpu_to_build else "builds plans here, "
             return f"{builds}but no NVIDIA GPU is seen: install its driver"
-        return None if has_cuda_bindings() else "but not the CUDA bindings for Python: pip install cuda-python"
+        return None if has_cuda_bindings() else f"but not the CUDA bindings for Python: {cls.install}"
+
+    @classmethod
+    def note_on(cls, nvidia: Mapping[str, Any] | None) -> str | None:
+        """See `Engine.note_on`: a driver that is too old, or a card that the library is not for."""
+        if nvidia is None:
+            return None
+        driver = re.match(r"([0-9]{3,4})\.", nvidia["driver"])
+        if driver and int(driver[1]) < cls.library.driver:
+            return (
+                f"but driver {nvidia['driver']} is too old: install {cls.library.driver} or newer "
+                "(on Ubuntu: sudo ubuntu-drivers install)"
+            )
+        for gpu in nvidia["gpus"]:
+            unfit = cls._unfit(gpu["compute_capability"])
+            if unfit:
+                return f"but {gpu['name']} has compute capability {gpu['compute_capability']}, {unfit}"
+        return None
+
+    @classmethod
+    def _unfit(cls, capability: str) -> str | None:
+        return None
 
     @classmethod
     def check(cls, bundle: Bundle, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -199,6 +222,15 @@ class TensorRtForRtxEngine(TensorRtEngine):
 
     def _refusal(self, info: GraphInfo) -> str | None:
         return refusal_on(info.precision, self._device.capability)
+
+    @classmethod
+    def _unfit(cls, capability: str) -> str | None:
+        if capability == "7.5":
+            return "for which our graphs cannot be built: --engine onnxruntime (pip install '.[gpu]')"
+        major, _, minor = capability.partition(".")
+        if runs_on((), (int(major), int(minor))):
+            return None
+        return f"which NVIDIA does not list for {FOR_RTX.title}: --engine tensorrt ({TENSORRT.install})"
 
 
 class BoundPlan:

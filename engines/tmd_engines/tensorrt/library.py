@@ -37,6 +37,7 @@ class TensorRt:
     title = "TensorRT"
     install = "pip install '.[tensorrt]' (on a Jetson it comes with JetPack)"
     needs_gpu_to_build = True
+    driver = 525  # the oldest that can be enough: of TensorRT 10 for CUDA 12
 
     def version(self) -> str:
         """As the library states it."""
@@ -78,6 +79,7 @@ class TensorRtForRtx(TensorRt):
     title = "TensorRT for RTX"
     install = "pip install '.[rtx]'"
     needs_gpu_to_build = False
+    driver = 580  # of CUDA 13
 
     def operators(self) -> tuple[int, int]:
         """Its parser is that of TensorRT 11."""
