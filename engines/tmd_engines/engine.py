@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -131,6 +132,26 @@ class Engine(ABC):
     @classmethod
     def note(cls) -> str | None:
         """What `tmd-engine doctor` adds where the package is installed: how it computes here, or what is missing."""
+        return None
+
+    def compile_range(
+        self,
+        smallest: Mapping[str, tuple[int, ...]],
+        best: Mapping[str, tuple[int, ...]],
+        largest: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Compiles once for all shapes of the inputs between two, and keeps the result. Raises EngineError."""
+        raise EngineError(f"The engine of graph {self.graph} compiles for one size at a time: give one, not a range.")
+
+    def use_plans(self, folder: str | Path) -> None:
+        """Takes compiled graphs from a folder of `tmd-engine build --out` where they fit. Raises EngineError."""
+        raise EngineError(
+            f"The engine of graph {self.graph} takes no plans: leave them out, or choose the engine that they are for."
+        )
+
+    @classmethod
+    def note_on(cls, nvidia: Mapping[str, Any] | None) -> str | None:
+        """The same for the GPUs that `doctor` found: `driver`, and `gpus` with `name` and `compute_capability`."""
         return None
 
     @abstractmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .device.gpu import split_device
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Progress
 
 ENGINES: dict[str, dict[str, str | type[Engine]]] = {
+    "tensorrt-rtx": {"cuda": "tensorrt.engine:TensorRtForRtxEngine"},
     "tensorrt": {"cuda": "tensorrt.engine:TensorRtEngine"},
     "openvino": {"cpu": "openvino.engine:OpenVinoEngine"},
     "onnxruntime": {
@@ -51,20 +53,25 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    plans: str | Path | None = None,
 ) -> Engine:
     """Makes a graph of a bundle executable.
 
     `engine` is one of `engine_names`, `device` one of `DEVICE_NAMES` or "cuda:N", which is GPU N of those that
     CUDA_VISIBLE_DEVICES leaves, from 0 on; "auto" is decided by `choose`. `threads` is the number of CPU threads of one
     run, None for as many as there are physical cores. `progress` is called while an engine compiles, which TensorRT
-    does for minutes, when buffers are bound.
+    does for minutes, when buffers are bound. `plans` is a folder of plans made ahead of time, for an engine that takes
+    such: code that runs on the GPU, so name only a folder that you trust.
     Raises EngineError if the graph, the engine or the device is not to be had (and says what to do), BundleError if the
     file changed since the bundle was opened.
     """
     engine, device = choose(bundle, graph, engine, device)
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise EngineError(f"threads is {quote(threads)}: give a whole number from 1 to 1024, or None for all cores.")
-    return engine_class(engine, split_device(device)[0]).open(bundle, graph, device, threads, progress)
+    opened = engine_class(engine, split_device(device)[0]).open(bundle, graph, device, threads, progress)
+    if plans is not None:
+        opened.use_plans(plans)
+    return opened
 
 
 def check_engine(engine: str, device: str = "auto") -> None:

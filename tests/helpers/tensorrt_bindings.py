@@ -78,8 +78,22 @@ def prepare(version: str, cache: Path) -> Path:
         "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
     )
     _make_libraries(folder / "lib", version.partition(".")[0], compiler)
-    _make_stubs(folder)
+    _make_stubs(folder, "tensorrt_bindings", ("tensorrt",))
+    _make_stubs(folder, "tensorrt_rtx", ("tensorrt_rtx",))
     (folder / "complete").touch()
+    return folder
+
+
+def prepare_rtx(cache: Path) -> Path:
+    """The same for TensorRT for RTX, which is installed for real: its types stand for both packages."""
+    from importlib.metadata import version
+
+    folder = cache / f"rtx-{version('tensorrt-rtx-cu13')}-{sys.implementation.cache_tag}"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _make_stubs(folder, "tensorrt_rtx", ("tensorrt", "tensorrt_rtx"))
+        (folder / "complete").touch()
     return folder
 
 
@@ -102,17 +116,28 @@ def _make_libraries(folder: Path, major: str, compiler: str) -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
-def _make_stubs(folder: Path) -> None:
-    """Type stubs of the package `tensorrt`, made fit for mypy."""
-    command = [sys.executable, "-m", "pybind11_stubgen", "tensorrt_bindings", "-o", folder / "raw"]
-    subprocess.run(command, check=True, capture_output=True, env=environment(folder), timeout=120)
-    (folder / "stubs/tensorrt").mkdir(parents=True)
-    for path in (folder / "raw/tensorrt_bindings").glob("*.pyi"):
-        text = path.read_text().replace("tensorrt_bindings", "tensorrt")
-        text = re.sub(r"(?<=[(,] )in: |(?<=\()in: ", "in_: ", text)  # an argument of C++ that is called `in`
-        text = re.sub(r"(def add_scale_nd\(.*channel_axis: [\w.]+)\)", r"\1 = ...)", text)  # after one with a default
-        text = re.sub(
-            r"(?<=[\[ (|])bool(?=[\]:,) |]|$)(?! as)", "builtins.bool", text, flags=re.M
-        )  # trt.bool is in its way
-        future = "from __future__ import annotations\n"
-        (folder / "stubs/tensorrt" / path.name).write_text(text.replace(future, f"{future}import builtins\n", 1))
+def _make_stubs(folder: Path, source: str, names: tuple[str, ...]) -> None:
+    """Type stubs of the bindings `source`, made fit for mypy, as packages of these names."""
+    package = "tensorrt_rtx_bindings.tensorrt_rtx" if source == "tensorrt_rtx" else source
+    command = [sys.executable, "-m", "pybind11_stubgen", package, "-o", folder / "raw"]
+    env = {**environment(folder), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made = folder / "raw" / package.replace(".", "/")
+    files = list(made.glob("*.pyi")) or [made.with_suffix(".pyi")]
+    for name in names:
+        (folder / "stubs" / name).mkdir(parents=True)
+        for path in files:
+            text = path.read_text().replace(package, name)
+            text = re.sub(r"(?<=[(,] )in: |(?<=\()in: ", "in_: ", text)  # an argument of C++ that is called `in`
+            text = re.sub(
+                r"(def add_scale_nd\(.*channel_axis: [\w.]+)\)", r"\1 = ...)", text
+            )  # after one with a default
+            text = re.sub(
+                r"(?<=[\[ (|])bool(?=[\]:,) |]|$)(?! as)", "builtins.bool", text, flags=re.M
+            )  # trt.bool is in its way
+            future = "from __future__ import annotations\n"
+            target = "__init__.pyi" if len(files) == 1 else path.name
+            text = text.replace(future, f"{future}import builtins\n", 1)
+            text += "" if "__version__" in text else "__version__: str\n"  # which the package adds
+            (folder / "stubs" / name / target).write_text(text)

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "tmd_runtime": {"tmd_engines"},
     "tmd_bench": {"tmd_ref", "tmd_engines", "tmd_export", "tmd_runtime"},  # stands outside and measures
 }
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "av", "transformers", "diffusers")
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "av", "transformers", "diffusers")
 
 
 def imports(file: Path) -> Iterator[str]:

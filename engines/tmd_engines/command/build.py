@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
-from ..cost.sizing import autoencoder_sizes, graph_sizes
 from ..device.cpu import resolve_threads
 from ..device.gpu import split_device
 from ..errors import EngineError
 from ..registry import choose, engine_class, load
-from ..tensorrt.engine import lowered_graph, workspace_limit
+from ..tensorrt.plans import lowered_graph
+from ..tensorrt.settings import workspace_limit
+from .sizes import Sizes, input_shapes, plan_shapes, run_sizes
 
 if TYPE_CHECKING:
     import onnx
@@ -24,51 +25,34 @@ if TYPE_CHECKING:
     from ..engine import Progress
 
 _COMPARED = {"fp32": "1e-3", "fp16": "1e-2"}  # precision that ONNX Runtime has on the CPU -> what Polygraphy lets pass
-_AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
-_DENOISER = ("backbone", "flow_head", "update")
-
-
-def run_sizes(bundle: Bundle, graph: str, width: int, height: int, frames: int) -> list[dict[str, int]]:
-    """What the symbols of a graph's shapes are in a run of this size, with a prompt of full length: one set for each
-    batch size that the family binds.
-
-    Raises ValueError for a size that the model cannot make.
-    """
-    manifest = bundle.manifest
-    sizes = graph_sizes(manifest, width, height, frames)
-    if graph in _AUTOENCODER:
-        return [{**autoencoder_sizes(manifest, sizes), "frames": 1}]
-    rows = manifest.family.rows(manifest.sampler) if graph in _DENOISER else (1,)
-    return [{**sizes, "batch": count} for count in rows]
-
-
-def input_shapes(bundle: Bundle, graph: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a graph's inputs."""
-    return {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info(graph).inputs}
 
 
 def build(
     bundle: Bundle,
     engine: str,
     device: str,
-    size: tuple[int, int, int],
+    sizes: Sizes,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, str, str]]:
-    """Compiles the graphs in turn for `size` (width, height, frames); yields (graph, engine, device) after each.
+    """Compiles the graphs in turn for these sizes; yields (graph, engine, device) after each.
 
     All are checked before the first is built, as far as their engine can. Raises EngineError, and ValueError for a size
     that the model cannot make.
     """
     threads = resolve_threads(bundle, threads)[0]  # as runs have them: a plan is for a number of threads
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
-    sizes = {graph: run_sizes(bundle, graph, *size) for graph in chosen}
+    shapes = {graph: plan_shapes(bundle, graph, sizes) for graph in chosen}
     for graph, (name, where) in chosen.items():
-        for each in sizes[graph]:
-            engine_class(name, split_device(where)[0]).check(bundle, graph, input_shapes(bundle, graph, each))
+        for *_, largest in shapes[graph]:
+            engine_class(name, split_device(where)[0]).check(bundle, graph, largest)
     for graph, (name, where) in chosen.items():
         with load(bundle, graph, name, where, threads, progress) as loaded:
-            for run in sizes[graph]:
+            if not sizes.is_one:
+                loaded.compile_range(*shapes[graph][0])
+                yield graph, name, where
+                continue
+            for run in run_sizes(bundle, graph, *sizes.largest):
                 sides = loaded.inputs, loaded.outputs
                 loaded.bind(*({each: loaded.empty(each, **run) for each in side} for side in sides))
         yield graph, name, where
@@ -126,4 +110,4 @@ def _lowered(
     bundle: Bundle, graph: str, shapes: dict[str, tuple[int, ...]], version: tuple[int, int]
 ) -> onnx.ModelProto:
     path = bundle.graph_path(graph)
-    return lowered_graph(parse_graph(bundle.read_graph(graph), str(path)), shapes, version, str(path), bundle.folder)
+    return lowered_graph(parse_graph(bundle.read_graph(graph), str(path)), shapes, version, str(path))

@@ -59,6 +59,7 @@ class _Size(click.ParamType):
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
 @click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
+@click.option("--engine", default="auto", show_default=True, help=f"Whose memory to tell. {_ENGINES}")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 @_errors_as_messages
 def inspect(
@@ -67,6 +68,7 @@ def inspect(
     frames: int | None,
     steps: int | None,
     inner_steps: int | None,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Check the folder BUNDLE (or builtin:NAME) completely, and print what is in it and what a run needs.
@@ -79,7 +81,7 @@ def inspect(
     opened = open_bundle(bundle)
     problem = None
     try:
-        sized = size_run(opened, size, frames, steps, inner_steps)
+        sized = size_run(opened, size, frames, steps, inner_steps, engine)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except BundleError as error:  # the bundle itself is whole, and the rest can be told
@@ -135,14 +137,54 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
         )
 
 
+class _Sizes(_Size):
+    """One size, or two with .. between them."""
+
+    name = "WxH..WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value.split("..") if isinstance(value, str) else value
+        if len(parts) > 2:
+            self.fail(f"{value!r} is no range of sizes: write it as 256x256..1280x720.", param, ctx)
+        first, last = (super(_Sizes, self).convert(part, param, ctx) for part in (parts[0], parts[-1]))
+        return first, last
+
+
+class _Counts(click.ParamType):
+    """A number, or two with .. between them."""
+
+    name = "N..N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"([1-9][0-9]{0,4})(?:\.\.([1-9][0-9]{0,4}))?", value) if isinstance(value, str) else None
+        if not match:
+            self.fail(f"{value!r} is no number of frames: write 81, or 17..81 for a range.", param, ctx)
+        return int(match[1]), int(match[2] or match[1])
+
+
 @main.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--engine", default="auto", show_default=True, help=_ENGINES)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
-    "--size", type=_Size(), metavar="WxH", help="Size of the videos to come, in pixels. Default: the bundle's."
+    "--size",
+    type=_Sizes(),
+    metavar="WxH[..WxH]",
+    help="Size of the videos to come, in pixels, or a range of them for one plan. Default: the bundle's.",
 )
-@click.option("--frames", type=click.IntRange(1, 100_000), help="Their number of frames. Default: the bundle's.")
+@click.option("--frames", type=_Counts(), metavar="N[..N]", help="Their number of frames. Default: the bundle's.")
+@click.option(
+    "--out",
+    type=click.Path(),
+    metavar="DIR",
+    help="Build plans of tensorrt-rtx into a new folder, for other machines. Needs no GPU.",
+)
+@click.option(
+    "--for",
+    "targets",
+    metavar="GPUS",
+    help="With --out: rtx for every RTX card from compute capability 8.0 on (default), or some, as 8.9,12.0.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
 @click.option(
     "--trtexec",
@@ -157,32 +199,44 @@ def build(
     bundle: str,
     engine: str,
     device: str,
-    size: tuple[int, int] | None,
-    frames: int | None,
+    size: tuple[tuple[int, int], tuple[int, int]] | None,
+    frames: tuple[int, int] | None,
+    out: str | None,
+    targets: str | None,
     threads: int | None,
     trtexec: str | None,
     tensorrt_version: str | None,
 ) -> None:
-    """Compile every graph of BUNDLE for one size of video, and keep what can be kept for the runs to come.
+    """Compile every graph of BUNDLE for one size of video, or a range, and keep what can be kept for the runs to come.
 
     Steps do not matter: a plan serves any number of them. TMD_TENSORRT_WORKSPACE (MiB) limits TensorRT's memory, then
     and in the runs; TMD_CACHE names the folder of the cache.
     """
     from . import build as builder
-    from .build_table import print_build, tensorrt_version_of
+    from .build_table import print_build, print_plans, tensorrt_version_of
     from .built_in import open_bundle
+    from .sizes import sizes_between
 
+    if targets is not None and out is None:
+        raise click.UsageError("--for goes with --out, the folder of the plans.")
+    if out is not None and trtexec is not None:
+        raise click.UsageError("--out builds plans, --trtexec writes what others build them from: give one of them.")
     opened = open_bundle(bundle)
     video = opened.manifest.video
-    wanted = (*(size or (video.width, video.height)), frames or video.frames)
+    low, high = size or ((video.width, video.height),) * 2
+    first, last = frames or (video.frames,) * 2
     try:
+        wanted = sizes_between(opened, ((*low, first), (*high, last)))
+        if out is not None:
+            print_plans(opened, engine, wanted, targets or "rtx", out)
+            return
         if trtexec is None:
             print_build(opened, engine, device, wanted, threads)
             return
         from pathlib import Path
 
         for _, *commands in builder.write_for_trtexec(
-            opened, Path(trtexec), tensorrt_version_of(tensorrt_version), wanted
+            opened, Path(trtexec), tensorrt_version_of(tensorrt_version), wanted.largest
         ):
             click.echo("\n".join(commands))
     except ValueError as error:

@@ -18,16 +18,18 @@ def examine() -> dict[str, Any]:
 
     Engines are really imported, because a package that is installed may still lack a library.
     """
+    nvidia = _nvidia()
+    classes = {name: engine_class(name, next(iter(ENGINES[name]))) for name in sorted(ENGINES)}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": describe_cpu(),
-        "engines": {name: _engine(engine_class(name, next(iter(ENGINES[name])))) for name in sorted(ENGINES)},
-        "nvidia": _nvidia(),
+        "engines": {name: _engine(found, nvidia) for name, found in classes.items()},
+        "nvidia": nvidia,
     }
 
 
-def _engine(engine: type[Engine]) -> dict[str, Any]:
+def _engine(engine: type[Engine], nvidia: dict[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("version", "problem", "install", "note"))
     try:
         found["version"] = str(getattr(import_module(engine.package), "__version__", "unknown"))
@@ -38,7 +40,7 @@ def _engine(engine: type[Engine]) -> dict[str, Any]:
         found["problem"] = f"installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
         found["install"] = engine.install
     else:
-        found["note"] = engine.note()
+        found["note"] = engine.note() or engine.note_on(nvidia)
     return found
 
 

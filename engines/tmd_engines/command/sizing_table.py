@@ -8,6 +8,9 @@ from ..bundle.reader import format_size
 from ..cost.sizing import STAGES, StageEstimate, available_bytes, estimate, step_counts
 from ..cost.speed import speed_of
 from ..device.cpu import resolve_threads
+from ..errors import EngineError
+from ..registry import ENGINES, check_engine, choose, engine_class
+from .device_memory import device_memory, predicted
 
 if TYPE_CHECKING:
     from ..bundle.manifest import Manifest
@@ -20,10 +23,13 @@ def size_run(
     frames: int | None = None,
     steps: int | None = None,
     inner_steps: int | None = None,
+    engine: str = "auto",
 ) -> dict[str, Any]:
     """`run` (what is made, and its totals) and `stages` by name, all numbers plain; None takes the bundle's default.
 
-    Sizes in pixels, memory in bytes; `flops` of a stage are those of one call. Raises ValueError, BundleError.
+    Sizes in pixels, memory in bytes; `flops` of a stage are those of one call. Memory is that of the engine that runs
+    the backbone: of a TensorRT on the GPU (`scratch_bytes` is shared by all stages), of any other as ONNX Runtime on a
+    CPU. Raises ValueError, BundleError, EngineError for an engine that there is not.
     """
     manifest = bundle.manifest
     video, sampler = manifest.video, manifest.sampler
@@ -40,7 +46,9 @@ def size_run(
         inner_steps=inner_steps,
         guidance_passes=passes,
     )
+    chosen = _engine(bundle, engine)
     run = {
+        "engine": chosen,
         "width": width,
         "height": height,
         "frames": frames,
@@ -53,7 +61,29 @@ def size_run(
         "available_bytes": available_bytes(),
         "seconds": needed.flops / speed_of(bundle, "auto auto", resolve_threads(bundle, None)[0]),
     }
-    return {"run": run, "stages": {name: _stage(manifest, name, stage) for name, stage in needed.stages.items()}}
+    stages = {name: _stage(manifest, name, stage) for name, stage in needed.stages.items()}
+    if _is_tensorrt(chosen):
+        memory = device_memory(bundle, (width, height, frames), predicted(bundle, (width, height, frames)))
+        run["peak_bytes"] = {"all": sum(memory.every), "low": sum(memory.low)}
+        run["available_bytes"] = None  # of the GPU, which may be another machine's
+        run["device_lines"] = memory.lines()
+        for name, stage in stages.items():
+            weights, scratch, buffers = memory.stages[name]
+            stage |= {"weight_bytes": weights, "activation_bytes": scratch, "io_bytes": buffers}
+    return {"run": run, "stages": stages}
+
+
+def _engine(bundle: Bundle, engine: str) -> str:
+    graph = next(name for name in ("backbone", *bundle.manifest.graphs) if name in bundle.manifest.graphs)
+    check_engine(engine)
+    try:
+        return choose(bundle, graph, engine)[0]
+    except EngineError:  # nothing is installed, and the figures can be told all the same
+        return "onnxruntime"
+
+
+def _is_tensorrt(engine: str) -> bool:
+    return hasattr(engine_class(engine, next(iter(ENGINES[engine]))), "library")
 
 
 def _stage(manifest: Manifest, name: str, stage: StageEstimate) -> dict[str, Any]:
@@ -78,6 +108,10 @@ def print_table(data: dict[str, Any]) -> None:
     run = data["run"]
     steps = f"{run['steps']} steps" + (f" of {run['inner_steps']} inner steps" if run["inner_steps"] else "")
     passes = ", two passes each (guidance)" if run["guidance_passes"] == 2 else ""
+    if run["engine"] not in ("onnxruntime",) and "device_lines" not in run:
+        note = f"memory is ONNX Runtime's on a CPU; {run['engine']}, which will run, may need less"
+    else:
+        note = None
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"a run      {run['frames']} frames of {run['width']}x{run['height']}, {steps}{passes}: "
@@ -98,6 +132,10 @@ def print_table(data: dict[str, Any]) -> None:
         )
     console.print(table)
     peaks = run["peak_bytes"]
+    if "device_lines" in run:
+        console.print(f"GPU memory {run['device_lines'][0]}")
+        console.print(f"           {run['device_lines'][1]}, by {run['engine']} (predicted)")
+        return
     console.print(
         f"memory     {format_size(peaks['all'])} at the peak with every graph loaded, "
         f"{format_size(peaks['low'])} one stage after the other"
@@ -111,6 +149,8 @@ def print_table(data: dict[str, Any]) -> None:
         else:
             verdict = "too little: choose fewer frames or a smaller size"
         console.print(f"           {format_size(available)} are free here: {verdict}")
+    if note:
+        console.print(f"           {note}")
 
 
 def format_seconds(seconds: float) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..bundle.manifest import Manifest, TensorSpec
     from ..bundle.reader import Bundle
 
-__all__ = ["STAGES", "Estimate", "StageEstimate", "available_bytes", "estimate"]
+__all__ = ["STAGES", "TOGETHER", "Estimate", "StageEstimate", "available_bytes", "estimate"]
 
 Memory = Literal["all", "low"]
 
@@ -41,7 +41,7 @@ STAGES = {
 
 BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
 # Loaded at the same time in memory mode "low".
-_TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head", "update"), ("decoder",))
+TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head", "update"), ("decoder",))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Estimate:
         sizes = {name: stage.total_bytes for name, stage in self.stages.items()}
         if memory == "all":
             return BASE_BYTES + sum(sizes.values())
-        return BASE_BYTES + max(sum(sizes.get(name, 0) for name in together) for together in _TOGETHER)
+        return BASE_BYTES + max(sum(sizes.get(name, 0) for name in together) for together in TOGETHER)
 
 
 def estimate(

@@ -64,6 +64,12 @@ def device() -> Device:
     return Device(name.rstrip("\0"), (int(properties.major), int(properties.minor)), int(properties.totalGlobalMem))
 
 
+def capability_of(number: int) -> tuple[int, int]:
+    """Compute capability of a GPU, which is not taken into use. Raises EngineError without a GPU or driver."""
+    properties = check(cudart.cudaGetDeviceProperties(number))
+    return int(properties.major), int(properties.minor)
+
+
 class Stream:
     """The stream of this process. While it records, nothing runs."""
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from ..bundle.files import file_size, open_regular, read_up_to
 from ..errors import BundleError, quote
@@ -71,9 +76,39 @@ class PlanCache:
             return None
         return content if newline and line == _line(key, content) else None
 
+    def map(self, key: Key) -> memoryview | None:
+        """As `load`, without reading it into memory: pages of the file, for as long as the answer is kept."""
+        if self._folder is None:
+            return None
+        try:
+            with open_regular(self._folder, _file_name(key)) as file:
+                if file_size(file) > self._max_entry + _MAX_LINE:
+                    return None
+                line = file.readline(_MAX_LINE)
+                content = map_file(file)[len(line) :]
+        except (BundleError, OSError, ValueError):
+            return None
+        return content if line == _line(key, content) + b"\n" else None
+
     def store(self, key: Key, content: bytes) -> None:
         """Keeps `content` under `key`: complete under its name or not at all. Old entries make room."""
-        if self._folder is None or len(content) > self._max_entry:
+        if len(content) <= self._max_entry:
+            self._store(key, content, lambda file: file.write(content))
+
+    def store_file(self, key: Key, source: BinaryIO) -> None:
+        """As `store`, of a file's content, which is copied and never held."""
+        content = map_file(source)
+        if not 0 < len(content) <= self._max_entry:
+            return
+
+        def copy(file: BinaryIO) -> None:
+            source.seek(0)
+            shutil.copyfileobj(source, file, 1 << 20)
+
+        self._store(key, content, copy)
+
+    def _store(self, key: Key, content: bytes | memoryview, write: Callable[[BinaryIO], object]) -> None:
+        if self._folder is None:
             return
         with contextlib.suppress(OSError):
             unfinished.sweep(self._folder, _NEW)
@@ -82,11 +117,24 @@ class PlanCache:
             try:
                 with open(new, "wb") as file:
                     file.write(_line(key, content) + b"\n")
-                    file.write(content)
+                    write(file)
                 os.replace(new, self._folder / _file_name(key))
             finally:
                 unfinished.discard(new)
             _make_room(self._folder, self._max_folder)
+
+    def known(self) -> Iterator[dict[str, str]]:
+        """What the entries state as their keys; whether they are whole is seen when they are loaded."""
+        for path in sorted(self._folder.glob("*.plan")) if self._folder is not None else ():
+            found = _key_of(path)
+            if found is not None:
+                yield found
+
+    @contextlib.contextmanager
+    def work_file(self) -> Iterator[BinaryIO]:
+        """A file without a name to write a large entry to, on the disk of the cache if there is one."""
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            yield file
 
     def differences(self, key: Key, alike: tuple[str, ...]) -> list[str]:
         """What keeps the nearest entry that is equal in the fields `alike` from being the one for `key`.
@@ -94,16 +142,10 @@ class PlanCache:
         One text per field, `engine: tensorrt 10.3.0 there, tensorrt 10.16.1 here`; none if there is no such entry.
         """
         nearest: list[str] | None = None
-        for path in self._folder.glob("*.plan") if self._folder is not None else ():
-            found = _key_of(path)
-            if found is None or any(found.get(name) != key.get(name) for name in alike):
+        for found in self.known():
+            if any(found.get(name) != key.get(name) for name in alike):
                 continue
-            names = sorted({name for name in {*found, *key} if found.get(name) != key.get(name)})
-            told = [
-                f"{quote(name)[1:-1]}: {quote(found.get(name, 'nothing'))[1:-1]} there, "
-                f"{quote(key.get(name, 'nothing'))[1:-1]} here"
-                for name in names
-            ]
+            told = differences(found, key)
             if told and (nearest is None or len(told) < len(nearest)):
                 nearest = told
         return nearest or []
@@ -129,7 +171,24 @@ class PlanCache:
             os.close(lock)  # and with it the lock; the empty file stays, because another may be waiting for it
 
 
-def _line(key: Key, content: bytes) -> bytes:
+def differences(there: Key, here: Key) -> list[str]:
+    """One text per field in which two keys differ, for people."""
+    return [
+        f"{quote(name)[1:-1]}: {quote(there.get(name, 'nothing'))[1:-1]} there, "
+        f"{quote(here.get(name, 'nothing'))[1:-1]} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def map_file(file: BinaryIO | FileIO) -> memoryview:
+    """The content of an open file, without reading it. It stays valid when the file is closed. Raises OSError, and
+    ValueError for an empty one."""
+    file.flush()
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _line(key: Key, content: bytes | memoryview) -> bytes:
     document = {"key": dict(key), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return json.dumps(document, sort_keys=True).encode()
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 CANONICAL_SINCE = (10, 15)  # RotaryEmbedding and RMSNormalization; Attention is in 10.14 already
 _PRIMITIVE_OPSET = 20
-_WIDEST_HEAD = 256
 _BATCH_HEADS_ROWS = [0, 2, 1, 3]
 _BATCH_HEADS_COLUMNS = [0, 2, 3, 1]
 # What an attention may say besides its head counts, and what both forms do without.
@@ -35,8 +34,8 @@ def lower(model: onnx.ModelProto, version: tuple[int, int], shapes: Mapping[str,
     """Makes `model`, a graph as tmd-export writes it, one for TensorRT `version` (major, minor).
 
     `shapes` are those of the inputs, of any size that the graph takes: the result serves all sizes. What has no form
-    that TensorRT takes is left as it is, for `graph_lint` to name. Raises BundleError if the graph's types and ranks
-    cannot be found.
+    that TensorRT takes is left as it is, for the parser or `lint` to name. Raises BundleError if the graph's types and
+    ranks cannot be found.
     """
     rewrite = _Rewrite(model, shapes)
     canonical = version >= CANONICAL_SINCE
@@ -54,29 +53,6 @@ def lower(model: onnx.ModelProto, version: tuple[int, int], shapes: Mapping[str,
     _bytes_last(model)
     if not canonical:
         _to_primitive_opset(model)
-
-
-def mark_decomposable(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
-    """Lets TensorRT take attention apart where it has no fused kernel for it. Returns how many nodes it marked.
-
-    `shapes` as for `lower`; None marks every attention that is not marked yet.
-
-    Attention that is not marked is fused or the build fails; there are no fused kernels in float32, nor for heads wider
-    than `_WIDEST_HEAD`. The attribute is the parser's own (onnx-tensorrt, importer of Attention): onnx.checker and ONNX
-    Runtime refuse a model that has it.
-    """
-    from onnx import TensorProto, helper
-
-    tensors = infer_shapes(model, shapes, model.graph.name).tensors if shapes is not None else {}
-    marked = 0
-    for node in model.graph.node:
-        if node.op_type != "Attention" or any(attribute.name == "TRT_decomposable" for attribute in node.attribute):
-            continue
-        q = tensors.get(node.input[0])
-        if q is None or q.dtype == TensorProto.FLOAT or q.shape[-1] > _WIDEST_HEAD:
-            node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
-            marked += 1
-    return marked
 
 
 class _Rewrite:
@@ -164,7 +140,10 @@ def _attention_4d(rewrite: _Rewrite, node: onnx.NodeProto) -> bool:
         rewrite.heads(name, f"{output}.{part}", plain[0], _BATCH_HEADS_ROWS)
         for name, part in zip(node.input, "qkv", strict=False)
     )
-    kept = {name: value for name, value in _attributes(node).items() if not name.endswith("_num_heads")}
+    # The parser refuses softmax_precision whatever it says (onnx-tensorrt, importer of Attention); fused kernels sum in
+    # float32 by themselves.
+    dropped = ("q_num_heads", "kv_num_heads", "softmax_precision")
+    kept = {name: value for name, value in _attributes(node).items() if name not in dropped}
     rewrite.add("Attention", [q, k, v, *node.input[3:4]], f"{output}.heads", **kept)
     rewrite.merge(f"{output}.heads", output)
     return True

@@ -1,9 +1,8 @@
-"""What TensorRT's ONNX parser takes: operators and the types of their data, by version.
+"""What the ONNX parser of TensorRT 10 takes: operators and the types of their data, by version.
 
-Written down from docs/operators.md of github.com/onnx/onnx-tensorrt: of release 10.1 (commit 96e7811), of 10.15, and
-of 11.0 (commit 2f3fa34), and from its docs/Changelog.md, which names no new operator or type between 10.1 and 10.3, the
-version that JetPack 6 comes with. What came with 10.4 to 10.14 counts as new in 10.15: a graph that passes for 10.3
-passes for all of them.
+Written down from docs/operators.md of github.com/onnx/onnx-tensorrt: of release 10.1 (commit 96e7811) and of 10.15, and
+from its docs/Changelog.md, which names no new operator or type between 10.1 and 10.3, the version that JetPack 6 comes
+with. What came with 10.4 to 10.14 counts as new in 10.15: a graph that passes for 10.3 passes for all of them.
 """
 
 from __future__ import annotations
@@ -68,10 +67,10 @@ class Support:
 
 _REDUCTIONS = frozenset(name for name in _NUMERIC.split() if name.startswith("Reduce"))
 _CONSTANT = _REDUCTIONS | {"CumSum", "Squeeze", "Unsqueeze"}
+ASKED_SINCE = (11, 0)  # the parser of TensorRT for RTX is that of TensorRT 11, and can be asked on any machine
 SUPPORT = (
     Support((10, 0), range(9, 21), _OPERATORS_10_3, _CONSTANT | {"Pad", "Slice"}),
     Support((10, 15), range(9, 25), _OPERATORS_10_15, _CONSTANT),
-    Support((11, 0), range(9, 25), {**_OPERATORS_10_15, "Swish": FLOATS}, _CONSTANT),
 )
 
 

@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-import tmd_engines
 from tests.helpers.cpp_tools import twin
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle
-from tmd_engines.command.build import input_shapes, run_sizes
+from tmd_engines.command.sizes import input_shapes, run_sizes
 from tmd_engines.device.plan_cache import PlanCache, cache_folder
-from tmd_engines.tensorrt.engine import plan_key
+from tmd_engines.tensorrt.plans import plan_key
+from tmd_engines.tensorrt.profile import exactly
+from tmd_engines.tensorrt.settings import BuildSettings
 from tmd_runtime.built_in import BUILT_IN
 
 ENGINE = 3  # tmd_status
 SIZE = (832, 480, 81)
 
 
-class Gpu(NamedTuple):
-    name: str = "NVIDIA H200"
-    capability: tuple[int, int] = (9, 0)
+GPU = ("NVIDIA H200", "9.0")
 
 
-@pytest.fixture(scope="module")
-def settings() -> Any:
-    """`BuildSettings`, from its module over a TensorRT that has two names: the rest of it is not asked for."""
-    base = type("Base", (), {"Severity": None})
-    source = Path(tmd_engines.__file__).parent / "tensorrt" / "build.py"
-    spec = importlib.util.spec_from_file_location("tmd_engines.tensorrt._only_settings", source)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get("tensorrt")
-    sys.modules["tensorrt"] = SimpleNamespace(ILogger=base, IProgressMonitor=base)  # type: ignore[assignment]
-    sys.modules[spec.name] = module  # dataclasses look it up
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["tensorrt"], sys.modules[spec.name]
-        if isinstance(known, ModuleType):
-            sys.modules["tensorrt"] = known
-    return module.BuildSettings
-
-
-def python_key(graph: str, settings: Any, version: str = "10.16.1.11", **more: Any) -> dict[str, str]:
+def python_key(graph: str, version: str = "10.16.1.11", **more: Any) -> dict[str, str]:
     """The key that `TensorRtEngine` gives to the plan of a graph of the built-in bundle."""
     bundle = Bundle.open(BUILT_IN)
     info = bundle.graph_info(graph)
     hashes = " ".join(bundle.manifest.files[name].sha256 for name in (info.file, info.data) if name)
     title = f"{bundle.manifest.model.name} {graph}"
-    shapes = input_shapes(bundle, graph, run_sizes(bundle, graph, *SIZE)[0])
-    return plan_key(title, hashes, b"lowered", version, Gpu(), info.precision, shapes, settings(**more))
+    ranges = exactly(input_shapes(bundle, graph, run_sizes(bundle, graph, *SIZE)[0]))
+    settings = BuildSettings(**more)
+    return plan_key(title, hashes, b"lowered", f"tensorrt {version}", GPU, info.precision, ranges, settings)
 
 
 def cpp_key(graph: str, version: str = "10.16.1.11", streaming: bool = False) -> dict[str, str]:
@@ -67,8 +44,8 @@ def cpp_key(graph: str, version: str = "10.16.1.11", streaming: bool = False) ->
         graph=graph,
         shapes=input_shapes(bundle, graph, run_sizes(bundle, graph, *SIZE)[0]),
         version=version,
-        device=Gpu().name,
-        capability="9.0",
+        device=GPU[0],
+        capability=GPU[1],
         streaming=streaming,
     )["ok"]
     return key
@@ -85,15 +62,15 @@ def find(folder: Path, key: dict[str, str]) -> Any:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_key_is_that_of_python_but_for_the_lowered_graph(settings: Any, graph: str, streaming: bool) -> None:
-    expected = python_key(graph, settings, weight_streaming=streaming)
+def test_key_is_that_of_python_but_for_the_lowered_graph(graph: str, streaming: bool) -> None:
+    expected = python_key(graph, weight_streaming=streaming)
     del expected["lowered"]
     assert cpp_key(graph, streaming=streaming) == expected
 
 
 @pytest.mark.parametrize("title", ["wan1.3b backbone", 'a "quoted" \\ name', "büro 北京 \U0001f600\x7f"])
-def test_entry_of_a_key_has_the_name_that_python_gives_it(tmp_path: Path, settings: Any, title: str) -> None:
-    key = python_key("backbone", settings) | {"title": title}
+def test_entry_of_a_key_has_the_name_that_python_gives_it(tmp_path: Path, title: str) -> None:
+    key = python_key("backbone") | {"title": title}
     PlanCache(tmp_path / "plans").store(key, b"plan")
     (entry,) = (tmp_path / "plans").glob("*.plan")
     assert twin().ask("plan_file", key=key)["ok"] == entry.name
@@ -110,9 +87,9 @@ def test_folder_is_that_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert twin().ask("plan_folder", cache="")["ok"] == str(cache_folder() / "tensorrt")  # type: ignore[operator]
 
 
-def test_newest_plan_counts_whatever_lowered_it_and_however_much_room_it_had(tmp_path: Path, settings: Any) -> None:
+def test_newest_plan_counts_whatever_lowered_it_and_however_much_room_it_had(tmp_path: Path) -> None:
     plans = PlanCache(tmp_path / "plans")
-    first = python_key("backbone", settings, workspace=4 << 30)
+    first = python_key("backbone", workspace=4 << 30)
     plans.store(first, b"old")
     (entry,) = (tmp_path / "plans").glob("*.plan")
     os.utime(entry, (1, 1))
@@ -122,8 +99,8 @@ def test_newest_plan_counts_whatever_lowered_it_and_however_much_room_it_had(tmp
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "10.3.0.26", "10.3.0.26.post1"])
-def test_a_package_may_leave_out_the_build_number(tmp_path: Path, settings: Any, version: str) -> None:
-    PlanCache(tmp_path / "plans").store(python_key("backbone", settings, version), b"plan")
+def test_a_package_may_leave_out_the_build_number(tmp_path: Path, version: str) -> None:
+    PlanCache(tmp_path / "plans").store(python_key("backbone", version), b"plan")
     assert find(tmp_path / "plans", cpp_key("backbone", "10.3.0.26")) == b"plan"
     for other in ("10.3.1.26", "10.30.0.26", *(["10.3.0.2"] if "26" in version else [])):
         assert "engine: 'tensorrt 10.3.0" in find(tmp_path / "plans", cpp_key("backbone", other))
@@ -140,17 +117,15 @@ def test_a_package_may_leave_out_the_build_number(tmp_path: Path, settings: Any,
         ("surprise", "yes"),
     ],
 )
-def test_plan_for_something_else_is_not_taken_and_the_field_is_named(
-    tmp_path: Path, settings: Any, field: str, there: str
-) -> None:
-    PlanCache(tmp_path / "plans").store(python_key("backbone", settings) | {field: there}, b"plan")
+def test_plan_for_something_else_is_not_taken_and_the_field_is_named(tmp_path: Path, field: str, there: str) -> None:
+    PlanCache(tmp_path / "plans").store(python_key("backbone") | {field: there}, b"plan")
     said = find(tmp_path / "plans", cpp_key("backbone"))
     assert f"{field}: '{there}' there, '{cpp_key('backbone').get(field, 'nothing')}"[:75] in said
     assert "tmd-engine build BUNDLE --size" in said
 
 
-def test_another_size_is_missing_without_a_complaint_about_fields(tmp_path: Path, settings: Any) -> None:
-    key = python_key("backbone", settings) | {"shapes": "x 1x16x5x8x8"}
+def test_another_size_is_missing_without_a_complaint_about_fields(tmp_path: Path) -> None:
+    key = python_key("backbone") | {"shapes": "x 1x16x5x8x8"}
     PlanCache(tmp_path / "plans").store(key, b"plan")
     said = find(tmp_path / "plans", cpp_key("backbone"))
     assert (
@@ -158,9 +133,9 @@ def test_another_size_is_missing_without_a_complaint_about_fields(tmp_path: Path
     )
 
 
-def test_damaged_renamed_and_linked_entries_are_none(tmp_path: Path, settings: Any) -> None:
+def test_damaged_renamed_and_linked_entries_are_none(tmp_path: Path) -> None:
     folder, key = tmp_path / "plans", cpp_key("backbone")
-    PlanCache(folder).store(python_key("backbone", settings), b"plan")
+    PlanCache(folder).store(python_key("backbone"), b"plan")
     (entry,) = folder.glob("*.plan")
     content = entry.read_bytes()
     for damaged in (

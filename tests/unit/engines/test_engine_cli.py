@@ -115,7 +115,7 @@ def test_bad_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
 def test_doctor_says_what_is_there() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
-    for expected in ("python ", "cpu ", "onnxruntime ", "openvino ", "tensorrt ", "nvidia "):
+    for expected in ("python ", "cpu ", "onnxruntime ", "openvino ", "tensorrt ", "tensorrt-rtx ", "nvidia "):
         assert expected in result.output
 
 
@@ -146,6 +146,27 @@ def test_doctor_reads_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=answer))
     output = invoke("doctor").output
     assert "driver 580.65.06: NVIDIA H200 (compute capability 9.0); NVIDIA RTX A1, Mobile (compute" in output
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("570.10.01, NVIDIA GeForce RTX 4090, 8.9", "but driver 570.10.01 is too old: install 580 or newer"),
+        ("580.65.06, NVIDIA GeForce RTX 2080, 7.5", "RTX 2080 has compute capability 7.5, for which our graphs cannot"),
+        ("580.65.06, NVIDIA H200, 9.0", "which NVIDIA does not list for TensorRT for RTX: --engine tensorrt"),
+        ("580.65.06, NVIDIA GeForce RTX 4090, 8.9", "1.7.1"),
+    ],
+)
+def test_doctor_says_what_a_card_lacks_for_tensorrt_for_rtx(
+    monkeypatch: pytest.MonkeyPatch, answer: str, said: str
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=answer + "\n"))
+    monkeypatch.setattr(doctor, "import_module", lambda name: SimpleNamespace(__version__="1.7.1"))
+    monkeypatch.setattr("tmd_engines.tensorrt.engine.has_gpu", lambda: True)
+    monkeypatch.setattr("tmd_engines.tensorrt.engine.has_cuda_bindings", lambda: True)
+    (line,) = (line for line in invoke("doctor").output.splitlines() if line.startswith("  tensorrt-rtx"))
+    assert said in line and ("but" in line) == (said != "1.7.1")
 
 
 def test_doctor_survives_a_hanging_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The TensorRT backend against NVIDIA's own bindings of three versions, and CUDA's. No GPU, and no double of ours.
+"""The TensorRT backend against NVIDIA's own bindings: of TensorRT in three versions, of TensorRT for RTX, and of CUDA.
 
-What this proves: every name exists, every call fits its signature, and a TensorRT that does not start is one sentence.
-What it cannot prove: that a graph builds, and that it computes the right thing.
+What this proves: every name exists, every call fits its signature, and a library that does not start is one sentence.
+That graphs build is shown by `test_tensorrt_builds.py`; that they compute the right thing, only by a GPU.
 """
 
 from __future__ import annotations
@@ -16,23 +16,42 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tensorrt_bindings import WHEELS, environment, prepare
+from tests.helpers.tensorrt_bindings import WHEELS, environment, prepare, prepare_rtx
 from tmd_engines.device.gpu import has_gpu
 
 ROOT = Path(__file__).parents[3]
 ENGINES = ROOT / "engines"
-BUILD = ENGINES / "tmd_engines/tensorrt/build.py"
+BACKEND = ENGINES / "tmd_engines/tensorrt"
+MODULES = ("library", "log", "build", "run", "streaming")  # those that call a library
+STREAMING_SINCE = (11, 0)
 CUDA = ENGINES / "tmd_engines/device/cuda.py"
 QUICK = ("10.3.0", "11.4.0.106")
+RTX = "rtx"
+
+
+def folder_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = getattr(request.config, "cache", None)
+    return Path(cache.mkdir("tensorrt-bindings-2") if cache is not None else tmp_path_factory.mktemp("bindings"))
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in WHEELS]
 )
 def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("tensorrt-bindings") if cache is not None else tmp_path_factory.mktemp("bindings")
-    return prepare(request.param, Path(folder))
+    return prepare(request.param, folder_of(request, tmp_path_factory))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in WHEELS), RTX],
+)
+def typed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """A folder with type stubs, and the modules that must fit them."""
+    folder = folder_of(request, tmp_path_factory)
+    if request.param == RTX:
+        return prepare_rtx(folder), MODULES
+    major, minor = (int(part) for part in request.param.split(".")[:2])
+    return prepare(request.param, folder), MODULES if (major, minor) >= STREAMING_SINCE else MODULES[:-1]
 
 
 def names_below(root: str, file: Path) -> set[str]:
@@ -58,34 +77,51 @@ def run(bindings: Path, code: str) -> str:
 
 
 def test_every_name_of_the_backend_is_in_the_bindings(bindings: Path) -> None:
-    names = names_below("trt", BUILD)
+    old = bindings.name.split("-")[3].startswith("10")
+    files = [BACKEND / f"{name}.py" for name in MODULES if not (old and name == "streaming")]
+    names = set[str]().union(*(names_below("trt", file) for file in files))
     assert {"Builder", "OnnxParser", "BuilderFlag.TF32", "Runtime"} <= names and len(names) > 12
     code = (
         "import operator, tensorrt\n"
-        f"for name in {sorted(names)!r}:\n"
+        f"for name in {sorted(names - {'IStreamWriter'} if old else names)!r}:\n"
         "    try: operator.attrgetter(name)(tensorrt)\n"
         "    except AttributeError as error: print(error)\n"
     )
-    assert run(bindings, code) == ""
+    said = run(bindings, code)
+    assert said == "" or (old and "load_initializer" in said)
+
+
+def test_every_name_that_is_asked_of_tensorrt_for_rtx_is_there() -> None:
+    rtx = importlib.import_module("tensorrt_rtx")
+    names = set[str]().union(*(names_below("trt", BACKEND / f"{name}.py") for name in MODULES))
+    ours = names_below("rtx", BACKEND / "library.py")
+    assert {"BuilderFlag.REQUIRE_USER_ALLOCATION", "ComputeCapability"} <= ours
+    for name in names | ours:
+        found: Any = rtx
+        for part in name.split("."):
+            found = getattr(found, part)
 
 
 def test_backend_runs_as_far_as_it_can_without_the_library(bindings: Path) -> None:
     """The real classes take our subclasses, and a library that gives nothing is an error in one sentence."""
     code = """
 from tmd_engines import EngineError
+from tmd_engines.tensorrt.library import FOR_RTX, TENSORRT, use
 from tmd_engines.tensorrt.progress import BuildProgress
-from tmd_engines.tensorrt import build
+use(TENSORRT)
+from tmd_engines.tensorrt import build, run
+from tmd_engines.tensorrt.log import Log
 import tensorrt as trt
-print(build.version(), build.full_version())
-log = build.Log()
-log.log(trt.ILogger.Severity.INFO, "nothing")
+print(TENSORRT.operators(), TENSORRT.version())
+log = Log()
+log.log(trt.ILogger.Severity.INFO, "Max Scratch Memory: 12 bytes")
 log.log(trt.ILogger.Severity.ERROR, "no\\n  driver")
-print(log.said(), "|", log.said())
+print(log.said(), "|", log.said(), "|", log.figures)
 told = []
 monitor = build._Monitor(BuildProgress("backbone", told.append))
 monitor.phase_start("all", "", 2)
 print(monitor.step_complete("all", 0), told[0].fraction)
-for call in (lambda: build.new_builder(log), lambda: build.Plan(b"", {})):
+for call in (lambda: build.new_builder(log), lambda: run.LoadedPlan(b""), lambda: use(FOR_RTX)):
     try: call()
     except EngineError as error: print("ERROR", error)
 print(trt.Dims([1, 2, 3])[2], 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) > 0)
@@ -94,31 +130,63 @@ print(trt.Dims([1, 2, 3])[2], 1 << int(trt.NetworkDefinitionCreationFlag.STRONGL
     version = bindings.name.split("-")[3]
     major, minor = version.split(".")[:2]
     assert first == f"({major}, {minor}) {version}"
-    assert said == "no driver | it gave no reason" and step == "True 0.5" and last == "3 True"
-    assert len(errors) == 2 and all(f"TensorRT {version} does not start" in error for error in errors)
+    assert said == "no driver | it gave no reason | {'scratch': 12}" and step == "True 0.5" and last == "3 True"
+    assert len(errors) == 3 and all(f"TensorRT {version} does not start" in error for error in errors[:2])
+    assert "one process uses one TensorRT" in errors[2]
 
 
-PLANTED = {  # what a backend must not say, and in which major versions it is wrong
-    "config.clear_flag(trt.BuilderFlag.TF32)": [
-        ("config.set_flag(trt.BuilderFlag.FP16)", ("11",)),
-        ("config.int8_calibrator = 1", ("10", "11")),
-        ("config.max_workspace_size = 1", ("10", "11")),
-        ("config.set_flag('fp16')", ("10", "11")),
-    ],
-    "self._context.execute_async_v3(stream)": [
-        ("self._context.execute_async_v2(stream)", ("10", "11")),
-        ("self._context.execute_async_v3()", ("10", "11")),
-    ],
+def test_tensorrt_for_rtx_says_why_it_cannot_run_a_plan_here() -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    code = """
+from tmd_engines import EngineError
+from tmd_engines.tensorrt.library import FOR_RTX, use
+use(FOR_RTX)
+from tmd_engines.tensorrt.run import LoadedPlan
+try: LoadedPlan(b"no plan")
+except EngineError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"TensorRT for RTX 1\.\S+ refuses the plan: .*\n", done.stdout), done.stdout
+
+
+# module -> what a backend must not say, and for which bindings it is wrong
+PLANTED = {
+    "build": {
+        "config.clear_flag(trt.BuilderFlag.TF32)": [
+            ("config.set_flag(trt.BuilderFlag.FP16)", ("11", RTX)),
+            ("config.int8_calibrator = 1", ("10", "11", RTX)),
+            ("config.max_workspace_size = 1", ("10", "11", RTX)),
+            ("config.set_flag('fp16')", ("10", "11", RTX)),
+        ],
+    },
+    "run": {
+        "self._context.execute_async_v3(stream)": [
+            ("self._context.execute_async_v2(stream)", ("10", "11", RTX)),
+            ("self._context.execute_async_v3()", ("10", "11", RTX)),
+        ],
+        "self._context.set_device_memory(address, size)": [
+            ("self._context.set_device_memory(address)", ("10", "11", RTX))
+        ],
+    },
+    "library": {
+        "made.is_stream_capturable(stream)": [("made.is_stream_capturable()", ("10", "11", RTX))],
+        "configuration.num_compute_capabilities = len": [
+            ("configuration.compute_capabilities = len", ("10", "11", RTX))
+        ],
+        "rtx.CudaGraphStrategy.DISABLED": [("rtx.CudaGraphStrategy.OFF", ("10", "11", RTX))],
+    },
 }
 
 
-def types(bindings: Path, folder: Path) -> str:
+def types(stubs: Path, cache: Path, folder: Path) -> str:
     """What mypy says in strict mode of the modules in `folder`, with the types of these bindings."""
     config = folder / "mypy.ini"
     config.write_text(
-        f"[mypy]\nstrict = True\nmypy_path = {bindings / 'stubs'}:{ENGINES}\nfollow_imports = silent\n"
-        f"cache_dir = {bindings / 'mypy'}\n"
-        "[mypy-tensorrt.*]\nignore_errors = True\n"
+        f"[mypy]\nstrict = True\nmypy_path = {stubs}:{ENGINES}\nfollow_imports = silent\n"
+        f"cache_dir = {cache}\n"
+        "[mypy-tensorrt.*,tensorrt_rtx.*]\nignore_errors = True\n"
         "[mypy-numpy.*,onnx.*,pydantic.*]\nfollow_imports = skip\n"  # half of the time, and nothing to do with this
     )
     files = [str(path) for path in sorted(folder.glob("*.py"))]
@@ -129,21 +197,27 @@ def types(bindings: Path, folder: Path) -> str:
     return done.stdout
 
 
-def test_backend_fits_the_types_of_the_bindings_and_what_is_planted_does_not(bindings: Path, tmp_path: Path) -> None:
-    source = re.sub(r"^from \.(?!\.)", "from tmd_engines.tensorrt.", BUILD.read_text(), flags=re.M)
-    source = re.sub(r"^from \.\.", "from tmd_engines.", source, flags=re.M)
-    major = bindings.name.split("-")[3].partition(".")[0]
-    (tmp_path / "as_it_is.py").write_text(source)
-    wrong = []
-    for place, changes in PLANTED.items():
-        assert place in source
-        for number, (change, majors) in enumerate(changes):
-            name = f"planted_{len(wrong)}_{number}.py"
-            (tmp_path / name).write_text(source.replace(place, change))
-            if major in majors:
-                wrong.append(name)
-    said = types(bindings, tmp_path)
-    assert {line.partition(":")[0] for line in said.splitlines() if ": error:" in line} == set(wrong), said
+def test_backend_fits_the_types_of_the_bindings_and_what_is_planted_does_not(
+    typed: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    folder, modules = typed
+    which = RTX if folder.name.startswith(RTX) else folder.name.split("-")[3].partition(".")[0]
+    wrong = set()
+    for module in modules:
+        source = (BACKEND / f"{module}.py").read_text()
+        source = re.sub(r"^( *)from \.(?!\.)", r"\1from tmd_engines.tensorrt.", source, flags=re.M)
+        source = re.sub(r"^( *)from \.\.", r"\1from tmd_engines.", source, flags=re.M)
+        (tmp_path / f"as_it_is_{module}.py").write_text(source)
+        for place, changes in PLANTED.get(module, {}).items():
+            assert place in source
+            for number, (change, where) in enumerate(changes):
+                name = f"planted_{module}_{len(wrong)}_{number}.py"
+                (tmp_path / name).write_text(source.replace(place, change))
+                if which in where:
+                    wrong.add(name)
+    said = types(folder / "stubs", folder / "mypy", tmp_path)
+    found = {line.partition(":")[0] for line in said.splitlines() if ": error:" in line}
+    assert found == wrong, said
 
 
 def test_code_from_a_plan_is_never_allowed() -> None:

@@ -17,7 +17,8 @@ from tmd_engines import Bundle, load
 from tmd_engines.bundle.graph_file import parse_graph
 from tmd_engines.command.verify import _dims, _inputs
 from tmd_engines.onnxruntime.lowering import low_precision_to_float32
-from tmd_engines.tensorrt.lowering import lower, mark_decomposable
+from tmd_engines.tensorrt.fusion import mark_decomposable
+from tmd_engines.tensorrt.lowering import lower
 
 VERSIONS = [(10, 3), (10, 16), (11, 4)]
 LATER = {"Attention", "RMSNormalization", "RotaryEmbedding"}
@@ -175,16 +176,27 @@ def test_integers_are_clipped_by_max_and_min(low: int, bounds: tuple[int | None,
     assert np.array_equal(run(model, {"x": x})[0], np.clip(x, *bounds))
 
 
-def test_attention_without_a_fused_kernel_may_be_taken_apart() -> None:
-    for low, width, marked in (
-        (TensorProto.FLOAT, 48, 1),
-        (TensorProto.FLOAT16, 48, 0),
-        (TensorProto.BFLOAT16, 48, 0),
-        (TensorProto.FLOAT16, 4 * 384, 1),
-    ):
-        q, k, v = draw((1, 3, width), (1, 3, width), (1, 3, width))
-        model = one_node("Attention", {"q": q, "k": k, "v": v}, low, q_num_heads=4, kv_num_heads=4)
-        lower(model, (10, 16), shapes(model))
-        assert mark_decomposable(model, shapes(model)) == marked
-        assert mark_decomposable(model, None) == 1 - marked
-        assert mark_decomposable(model, None) == 0
+@pytest.mark.parametrize(
+    ("low", "heads", "width", "marked"),
+    [
+        (TensorProto.FLOAT, 4, 12, 1),
+        (TensorProto.FLOAT16, 4, 12, 0),
+        (TensorProto.BFLOAT16, 4, 12, 0),
+        (TensorProto.FLOAT16, 4, 8, 1),
+        (TensorProto.FLOAT16, 4, 384, 1),
+        (TensorProto.FLOAT16, 1, 128, 1),
+    ],
+)
+def test_attention_without_a_fused_kernel_may_be_taken_apart(low: int, heads: int, width: int, marked: int) -> None:
+    q, k, v = draw(*[(1, 3, heads * width)] * 3)
+    model = one_node("Attention", {"q": q, "k": k, "v": v}, low, q_num_heads=heads, kv_num_heads=heads)
+    lower(model, (10, 16), shapes(model))
+    assert mark_decomposable(model, shapes(model)) == marked
+
+
+def test_parser_of_tensorrt_is_not_told_in_which_type_to_sum() -> None:
+    kind, inputs, attributes = CASES["attention, scale"]
+    model = one_node(kind, inputs, **attributes)
+    lower(model, (11, 0), shapes(model))
+    (node,) = (node for node in model.graph.node if node.op_type == kind)
+    assert [attribute.name for attribute in node.attribute] == ["scale"]

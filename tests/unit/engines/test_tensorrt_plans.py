@@ -4,115 +4,172 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.helpers.built_in import BUILT_IN
 from tests.helpers.synthetic_tim import write_tim_bundle
 from tmd_engines import Bundle, EngineError
-from tmd_engines.command.build import run_sizes, write_for_trtexec
+from tmd_engines.command.build import write_for_trtexec
+from tmd_engines.command.sizes import input_shapes, run_sizes
 from tmd_engines.device.plan_cache import PlanCache
 from tmd_engines.engine import BuildStep
-from tmd_engines.tensorrt.engine import _cached_plan, plan_key, workspace_limit
+from tmd_engines.tensorrt import library, targets
+from tmd_engines.tensorrt.plans import GraphPlans
+from tmd_engines.tensorrt.profile import between, contains, exactly, from_text, largest, to_text
 from tmd_engines.tensorrt.progress import BuildProgress
+from tmd_engines.tensorrt.settings import BuildSettings, workspace_limit
 
-SHAPES = {"x": (1, 16, 21, 60, 104)}
-
-
-class Gpu(NamedTuple):
-    name: str = "NVIDIA H200"
-    capability: tuple[int, int] = (9, 0)
+GPU = ("NVIDIA H200", "9.0")
 
 
-@dataclass(frozen=True)
-class Settings:
-    text: str = "workspace None"
+class Library(library.TensorRt):
+    """A TensorRT of which nothing is asked but its version: the cache is what is tested."""
 
-    def flags(self) -> str:
-        return self.text
+    said = "10.3.0"
+
+    def version(self) -> str:
+        return self.said
 
 
-class Library:
-    """Counts builds and takes every plan but one: the cache is what is tested, not TensorRT."""
+class Rtx(library.TensorRtForRtx):
+    def version(self) -> str:
+        return "1.7.1.116"
 
-    def __init__(self) -> None:
+
+class Taker:
+    """Takes plans of the graph `update` of the built-in model from a cache of its own, and counts what is built."""
+
+    def __init__(self, used: library.TensorRt) -> None:
+        self.plans = GraphPlans(Bundle.open(BUILT_IN), "update", used)
         self.builds: list[Any] = []
-        self.refused = b""
+        self.said: list[str] = []
+        self.told = BuildProgress("update", lambda step: self.said.append(step.message or ""))
 
-    def build(self, content: bytes, path: str, shapes: Any, settings: Any, timing: bytes | None, told: Any) -> Any:
-        self.builds.append(timing)
-        return b"plan %d" % len(self.builds), b"timing"
+    def __call__(self, size: Any = (64, 64, 5), device: Any = GPU, **settings: Any) -> bytes:
+        found = self.plans.in_cache(self.shapes(*size), device, BuildSettings(**settings), self.told)
+        return bytes(found.content)
 
-    def Plan(self, content: bytes, shapes: Any) -> bytes:
-        if content == self.refused:
-            raise EngineError("TensorRT refuses the plan: magic tag does not match.")
-        return content
-
-
-def key(**changed: Any) -> dict[str, str]:
-    given = {
-        "title": "wan1.3b backbone", "hashes": "ab cd", "model": b"graph", "version": "10.3.0", "device": Gpu(),
-        "precision": "bf16", "shapes": SHAPES, "settings": Settings(),
-    }  # fmt: skip
-    return plan_key(**(given | changed))
+    def shapes(self, *size: int) -> dict[str, tuple[int, ...]]:
+        bundle = Bundle.open(BUILT_IN)
+        return input_shapes(bundle, "update", run_sizes(bundle, "update", *size)[0])
 
 
-@pytest.fixture
-def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(params=[Library, Rtx])
+def take(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Taker:
     monkeypatch.setenv("TMD_CACHE", str(tmp_path / "cache"))
-    library, said = Library(), []
+    monkeypatch.setattr("tmd_engines.tensorrt.library.use", lambda used: None)
+    taker = Taker(request.param())
+    timing_cache = b"timing" if request.param is Library else None
 
-    def take(**changed: Any) -> bytes:
-        told = BuildProgress("backbone", lambda step: said.append(step.message))
-        plan: bytes = _cached_plan(library, key(**changed), b"", "backbone.onnx", SHAPES, Settings(), told)  # type: ignore[arg-type]
-        return plan
+    def build(model: bytes, ranges: Any, settings: Any, timing: Any, told: Any, out: Any) -> Any:
+        taker.builds.append(timing)
+        out.write(b"plan %d" % len(taker.builds))
+        return SimpleNamespace(figures={"scratch": 5 << 20}, timing=timing_cache)
 
-    take.library, take.said = library, said  # type: ignore[attr-defined]
-    return take
+    monkeypatch.setattr(taker.plans, "build", build)
+    return taker
 
 
-def test_plan_is_built_once_with_the_timing_cache_of_the_one_before(take: Any) -> None:
+def test_plan_is_built_once_with_the_timing_cache_of_the_one_before(take: Taker) -> None:
     assert take() == take() == b"plan 1"
-    assert take(hashes="ef") == b"plan 2"
-    assert take.library.builds == [None, b"timing"]
+    assert take((64, 64, 9)) == b"plan 2"
+    assert take.builds == [None, b"timing" if isinstance(take.plans.library, Library) else None]
+    assert any("5.2 MB" in said and "scratch" in said for said in take.said)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"hashes": "ef"}, "graph: ab cd there, ef here"),
-        ({"version": "10.16.1"}, "engine: tensorrt 10.3.0 there, tensorrt 10.16.1 here"),
-        ({"device": Gpu("Orin")}, "device: NVIDIA H200 there, Orin here"),
-        ({"device": Gpu(capability=(8, 9))}, "compute capability: 9.0 there, 8.9 here"),
-        ({"precision": "fp16"}, "precision: bf16 there, fp16 here"),
-        ({"settings": Settings("workspace 5")}, "flags: workspace None there, workspace 5 here"),
-        ({"model": b"other"}, "lowered: "),
+        ({"_hashes": "ef"}, "graph: "),
+        ({"precision": "fp16"}, "precision: fp32 there, fp16 here"),
+        ({"settings": {"workspace": 5}}, "flags: workspace None"),
+        ({"said": "10.16.1"}, "engine: tensorrt 10.3.0 there, tensorrt 10.16.1 here"),
+        ({"device": ("Orin", "9.0")}, "device: NVIDIA H200 there, Orin here"),
+        ({"device": ("NVIDIA H200", "8.9")}, "compute capability: 9.0 there, 8.9 here"),
     ],
 )
 def test_plan_for_something_else_says_which_field_differs_and_is_built_anew(
-    take: Any, changed: dict[str, Any], said: str
+    take: Taker, changed: dict[str, Any], said: str
 ) -> None:
+    if isinstance(take.plans.library, Rtx) and changed.keys() & {"said", "device"}:
+        pytest.skip("plans of TensorRT for RTX are for every card")
     take()
     take.said.clear()
-    assert take(**changed) == b"plan 2"
+    for name in changed.keys() & {"_hashes", "precision"}:
+        setattr(take.plans, name, changed[name])
+    if "said" in changed:
+        take.plans.library.said = changed["said"]  # type: ignore[attr-defined]
+    assert take(device=changed.get("device", GPU), **changed.get("settings", {})) == b"plan 2"
     (first, *_) = take.said
     assert said in first and "building anew" in first
 
 
-def test_another_size_is_no_reason_to_complain(take: Any) -> None:
+def test_plan_for_rtx_cards_serves_every_one_of_them(take: Taker) -> None:
+    if isinstance(take.plans.library, Library):
+        pytest.skip("TensorRT builds for the GPU here")
+    assert take() == take(device=("NVIDIA GeForce RTX 5090", "12.0")) == b"plan 1"
+    assert take(targets=("8.9", "12.0")) == b"plan 2"
+
+
+def test_another_size_is_no_reason_to_complain(take: Taker) -> None:
     take()
     take.said.clear()
-    take(shapes={"x": (1, 16, 5, 8, 8)})
+    take((64, 64, 9))
     assert not any("something else" in message for message in take.said)
 
 
-def test_plan_that_tensorrt_refuses_is_built_anew(take: Any) -> None:
-    take()
-    take.library.refused = b"plan 1"
-    assert take() == b"plan 2"
-    assert any("does not load" in message and "magic tag" in message for message in take.said)
+def test_plan_for_a_range_serves_the_sizes_in_it_and_no_others(take: Taker) -> None:
+    sizes = [take.shapes(*size) for size in ((64, 64, 5), (96, 64, 9), (128, 128, 17))]
+    take.plans.make(between(*sizes), GPU, BuildSettings(), take.told)
+    assert take((64, 64, 5)) == take((128, 96, 13)) == take((128, 128, 17)) == b"plan 1"
+    assert take((160, 64, 5)) == b"plan 2"
+    assert take((64, 64, 1)) == b"plan 3"
+
+
+def test_ranges_are_written_and_read() -> None:
+    ranges = between({"x": (1, 4), "t": ()}, {"x": (2, 4), "t": ()}, {"x": (3, 4), "t": ()})
+    assert to_text(ranges) == "t , x 1x4..2x4..3x4" and from_text(to_text(ranges)) == ranges
+    assert largest(ranges) == {"x": (3, 4), "t": ()}
+    assert contains(ranges, {"x": (2, 4), "t": ()}) and not contains(ranges, {"x": (2, 5), "t": ()})
+    assert not contains(ranges, {"x": (2, 4)}) and not contains(ranges, {"x": (2, 4, 1), "t": ()})
+    with pytest.raises(ValueError):
+        from_text("x 1..2")
+    assert to_text(exactly({"x": (1, 4)})) == "x 1x4"
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted", "said"),
+    [
+        ("bf16", "rtx", None),
+        ("fp8", "8.9,12.0", None),
+        ("fp8", "rtx", "from compute capability 8.9 on: build with --for 8.9,12.0"),
+        ("fp8", "8.6", "--for 8.9,12.0"),
+        ("fp4", "8.9,12.0", "from compute capability 12.0 on: build with --for 12.0"),
+        ("bf16", "7.5", "Turing.*no bfloat16.*in fp16"),
+        ("fp16", "7.5", "Turing.*products and 3-D convolutions in float32"),
+    ],
+)
+def test_what_a_card_cannot_compute_is_said_before_a_build(precision: str, wanted: str, said: str | None) -> None:
+    import re
+
+    reason = targets.refusal(precision, targets.parse_targets(wanted))
+    assert reason is None if said is None else reason is not None and re.search(said, reason)
+
+
+def test_targets_are_known_compute_capabilities() -> None:
+    assert targets.parse_targets("rtx") == () and targets.to_text(()) == "rtx"
+    assert targets.parse_targets("12.0, 8.9,8.9") == ("8.9", "12.0")
+    with pytest.raises(EngineError, match=r"'9.0' is no compute capability .* rtx for every card from 8.0 on"):
+        targets.parse_targets("8.9,9.0")
+    on = {
+        capability: targets.runs_on((), capability) for capability in ((7, 5), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
+    }
+    assert [capability for capability, runs in on.items() if not runs] == [(7, 5), (9, 0)]
+    assert targets.runs_on(("8.9",), (8, 9)) and not targets.runs_on(("8.9",), (12, 0))
 
 
 def test_second_process_waits_for_the_plan_that_the_first_one_makes(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 import tmd_ref.wan
 from tests.helpers.export_tools import WAN, small_export, small_graph, small_source, with_weights
 from tests.helpers.quantized_tools import export_small, quantized
-from tmd_engines.tensorrt.lint import lint as tensorrt_lint
-from tmd_engines.tensorrt.lowering import lower
 from tmd_export import ExportError
 from tmd_export.families.build import build
 from tmd_export.families.tmd import TMD
@@ -109,17 +107,6 @@ def test_the_manifest_tells_precision_accuracy_and_files() -> None:
     assert FILE in manifest.files
     float32 = small_export().bundle.manifest.files["backbone.onnx.data"].size
     assert manifest.files["backbone.onnx.data"].size < 0.6 * float32  # what is small dominates at this size
-
-
-@pytest.mark.parametrize("version", [(10, 3), (10, 15), (11, 0)])
-@pytest.mark.parametrize("part", ["backbone", "flow_head"])
-def test_tensorrt_would_take_the_graphs(part: str, version: tuple[int, int]) -> None:
-    bundle = quantized().bundle
-    model = onnx.load(bundle.graph_path(part), load_external_data=False)
-    sizes = {**SIZES, "tokens": 2 * 2 * 3}
-    shapes = {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info(part).inputs}
-    lower(model, version, shapes)
-    assert tensorrt_lint(model, shapes, version, bundle.folder) == []
 
 
 def _drop_zero_point(node: onnx.NodeProto, _: onnx.ModelProto) -> None:

@@ -8,15 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from tests.helpers.tim_models import CLASSES_16 as CLASSES
 from tests.helpers.tim_models import PARTS, TEXT_16, network
 from tmd_engines import load
-from tmd_engines.tensorrt.lint import lint
-from tmd_engines.tensorrt.lowering import lower
 from tmd_export import ExportError, ExportResult, export_bundle
 from tmd_export.families import ExportFamily
 from tmd_export.families.tim import TIM
@@ -46,17 +43,6 @@ def test_the_products_of_the_blocks_are_quantized_and_no_others(quantized: Expor
     rounded = [graph for graph in quantized.graphs if graph.precision != "fp32"]
     assert [graph.name for graph in rounded] == list(PARTS)
     assert all(graph.accuracy and 0.99 < graph.accuracy.cosine < 0.99999 for graph in rounded)
-
-
-@pytest.mark.parametrize("version", [(10, 3), (10, 15), (11, 0)])
-def test_tensorrt_would_take_heads_of_any_width_in_fp8(quantized: ExportResult, version: tuple[int, int]) -> None:
-    assert TEXT.head_dim % 16
-    bundle = quantized.bundle
-    model = onnx.load(bundle.graph_path("flow_head"), load_external_data=False)
-    sizes = {"batch": 2, "text": 5, "height": 2, "width": 3, "tokens": 6}
-    shapes = {spec.name: spec.resolve(**sizes) for spec in bundle.graph_info("flow_head").inputs}
-    lower(model, version, shapes)
-    assert lint(model, shapes, version, bundle.folder) == []
 
 
 def test_openvino_computes_the_integer_products_too(quantized: ExportResult) -> None:

@@ -1,0 +1,55 @@
+"""The scratch memory that a graph needs with TensorRT, told before it is built: what lies between its kernels.
+
+A rule of thumb that was held against the builder's own figures (docs/engines.md): in transformers every tensor between
+two nodes is in memory, in the type that it has, but for the scores of attention, which has a kernel of its own; in
+autoencoders the arithmetic after a convolution becomes part of its kernel, and what is between takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .shapes import ShapedGraph
+
+WORKSPACE = 8_200_000  # what the builder asks for in the smallest graph with a product
+_VIEWS = frozenset(("Expand", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Transpose", "Unsqueeze"))
+_CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
+_PRODUCTS = _CONVOLUTIONS | {"Attention", "Gemm", "MatMul"}
+_ALONE = _PRODUCTS | {"LayerNormalization", "ReduceMean", "ReduceSum", "Resize", "RMSNormalization", "Softmax"}
+
+
+def scratch_bytes(graph: ShapedGraph) -> int:
+    """The peak of what is in memory at once, without inputs, outputs and weights."""
+    kinds = {node.op_type for node in graph.nodes}
+    readers: dict[str, list[int]] = {}
+    root: dict[str, str] = {}  # tensor -> the one whose memory it is seen in
+    end: dict[str, int] = {}  # memory -> index of the last node that reads it
+    for index, node in enumerate(graph.nodes):
+        for name in filter(None, node.input):
+            readers.setdefault(name, []).append(index)
+            end[root.get(name, name)] = index
+        if node.op_type in _VIEWS and node.input:
+            root |= dict.fromkeys(node.output, root.get(node.input[0], node.input[0]))
+    constants, elsewhere = set(graph.weights), {*graph.inputs, *graph.outputs}
+    inside = _inside_kernels(graph, readers) if kinds & _CONVOLUTIONS else set()
+    live: dict[str, int] = {}
+    peak = 0
+    for index, node in enumerate(graph.nodes):
+        if all(name in constants for name in node.input if name):
+            constants.update(node.output)
+            continue
+        for name in filter(None, node.output):
+            if root.get(name, name) == name and name not in elsewhere | inside:
+                live[name] = graph.tensors[name].elements * graph.tensors[name].itemsize
+        peak = max(peak, sum(live.values()))
+        live = {name: size for name, size in live.items() if end.get(name, index) > index}
+    return peak + (WORKSPACE if kinds & _PRODUCTS else 0)
+
+
+def _inside_kernels(graph: ShapedGraph, readers: Mapping[str, list[int]]) -> set[str]:
+    """Tensors that are read once, by arithmetic that becomes part of the kernel which makes them."""
+    return {
+        name
+        for name, found in readers.items()
+        if len(found) == 1 and graph.nodes[found[0]].op_type not in _ALONE | _VIEWS
+    }
