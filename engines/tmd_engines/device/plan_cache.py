@@ -113,7 +113,7 @@ class PlanCache:
         with contextlib.suppress(OSError):
             unfinished.sweep(self._folder, _NEW)
             _make_room(self._folder, self._max_folder - len(content))  # while it is made, both are there
-            new = unfinished.begin(self._folder, prefix=_NEW)
+            new = unfinished.begin(self._folder, prefix=_NEW, mode=0o600)
             try:
                 with open(new, "wb") as file:
                     file.write(_line(key, content) + b"\n")

@@ -19,8 +19,10 @@ _made: dict[Path, int | None] = {}  # of this process -> its lock; None: the fil
 _ATTEMPTS = 100
 
 
-def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: str = SUFFIX) -> Path:
-    """A new, empty file or folder in `folder`, with the permissions that the user's umask gives. Raises OSError."""
+def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: str = SUFFIX, mode: int = 0o666) -> Path:
+    """A new, empty file or folder in `folder`, with the permissions that the user's umask leaves of `mode`.
+
+    Raises OSError."""
     for _ in range(_ATTEMPTS):
         path = folder / f"{prefix}{secrets.token_hex(6)}{suffix}"
         _made[path] = None  # before it is there: whoever ends the process at once shall find it
@@ -28,7 +30,7 @@ def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: s
             if is_folder:
                 os.mkdir(path)
             else:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         except FileExistsError:
             del _made[path]
             continue

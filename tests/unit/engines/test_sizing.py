@@ -171,9 +171,9 @@ def test_a_run_of_the_built_in_model():
 def test_decoder_buffers_are_two_sets_of_caches_and_the_clip_twice(synthetic_bundle: Path):
     found = estimate(Bundle.open(synthetic_bundle), width=64, height=96, frames=17).stages["decoder"]
     latents, caches, pixels = 16 * 8 * 12 * 4, 32 * 8 * 12 * 4, 64 * 96 * 3
-    assert found.io_bytes == latents + 2 * caches + (1 + 4) * pixels + 2 * 17 * pixels
+    assert found.io_bytes == latents + 4 + 2 * caches + (1 + 4) * pixels + 2 * 17 * pixels
     still = estimate(Bundle.open(synthetic_bundle), width=64, height=96, frames=1).stages["decoder"]
-    assert still.io_bytes == latents + caches + (1 + 4) * pixels + 2 * pixels, "one set: nothing comes after it"
+    assert still.io_bytes == latents + 4 + caches + (1 + 4) * pixels + 2 * pixels, "one set: nothing comes after it"
 
 
 def test_stills_have_rows_for_guidance_and_tiles_for_the_autoencoder(tmp_path: Path) -> None:
