@@ -156,7 +156,8 @@ def main(bundles: tuple[str, ...], engine: str, device: str, size: str | None, f
     """Runs every step and writes first_light.json and first_light.md."""
     rows: list[Row] = []
     for what, work in steps(list(bundles), engine, device, parse_size(size), frames):
-        start, row = perf_counter(), {"step": what}
+        start = perf_counter()
+        row: Row = {"step": what}
         try:
             row["result"] = work()
         except (EngineError, BundleError, RuntimeFailure, ImportError, RuntimeError) as error:  # the last: CUDA's own
