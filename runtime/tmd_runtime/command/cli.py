@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 # As in tmd_engines, which is not imported for --help; a test compares the two.
-ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt")
+ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
 
 
