@@ -4,8 +4,8 @@
     python benchmarks/host_overhead.py --bundle my-bundle  # real engines, whose own time is taken away
 
 Printed are the median and the 10th..90th percentile over the repetitions of
-  inner step: setting s and r, choosing buffers, timing, the callback        (gate: 50 µs)
-  outer step: one draw of noise, the update of x, two checks for NaN and Inf  (grows with the latents)
+  inner step: setting s and r, choosing buffers, timing, the callback               (gate: 50 µs)
+  outer step: one draw of noise, the factors of the update, the copy of x, a check  (grows with the latents)
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import click
 import numpy as np
 
 from tmd_runtime.clock import StepInfo, Timings
-from tmd_runtime.sampling.tmd import DenoiseLoop
+from tmd_runtime.memory import DENOISER
+from tmd_runtime.sampling.calls import Calls
+from tmd_runtime.sampling.schedule import shift_grid
+from tmd_runtime.sampling.tmd import TmdLoop
 from tmd_runtime.settings import Settings
 
 GATE_MICROSECONDS = 50
@@ -32,13 +35,15 @@ OUTER, INNER, TEXT = 2, 4, 32
 class NullEngine:
     """Buffers of the right shape, and steps that return at once."""
 
+    records = False
+
     def __init__(self, latents: tuple[int, ...], dim: int = 128, head_dim: int = 32) -> None:
         tokens = latents[2] * latents[3] * latents[4] // 4
-        self._shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "noise", "y_next"), latents)
+        self._shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "noise", "y_next", "x_next", "data"), latents)
         self._shapes |= dict.fromkeys(("t", "s", "r"), (1,)) | dict.fromkeys(
             ("prompt_embeds", "context"), (1, TEXT, dim)
         )
-        self._shapes |= {"features": (1, tokens, dim)} | dict.fromkeys(
+        self._shapes |= {"coefficients": (7,), "magnitude": (1,), "features": (1, tokens, dim)} | dict.fromkeys(
             ("rope_cos", "rope_sin"), (tokens, head_dim // 2)
         )
 
@@ -74,17 +79,20 @@ def callback(step: StepInfo) -> bool:
     return True
 
 
-def measure(loop: DenoiseLoop, settings: Settings, text_dim: int, repetitions: int, inside: Callable[[], float]) -> str:
+def measure(loop: TmdLoop, settings: Settings, text_dim: int, repetitions: int, inside: Callable[[], float]) -> str:
     """Microseconds per step of the host alone; `inside` gives the seconds spent in the flow head so far."""
     prompt_embeds = np.zeros((1, TEXT, text_dim), np.float32)
+    grid = shift_grid(INNER, 10.0)
     inner, outer = [], []
     for repetition in range(repetitions + 3):
         timings, engines = Timings(callback), inside()
+        calls = Calls(timings, flow_head=INNER)
         start = perf_counter()
         loop.run(prompt_embeds, settings, timings)
         whole = perf_counter() - start
         before, start = inside(), perf_counter()
-        loop._transition(np.linspace(0, 0.999, INNER + 1), 0, INNER, timings)
+        for j in range(INNER, 0, -1):
+            calls("flow_head", loop._inner.step(grid, j))
         transition = perf_counter() - start - (inside() - before)
         if repetition >= 3:
             inner.append(transition / INNER * 1e6)
@@ -111,26 +119,26 @@ def main(bundle: Path | None, repetitions: int) -> None:
     print(f"{cpu()}, {platform.system()}, Python {platform.python_version()}, numpy {np.__version__}")
     print(f"{OUTER} outer x {INNER} inner steps, batch 1, with a callback; 3 warm-up runs, {repetitions} repetitions")
     if bundle is None:
-        sampler = SimpleNamespace(shift=10.0, inner_shift=10.0, t_max=0.999)
+        sampler = SimpleNamespace(rule="euler", inner_steps=INNER, shift=10.0, inner_shift=10.0, t_max=0.999)
         manifest: Any = SimpleNamespace(sampler=sampler, model=SimpleNamespace(patch_size=(1, 2, 2), head_dim=32))
         for name, shape in SHAPES.items():
             null: Any = NullEngine(shape)
-            loop = DenoiseLoop(null, null, manifest, shape, TEXT)
+            loop = TmdLoop(null, null, null, manifest, shape, TEXT)
             print(f"null engines, {name}: {measure(loop, settings_for(shape), 128, repetitions, lambda: 0.0)}")
     else:
         import tmd_runtime
         from tmd_engines import load
 
         pipeline = tmd_runtime.load(bundle)
-        backbone, head = (TimedEngine(load(pipeline.bundle, graph, threads=1)) for graph in ("backbone", "flow_head"))
-        engines: tuple[Any, Any] = (backbone, head)
+        engines: list[Any] = [TimedEngine(load(pipeline.bundle, graph, threads=1)) for graph in DENOISER]
         manifest = pipeline.manifest
         shape = pipeline.settings().latent_shape
-        loop = DenoiseLoop(engines[0], engines[1], manifest, shape, TEXT)
+        loop = TmdLoop(*engines, manifest, shape, TEXT)
         result = measure(
-            loop, settings_for(shape), manifest.text.dim, repetitions, lambda: backbone.seconds + head.seconds
+            loop, settings_for(shape), manifest.text.dim, repetitions, lambda: sum(each.seconds for each in engines)
         )
         print(f"onnxruntime, 1 thread, {manifest.model.name}: {result}")
+        head = engines[1]
         print(f"for comparison, one call of the flow head takes {head.seconds / head.calls * 1e6:.0f} µs (mean)")
     print(f"gate: {GATE_MICROSECONDS} µs per inner step")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +27,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ms_ssim import ms_ssim
-from tmd_engines import Bundle
+from tmd_engines import Bundle, Engine, Step
 from tmd_engines.bundle.reader import format_size
 from tmd_engines.onnxruntime.engine import OnnxRuntimeEngine
 from tmd_export import export_bundle, open_source
+from tmd_export.families import FAMILIES
+from tmd_export.families.tim import JUMPS
 from tmd_export.quantization.calibration import FILE, read_calibration
-from tmd_export.quantization.inputs import latent_size, rope
 from tmd_export.quantization.prompts import default_prompts
-from tmd_export.quantization.rollout import JUMPS, rollout
+from tmd_export.quantization.samplings import Condition, Samplings
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 GRAPHS = ("backbone", "flow_head")
@@ -42,41 +44,71 @@ SCALES = 3  # of MS-SSIM: pictures of 64 pixels have no more
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 SHOWN_LAYERS = 12
 
+Arrays = dict[str, np.ndarray]
 Counts = tuple[tuple[int, ...], ...]  # steps, and inner steps of models that have any
 
 
+class Watched(Engine):
+    """A graph whose every value is rounded as it says. `watch` gets the inputs and outputs of each run."""
+
+    def __init__(self, bundle: Bundle, graph: str) -> None:
+        info = bundle.graph_info(graph)
+        super().__init__(graph, info.inputs, info.outputs)
+        self._engine = OnnxRuntimeEngine(bundle, graph, "cpu", 1, as_stored=True)
+        self.watch: Callable[[Arrays, Arrays], object] | None = None
+
+    def empty(self, name: str, **dims: int) -> np.ndarray:
+        return self._engine.empty(name, **dims)
+
+    def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Step:
+        run = self._engine.bind(inputs, outputs)
+
+        def step() -> None:
+            run()
+            if self.watch is not None:
+                self.watch(dict(inputs), dict(outputs))
+
+        return step
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """The outputs for these inputs."""
+        dims = sizes(self.inputs.values(), inputs)
+        outputs = {output: self.empty(output, **dims) for output in self.outputs}
+        self._engine.run(inputs, outputs)
+        return outputs
+
+
 class Model:
-    """Backbone and flow head of a bundle, each value rounded as the graph says."""
+    """Backbone and flow head of a bundle, run as the runtime runs them."""
 
     def __init__(self, bundle: Bundle, engines: ExitStack) -> None:
-        self._engines = {
-            name: engines.enter_context(OnnxRuntimeEngine(bundle, name, "cpu", 1, as_stored=True)) for name in GRAPHS
-        }
-        self.manifest = bundle.manifest
-        self.recorded: dict[str, list[Any]] = {}  # graph -> inputs and outputs of its passes
+        self.graphs = {name: Watched(bundle, name) for name in GRAPHS}
+        self._family = FAMILIES[bundle.manifest.model.family]
+        for graph in self.graphs.values():
+            engines.callback(graph.close)
+        update = engines.enter_context(OnnxRuntimeEngine(bundle, "update", "cpu", 1))
+        self._samplings = Samplings(bundle.manifest, self._family, {**self.graphs, "update": update})
 
-    def __getitem__(self, name: str) -> Any:
-        engine = self._engines[name]
+    def latents(self, embeds: np.ndarray, seed: int, steps: int, inner_steps: int = 1) -> np.ndarray:
+        return self._samplings.run(Condition(embeds, embeds), seed, steps, inner_steps)
 
-        specs = self.manifest.graphs[name].inputs
+    def record(self, name: str, passes: list[tuple[Arrays, Arrays]]) -> None:
+        """From here on, the passes of a graph go to `passes`."""
+        graph, family = self.graphs[name], self._family
 
-        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            dims = sizes(specs, inputs)
-            outputs = {output: engine.empty(output, **dims) for output in engine.outputs}
-            engine.run({key: np.ascontiguousarray(value) for key, value in inputs.items()}, outputs)
-            if name in self.recorded:
-                self.recorded[name].append((dict(inputs), outputs))
-            return outputs
+        def keep(inputs: Arrays, outputs: Arrays) -> None:
+            for given in (inputs, *family.beside(name, inputs)):
+                compared = {key: np.array(value) for key, value in family.compared(name, given).items()}
+                passes.append((compared, graph(compared)))
 
-        return run
+        graph.watch = keep
 
-    def latents(self, embeds: np.ndarray, seed: int, *count: int) -> np.ndarray:
-        document = self.manifest.model_dump()
-        shape = latent_size(document)
-        rng = np.random.default_rng(seed)
-        noise = rng.standard_normal((1, self.manifest.latents.channels, *shape), np.float32)
-        graphs, sampler, tables = (self[GRAPHS[0]], self[GRAPHS[1]]), document["sampler"], rope(document, shape)
-        return rollout(*graphs, sampler, rng, noise, embeds, embeds, tables, *count)
+    def stop_recording(self) -> None:
+        for graph in self.graphs.values():
+            graph.watch = None
 
 
 def sizes(specs: Any, inputs: dict[str, np.ndarray]) -> dict[str, int]:
@@ -131,10 +163,10 @@ def graphs_table(
     passes: dict[str, dict[tuple[int, ...], list[Any]]] = {name: {} for name in GRAPHS}
     for count in counts:
         for name in GRAPHS:
-            passes[name][count] = models["fp32"].recorded[name] = []
+            models["fp32"].record(name, passes[name].setdefault(count, []))
         for seed, one in enumerate(embeds):
             models["fp32"].latents(one, seed, *count)
-    models["fp32"].recorded.clear()
+    models["fp32"].stop_recording()
     for precision, bundle in bundles.items():
         for name in GRAPHS:
             info = bundle.graph_info(name)
@@ -147,7 +179,7 @@ def graphs_table(
                 squares = np.zeros(2)
                 for inputs, outputs in found:
                     (output, want), *_ = outputs.items()
-                    have = models[precision][name](inputs)[output]
+                    have = models[precision].graphs[name](inputs)[output]
                     squares += np.square(have - want).sum(), np.square(want).sum()
                     cosines.append(np.vdot(have, want) / np.linalg.norm(have) / np.linalg.norm(want))
                 errors.append(f" {np.sqrt(squares[0] / squares[1]):.4f} |")
@@ -196,8 +228,8 @@ def main(folder: Path | None, write: Path | None, prompts: int, model: str, chec
         bundles, counts = export(folder or Path(temporary), model, checkpoint), STEPS[model]
         pipeline = opened.enter_context(load(bundles["fp32"].folder))
         models = {precision: Model(bundle, opened) for precision, bundle in bundles.items()}
-        embeds = [pipeline.encode(prompt) for prompt in default_prompts(model)[:prompts]]
-        held_out = [pipeline.encode(prompt) for prompt in default_prompts(model, held_out=True)]
+        embeds = [pipeline.encode(prompt) for prompt in default_prompts(True)[:prompts]]
+        held_out = [pipeline.encode(prompt) for prompt in default_prompts(True, held_out=True)]
         libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "numpy"))
         known = bundles["fp32"].manifest.provenance.source_sha256
         source, weights = ("Built-in model", "student.safetensors") if model == "tiny" else (model, "tim.safetensors")

@@ -64,6 +64,8 @@ class Engine(ABC):
     install: ClassVar[str]
     buffer_type: type | None = None  # of the buffers from `empty`; None: numpy arrays, as every engine takes them
     records = False  # whether several steps can be one launch
+    remark: str | None = None  # what people should know of this engine's graph, in one sentence or two
+    shares = False  # whether threads may bind and run it at the same time, each on buffers and steps of its own
 
     def __init__(self, graph: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self.graph = graph

@@ -1,7 +1,7 @@
 """From trained weights to a bundle: torch modules traced to ONNX graphs, checked, compared with the reference, written.
 
 This package reads checkpoints and writes what `tmd_engines` reads; it does not train, and it runs a model only to
-compare. Adding a checkpoint family means a `Source`; adding a graph means a builder in `graphs.py`.
+compare. A family of models is one module in `families`, with a `Source` in `sources` and its builders in `graphs`.
 
     from tmd_export import export_bundle, open_source
 
@@ -20,7 +20,10 @@ from .errors import ExportError
 
 if TYPE_CHECKING:
     from .export import ExportResult, GraphReport, Progress, export_bundle
-    from .sources.source import FolderSource, RandomSource, Source, open_source
+    from .families.open import open_source
+    from .sources.folder import FolderSource
+    from .sources.random_wan import RandomSource
+    from .sources.source import Source
     from .sources.wan import WanSource
 
 __all__ = [
@@ -41,10 +44,10 @@ _HOME = {
     "GraphReport": "export",
     "Progress": "export",
     "export_bundle": "export",
-    "FolderSource": "sources.source",
-    "RandomSource": "sources.source",
+    "FolderSource": "sources.folder",
+    "RandomSource": "sources.random_wan",
     "Source": "sources.source",
-    "open_source": "sources.source",
+    "open_source": "families.open",
     "WanSource": "sources.wan",
 }
 

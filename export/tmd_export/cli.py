@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -16,16 +16,28 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .parts import MODELS, PARTS, QUANTIZED, ordered, parse_precision
-from .presets import PRESETS
+from .console import Line, print_table, record, reporter
+from .families import FAMILIES, built_in, models, presets
+from .parts import PARTS, QUANTIZED, ordered, parse_precision
 
 if TYPE_CHECKING:
-    from .export import ExportResult, Progress
+    from .export import ExportResult
     from .quantization.calibration import Calibration
     from .sources.source import Source
 
 FAILED, INTERRUPTED = 1, 130
-COUNTED_BYTES = 100_000_000  # a file from this size on is written long enough to tell how far it is
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"tmd-export {version('tmd-runtime')}")
+    except PackageNotFoundError:
+        click.echo("tmd-export (not installed, run from its sources)")
+    ctx.exit()
 
 
 class Parts(click.ParamType["tuple[str, ...]"]):
@@ -100,7 +112,7 @@ error above 1e-4 is a failure, in units of an output's RMS where that is above 1
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
 The bundle appears under its name only when it is complete.""",
 )
-@click.option("--model", type=click.Choice(MODELS), required=True, help="Architecture, and name in the manifest.")
+@click.option("--model", type=click.Choice(models()), required=True, help="Architecture, and name in the manifest.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -145,7 +157,7 @@ The bundle appears under its name only when it is complete.""",
 )
 @click.option(
     "--preset",
-    type=click.Choice(tuple(PRESETS)),
+    type=click.Choice(tuple(presets())),
     help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
     "students, wan for all others]",
 )
@@ -165,6 +177,9 @@ The bundle appears under its name only when it is complete.""",
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
+@click.option(
+    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
+)
 def command(
     model: str,
     checkpoint: tuple[Path, ...],
@@ -186,7 +201,7 @@ def command(
     """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
     if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
-    if not checkpoint and random_weights is None and model not in ("tiny", "tim-tiny"):
+    if not checkpoint and random_weights is None and model not in built_in():
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
         if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
@@ -212,9 +227,9 @@ def command(
         click.echo("tmd-export: stopped, nothing was written.", err=True)
         sys.exit(INTERRUPTED)
     if as_json:
-        click.echo(json.dumps(_record(result, perf_counter() - start), indent=2))
+        click.echo(json.dumps(record(result, perf_counter() - start), indent=2))
     elif not quiet:
-        _print_table(result, perf_counter() - start)
+        print_table(result, perf_counter() - start)
 
 
 def _export(
@@ -229,19 +244,18 @@ def _export(
     quiet: bool,
 ) -> ExportResult:
     visible = sys.stderr.isatty() and not quiet
-    with _Line() if visible else nullcontext() as line:
+    with Line() if visible else nullcontext() as line:
         if line is not None:
             line.show("loading")
         from .export import export_bundle
-        from .sources.source import open_source
+        from .families.open import open_source
 
-        kind = PRESETS[options["preset"] or "tmd"].kind
-        source = open_source(model, checkpoint, random_weights, decoder, kind, text_encoder)
+        source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder)
         if not quiet:
             for note in (*source.notes, *_left_out(source, checkpoint, parts)):
                 click.echo(f"tmd-export: {note}", err=True)
         options["calibration"] = _calibration(options["calibration"])
-        return export_bundle(source, out, parts, **options, report=line or _reporter(quiet))
+        return export_bundle(source, out, parts, **options, report=line or reporter(quiet))
 
 
 def _calibration(path: Path | None) -> Calibration | tuple[str, ...] | None:
@@ -259,9 +273,7 @@ def _left_out(source: Source, checkpoint: tuple[Path, ...], parts: tuple[str, ..
     absent = [part for part in source.parts if part not in source.default_parts]
     if not checkpoint or parts is not None or not absent:
         return []
-    how = "give another --checkpoint that has them"
-    if source.kind == "tim":  # other people's models, each in a folder of its own
-        how = "name its folder (--text-encoder for text_encoder, --decoder for the others)"
+    how = FAMILIES[source.family].missing_parts
     return [f"{', '.join(absent)} left out: the checkpoint has no weights for it. To add it, {how}."]
 
 
@@ -285,99 +297,6 @@ def _fail(message: str, as_json: bool) -> NoReturn:
     if as_json:
         click.echo(json.dumps({"error": message}, indent=2))
     sys.exit(FAILED)
-
-
-def _reporter(quiet: bool) -> Callable[[Progress], None] | None:
-    """Without a terminal: one line when a graph begins."""
-    if quiet:
-        return None
-
-    shown = set()
-
-    def show(progress: Progress) -> None:
-        if progress.stage == "calibrate" and progress.stage not in shown:
-            click.echo("calibrating: both graphs in fp32, over whole samplings", err=True)
-        if progress.stage == "trace":
-            click.echo(f"{progress.graph} ({progress.done + 1} of {progress.total})", err=True)
-        shown.add(progress.stage)
-
-    return show
-
-
-class _Line:
-    """What a terminal shows during the work: the graph, its stage, how many graphs are over, the time."""
-
-    LABELS = {  # noqa: RUF012
-        "calibrate": "calibrating",
-        "trace": "tracing",
-        "write": "writing",
-        "verify": "comparing with the reference",
-    }
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("", total=None)
-
-    def show(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-    def __call__(self, progress: Progress) -> None:
-        from tmd_engines.bundle.reader import format_size
-
-        text = f"{progress.graph}: {self.LABELS[progress.stage]}"
-        if progress.bytes_total >= COUNTED_BYTES:
-            text += f", {format_size(progress.bytes_done)} of {format_size(progress.bytes_total)}"
-        self._progress.update(self._task, description=text, total=progress.total, completed=progress.done)
-
-    def __enter__(self) -> _Line:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-def _print_table(result: ExportResult, seconds: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from tmd_engines.bundle.reader import format_size
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("graph")
-    table.add_column("precision")
-    for title in ("nodes", "size", "max error", "cosine", "time"):
-        table.add_column(title, justify="right")
-    for graph in result.graphs:
-        found = graph.accuracy
-        error, cosine = (f"{found.max_abs_error:.1e}", f"{found.cosine:.7f}") if found else ("not measured", "")
-        size, took = format_size(graph.bytes), f"{graph.seconds:.1f} s"
-        table.add_row(graph.name, graph.precision, str(graph.nodes), size, error, cosine, took)
-    Console(soft_wrap=True).print(table)
-    frames = [graph for graph in result.graphs if graph.accuracy and graph.accuracy.levels_changed]
-    for graph in frames:
-        click.echo(f"{graph.name}: {graph.accuracy.entry()['reference'].partition('; ')[2]}")  # type: ignore[union-attr]
-    total = sum(file.size for file in result.bundle.manifest.files.values())
-    click.echo(f"{result.bundle.folder}: {format_size(total)}, {seconds:.1f} s")
-
-
-def _record(result: ExportResult, seconds: float) -> dict[str, Any]:
-    graphs = {}
-    for graph in result.graphs:
-        found = graph.accuracy.entry() if graph.accuracy else None
-        graphs[graph.name] = {
-            "precision": graph.precision,
-            "nodes": graph.nodes,
-            "bytes": graph.bytes,
-            "seconds": round(graph.seconds, 3),
-            "accuracy": found,
-        }
-    total = sum(file.size for file in result.bundle.manifest.files.values())
-    return {"out": str(result.bundle.folder), "bytes": total, "seconds": round(seconds, 3), "graphs": graphs}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -15,29 +15,22 @@ from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle.reader import format_size
 
 from .errors import ExportError
-from .graphs.export import GraphReport, Tell, export_graph
+from .families import FAMILIES, find_preset
+from .families.build import build, sections
+from .graph_export import GraphReport, Tell, export_graph
 from .parts import QUANTIZED, UPDATE, ordered, parse_precision
-from .presets import Preset, find
+from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
 from .quantization.quantizer import Quantizer
 from .sources.source import TOKENIZER, Source
 from .weights.int8 import int8_bytes
 from .weights.tables import write_null_embeds
-from .weights.weights import build
-
-# Models that were not made for the size of their preset.
-VIDEO = {
-    "tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8},
-    "tim-tiny": {"frames": 1, "width": 64, "height": 64, "fps": 1},
-    "tim-c2i-256": {"frames": 1, "width": 256, "height": 256, "fps": 1},
-    "tim-c2i-512": {"frames": 1, "width": 512, "height": 512, "fps": 1},
-}
 
 
 class Progress(NamedTuple):
-    """Told before each stage of each graph and, while weights are written or read, after each piece of them.
+    """Reported before each stage of each graph and, while weights are written or read, after each piece of them.
 
-    `done` of `total` graphs are over, `graph` is now in `stage`, one of `graph_export.STAGES`; `bytes_done` of
+    `done` of `total` graphs are over, `graph` is now in `stage`, see `graph_export.Tell`; `bytes_done` of
     `bytes_total` in that stage, 0 if it does not count bytes.
     """
 
@@ -73,8 +66,8 @@ def export_bundle(
 
     `precision` is that of the large products, for all graphs or by graph: see `parts.parse_precision`. Inputs and
     outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
-    text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `presets.PRESETS`, says
-    how the model is sampled (None: as the source says, or as its kind usually is). `calibration` is for int8 and fp8:
+    text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `families.presets()`, says
+    how the model is sampled (None: as the source says, or as its family usually is). `calibration` is for int8 and fp8:
     one of the same checkpoint, prompts to make one with, or None for built-in prompts; `keep_layers=False` spares the
     measurement of their layers, and quantizes all. `verify=False` skips the
     comparison with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
@@ -85,14 +78,16 @@ def export_bundle(
     BundleError if `out` cannot be written; ValueError for an unknown part or precision.
     """
     chosen = ordered(source.default_parts if parts is None else parts)
+    family, model = FAMILIES[source.family], sections(source).model
     precisions = {part: parse_precision(precision)[part] for part in chosen}
-    if source.model_entry().get("classes") and precisions.get("backbone") in QUANTIZED:
-        precisions["backbone"] = "bf16"  # a table of the classes, in which there is no product
+    for part, wanted in precisions.items():
+        if wanted in QUANTIZED and not family.has_products(part, model):
+            precisions[part] = "bf16"
     if text_encoder_weights not in (None, "int8"):
         raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
     if text_encoder_weights and "text_encoder" in precisions:
         precisions["text_encoder"] = f"{text_encoder_weights}-weights"
-    sampling = find(source.kind, preset)
+    sampling = find_preset(family, preset)
     if preset is None and source.sampler is not None:
         sampling = replace(sampling, sampler=source.sampler)
     foreign = [part for part in chosen if part not in source.parts]
@@ -117,16 +112,16 @@ def export_bundle(
         try:
             if tokenizer:
                 shutil.copyfile(tokenizer, writer.folder / TOKENIZER)
+            if (null_embeds := source.null_embeds()) is not None:
+                document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
             for done, part in enumerate(graphs):
-                tell = _told(report, part, done, len(graphs))
+                tell = _teller(report, part, done, len(graphs))
                 needed = quantizer if precisions[part] in QUANTIZED else None
                 reports.append(
                     export_graph(source, part, precisions[part], writer.folder, document, verify, tell, needed)
                 )
             if quantizer:
                 quantizer.write()
-            if (null_embeds := source.null_embeds()) is not None:
-                document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
         except OSError as error:
             raise ExportError(
                 f"{writer.target.parent} cannot be written: {error}. Free some space, or choose another --out."
@@ -134,7 +129,7 @@ def export_bundle(
         return ExportResult(writer.commit(document), tuple(reports))
 
 
-def _told(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Tell:
+def _teller(report: Callable[[Progress], None] | None, part: str, done: int, total: int) -> Tell:
     return lambda stage, *size: report(Progress(part, stage, done, total, *size)) if report else None
 
 
@@ -143,10 +138,10 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"name": source.model, **source.model_entry()},
+        "model": {"name": source.model, "family": source.family, **source.model_entry()},
         "sampler": dict(preset.sampler),
         "latents": source.latents_entry(),
-        "video": dict(VIDEO.get(source.model, preset.video)),
+        "video": dict(FAMILIES[source.family].videos.get(source.model, preset.video)),
         "text": {"tokenizer": tokenizer, **source.text_entry()},
         "graphs": graphs,
         "provenance": {
@@ -170,7 +165,7 @@ def _versions() -> dict[str, str]:
     """The libraries that shape a graph or measured it."""
     libraries = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
     found = {"python": platform.python_version(), **{name: _version(name) for name in libraries}}
-    return {name: said for name, said in found.items() if said}
+    return {name: number for name, number in found.items() if number}
 
 
 def _check_room(source: Source, precisions: dict[str, str], folder: Path, calibrating: bool) -> None:

@@ -23,10 +23,6 @@ MODEL_OF = {
 }
 """Part -> the model that it is cut from."""
 
-MODELS = ("tiny", "wan1.3b", "wan14b", "tim-t2i", "tim-c2i-256", "tim-c2i-512", "tim-tiny")
-"""What `--model` can be."""
-
-
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 """What the large products of a graph can be computed in."""
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmd_runtime.command.cli import ENGINES, Size, Whole
+from tmd_engines.registry import engine_names
+from tmd_runtime.command.options import Size, Whole
 
+from .families import REFERENCE, default_preset
 from .spec import RIVALS, Work
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 MODELS = ("tiny", "wan1.3b", "wan14b")  # as in tmd_export, which is not imported for --help; a test compares the two
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
-KINDS = ("tmd", "wan")
 PARTS = "backbone,flow_head"
 
 
@@ -72,7 +73,7 @@ Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
 @click.option("--random-weights", type=Whole(0), metavar="SEED", help="Random weights for --model.")
 @click.option("--blocks", type=Whole(2), metavar="B",
               help="With --random-weights: a model of so many blocks, the share of its flow head kept.")  # fmt: skip
-@click.option("--kind", type=click.Choice(KINDS), default="tmd", show_default=True,
+@click.option("--kind", type=click.Choice(tuple(REFERENCE)), default="tmd", show_default=True,
               help="With --random-weights: a TMD student, or Wan itself.")  # fmt: skip
 @click.option("--parts", default=PARTS, show_default=True, metavar="LIST", help="Graphs that --model exports.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the bundle that --model makes.")
@@ -80,7 +81,7 @@ Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
 @click.option("--frames", type=Whole(1), metavar="F", help="Frames.  [default: the bundle's]")
 @click.option("--steps", type=Whole(1), metavar="M", help="Outer steps.  [default: the bundle's]")
 @click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per step.  [default: the bundle's]")
-@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="Ours.")
+@click.option("--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="Ours.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
 @click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
 @click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")
@@ -109,7 +110,7 @@ def command(
         needless = {"--checkpoint": checkpoint, "--random-weights": random_weights is not None, "--keep": keep}
         if given := [name for name, value in needless.items() if value]:
             raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
-        torch = [name for name in options["compare"] if name not in ENGINES]
+        torch = [name for name in options["compare"] if name not in engine_names()]
         if not torch:
             from tmd_runtime.built_in import locate
 
@@ -131,8 +132,7 @@ def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) ->
     arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
     if origin["random_seed"] is not None:
         arguments += ["--random-weights", str(origin["random_seed"])]
-        if origin["kind"] == "wan":
-            arguments += ["--preset", "wan"]
+        arguments += ["--preset", default_preset(origin["kind"])]
     command = [sys.executable, "-c", "from tmd_export.cli import main; main()", *arguments, "--no-verify"]
     if origin["blocks"] is not None:
         plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
@@ -146,22 +146,22 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
     from tmd_engines import Bundle
     from tmd_engines.cost.sizing import estimate
     from tmd_engines.device.cpu import describe_cpu
-    from tmd_runtime.settings import resolve_settings
+    from tmd_runtime.sampling import resolve_settings
 
     from .contest import contest
     from .limit import FLOPS
 
     opened = Bundle.open(bundle)
     settings = resolve_settings(
-        opened.manifest, 0, options["steps"], options["inner_steps"], options["frames"], options["size"],
-        1.0 if opened.manifest.model.kind == "wan" else None,
-    )  # fmt: skip
+        opened.manifest, 0, options["steps"], options["inner_steps"], options["frames"], options["size"], guidance=1.0
+    )
     work = Work(
         str(bundle), opened.manifest.graphs["backbone"].precision, settings.width, settings.height, settings.frames,
         settings.steps, settings.inner_steps, options["threads"], **origin,
     )  # fmt: skip
+    inner_steps = None if opened.manifest.family.inner_steps(opened.manifest.sampler) is None else work.inner_steps
     needed = estimate(opened, width=work.width, height=work.height, frames=work.frames, steps=work.steps,
-                      inner_steps=work.inner_steps)  # fmt: skip
+                      inner_steps=inner_steps)  # fmt: skip
     flops = {name: stage.flops * stage.calls for name, stage in needed.stages.items()}
     flops = {"text" if name == "text_encoder" else "decode" if name == "decoder" else name: count
              for name, count in flops.items()}  # fmt: skip

@@ -49,11 +49,10 @@ class BundleRun:
             if step.stage == "load" and "embeds" in marks and "latents" not in marks:
                 marks["loading"] = marks.get("loading", 0.0) + step.seconds
 
-        inner = {"inner_steps": work.inner_steps} if self._pipeline.manifest.model.kind == "tmd" else {"guidance": 1.0}
         result = self._pipeline(
-            work.prompt, work.seed, work.steps, frames=work.frames, size=(work.width, work.height),
-            prompt_embeds=self._embeds, on_embeds=mark("embeds"), on_latents=mark("latents"),
-            callback=listen, **inner,
+            work.prompt, work.seed, work.steps, work.inner_steps, work.frames, (work.width, work.height),
+            prompt_embeds=self._embeds, on_embeds=mark("embeds"), on_latents=mark("latents"), callback=listen,
+            guidance=1.0,
         )  # fmt: skip
         seconds = dict(result.stage_seconds)
         denoise = marks["latents"] - marks["embeds"] - marks.get("loading", 0.0)

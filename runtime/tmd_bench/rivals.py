@@ -14,21 +14,23 @@ from torch import nn
 
 from tmd_export import open_source
 from tmd_export.checkpoints.names import converted, uncut
-from tmd_export.graphs.precision import DTYPES, lower
-from tmd_export.sources.source import Source
-from tmd_ref.samplers import effective_nfe, euler_sample, tmd_sample
+from tmd_export.families import FAMILIES
+from tmd_export.weights.precision import DTYPES, lower
+from tmd_ref.samplers import effective_nfe
 
+from .families import REFERENCE, default_preset
 from .shortened import shortened
 from .spec import Work
 
 
-def source_of(work: Work) -> Source:
+def source_of(work: Work) -> Any:
     """Where the weights come from. Raises tmd_export.ExportError."""
     if work.model is None:
         raise ValueError("a rival in torch needs the model's weights: give --model.")
     if work.blocks is not None:
         return shortened(work.model, work.random_seed or 0, work.kind, work.blocks)
-    return open_source(work.model, list(work.checkpoint) or None, work.random_seed, random_kind=work.kind)
+    preset = None if work.random_seed is None else default_preset(work.kind)
+    return open_source(work.model, list(work.checkpoint) or None, work.random_seed, preset=preset)
 
 
 class TorchRun:
@@ -45,7 +47,7 @@ class TorchRun:
         for name, _ in list(module.named_parameters()):
             module.load_state_dict({name: source.tensor("student", name).float()}, strict=False, assign=True)
         if work.precision != "fp32":
-            lower(module, work.precision)
+            lower(module, work.precision, FAMILIES[source.family].exact)
         if self._compiled:
             import torch._inductor.config as inductor
 
@@ -59,10 +61,7 @@ class TorchRun:
     @torch.no_grad()
     def run(self) -> dict[str, float]:
         start, cpu, work, module = perf_counter(), process_time(), self._work, self._module
-        if self._source.kind == "tmd":
-            tmd_sample(module, self._noise, self._embeds, work.steps, work.inner_steps)
-        else:
-            euler_sample(module, self._noise, self._embeds, None, work.steps, guidance=1.0)
+        REFERENCE[self._source.family](module, self._noise, self._embeds, work)
         return {"denoise": perf_counter() - start, "cpu": process_time() - cpu}
 
 
@@ -97,8 +96,7 @@ class DiffusersRun:
         self._model: nn.Module = model
         noise, embeds = _inputs(source, work)
         self._noise, self._embeds = noise.to(dtype), embeds.to(dtype)
-        inner = work.inner_steps if source.kind == "tmd" else 1
-        self._nfe = effective_nfe(work.steps, inner, source.head_blocks, wan.num_layers)
+        self._nfe = effective_nfe(work.steps, work.inner_steps, source.head_blocks, wan.num_layers)
         return {"load": perf_counter() - start}
 
     @torch.no_grad()
@@ -112,7 +110,7 @@ class DiffusersRun:
         return {"denoise": (perf_counter() - start) * share, "cpu": (process_time() - cpu) * share}
 
 
-def _inputs(source: Source, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(source: Any, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise `[1,16,T,h,w]` of the asked size and embeddings `[1,S,E]`, none of them padding."""
     vae, wan = source.vae, source.wan
     spatial = 2 ** (len(vae.dim_mult) - 1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
-from tmd_export import ExportError, export_bundle
+from tmd_export import ExportError, RandomSource, export_bundle, open_source
 from tmd_export.parts import ordered
-from tmd_export.sources.source import HEAD_BLOCKS, RandomSource
-from tmd_ref.wan import WAN_CONFIGS
+
+from .families import default_preset
 
 
 def shortened(model: str, seed: int, kind: str, blocks: int) -> RandomSource:
@@ -20,11 +21,13 @@ def shortened(model: str, seed: int, kind: str, blocks: int) -> RandomSource:
 
     Raises ValueError if there are too few for a backbone and a flow head, or more than the model has.
     """
-    whole = WAN_CONFIGS[model]
-    if not 2 <= blocks <= whole.num_layers:
-        raise ValueError(f"{model} cannot have {blocks} blocks: choose 2 to {whole.num_layers}.")
-    head = max(1, round(blocks * HEAD_BLOCKS[model] / whole.num_layers))
-    source = RandomSource(model, seed, kind=kind, wan=replace(whole, num_layers=blocks), head_blocks=head)
+    whole: Any = open_source(model, random_seed=seed, preset=default_preset(kind))
+    layers = whole.wan.num_layers
+    if not 2 <= blocks <= layers:
+        raise ValueError(f"{model} cannot have {blocks} blocks: choose 2 to {layers}.")
+    head = max(1, round(blocks * whole.head_blocks / layers))
+    wan = replace(whole.wan, num_layers=blocks)
+    source = RandomSource(model, seed, fusion=whole.fusion, wan=wan, head_blocks=head)
     source.model = f"{model}-{blocks}-blocks"
     return source
 
@@ -35,8 +38,8 @@ def main() -> None:
     try:
         source = shortened(plan["model"], plan["random_seed"], plan["kind"], plan["blocks"])
         export_bundle(
-            source, plan["out"], ordered(plan["parts"].split(",")), precision=plan["precision"], preset=plan["kind"],
-            verify=False,
+            source, plan["out"], ordered(plan["parts"].split(",")), precision=plan["precision"],
+            preset=default_preset(plan["kind"]), verify=False,
         )  # fmt: skip
     except (ExportError, ValueError) as error:
         sys.exit(f"tmd-bench: {error}")

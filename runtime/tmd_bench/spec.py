@@ -1,4 +1,4 @@
-"""What a contender is told: plain data, sent to its process as JSON."""
+"""The work of a contender: plain data, sent to its process as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ RIVALS = ("torch", "torch-compile", "diffusers", "onnxruntime", "openvino")
 class Work:
     """One denoising job and where its weights come from.
 
-    `model`, `checkpoint`, `random_seed` and `kind` as in `tmd_export.open_source`, None where only a bundle is given;
-    width and height in pixels. `blocks`: transformer blocks of a shortened model with random weights.
+    `model`, `checkpoint` and `random_seed` as in `tmd_export.open_source`, None where only a bundle is given; `kind` is
+    the family of random weights. Width and height are in pixels. `blocks`: transformer blocks of a shortened model with
+    random weights.
     """
 
     bundle: str

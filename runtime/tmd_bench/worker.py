@@ -65,7 +65,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"seconds": runner.load() if line.strip() == "load" else runner.run()}
-        except Exception as error:  # told to the one who asked, who has the whole picture
+        except Exception as error:  # the process that started the contest reports it
             answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         answer["peak_bytes"] = kilobytes * (1 if sys.platform == "darwin" else 1024)

@@ -14,12 +14,12 @@ Names are imported when first used, so that `import tmd_runtime` and `tmd-run --
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from .errors import Cancelled, RuntimeFailure, UsageFailure
 
+TYPE_CHECKING = False  # as `typing` has it, without the milliseconds in which a Ctrl-C would end in a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from .clock import StepInfo
     from .files.video import open_video, write_video
     from .pipeline import Pipeline, load
@@ -56,6 +56,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -1,5 +1,5 @@
 """`python -m tmd_runtime` is `tmd-run`."""
 
-from .command.cli import main
+from .command.start import main
 
 main()

@@ -16,6 +16,8 @@ def locate(bundle: str | Path | None) -> Path:
 
     Raises UsageFailure for a name that is not among the built-in ones, RuntimeFailure if this installation has none.
     """
+    if not isinstance(bundle, str | Path | None):
+        raise UsageFailure(f"a bundle is a folder or builtin:NAME, not a {type(bundle).__name__}.")
     name = "tiny" if bundle is None else str(bundle).removeprefix(PREFIX)
     if bundle is not None and not str(bundle).startswith(PREFIX):
         return Path(bundle)

@@ -1,4 +1,4 @@
-"""What a pipeline refuses, and what it says then."""
+"""What a pipeline refuses, each with a message that says why and what to do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .sampling import RuntimeFamily
     from .settings import Settings
 
 _NEEDED_FOR = {
@@ -20,6 +21,7 @@ _NEEDED_FOR = {
     "text_encoder": "read a prompt",
     "backbone": "denoise",
     "flow_head": "denoise",
+    "update": "denoise",
     "decoder_first": "turn latents into frames",
     "decoder_step": "turn latents into more than one frame",
 }
@@ -28,20 +30,50 @@ _INSTEAD = {
     "text_encoder": EMBEDS_INSTEAD,
     "backbone": "It can still read a prompt (--save-embeds FILE). ",
     "flow_head": "It can still read a prompt (--save-embeds FILE). ",
+    "update": "It can still read a prompt (--save-embeds FILE). ",
     "decoder_first": "It can still save latents for a bundle that can (--save-latents FILE). ",
     "decoder_step": "It can still save latents for a bundle that can (--save-latents FILE). ",
 }
+
+_PARTS = {"update": "flow_head"}  # a part of an export that brings another graph as well
 
 
 def missing_graph(name: str) -> RuntimeFailure:
     return RuntimeFailure(
         f"this bundle has no graph {name}, so it cannot {_NEEDED_FOR[name]}. {_INSTEAD[name]}"
-        f"Export it again with {name} among --parts, or use another bundle."
+        f"Export it again with {_PARTS.get(name, name)} among --parts, or use another bundle."
     )
+
+
+def check_arrays(**arrays: object) -> None:
+    """Raises UsageFailure unless each is an array of real numbers, or None."""
+    for name, values in arrays.items():
+        kind = getattr(getattr(values, "dtype", None), "kind", None)
+        if values is not None and (kind not in ("f", "i", "u") or not hasattr(values, "ndim")):
+            raise UsageFailure(f"{name} must be a numpy array of numbers, not {_kind(values)}.")
+
+
+def check_prompt(prompt: object) -> None:
+    """Raises UsageFailure unless a prompt is a text."""
+    if not isinstance(prompt, str):
+        raise UsageFailure(f"a prompt must be a text, not {_kind(prompt)}.")
+
+
+def check_hooks(*hooks: object) -> None:
+    """Raises UsageFailure unless each is a function, or None."""
+    for hook in hooks:
+        if hook is not None and not callable(hook):
+            raise UsageFailure(f"a callback must be a function, not {_kind(hook)}.")
+
+
+def _kind(value: object) -> str:
+    dtype = getattr(value, "dtype", None)
+    return f"{type(value).__name__}" if dtype is None else f"{type(value).__name__} of {dtype}"
 
 
 def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: int) -> None:
     """Raises RuntimeFailure unless the embeddings of a prompt are `[1, text, width]`, and those of none the same."""
+    check_arrays(prompt_embeds=positive, negative_embeds=negative)
     if positive.ndim != 3 or positive.shape[0] != 1 or positive.shape[2] != width:
         raise RuntimeFailure(f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(positive.shape)}.")
     if negative is not None and negative.shape != positive.shape:
@@ -52,23 +84,27 @@ def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: i
 
 def check_latents(latents: NDArray[Any], channels: int) -> None:
     """Raises RuntimeFailure unless `latents` can be decoded: `[1, channels, frames, height, width]`."""
+    check_arrays(latents=latents)
     if latents.ndim != 5 or latents.shape[:2] != (1, channels) or 0 in latents.shape:
         raise RuntimeFailure(
             f"latents must be [1, {channels}, frames, height, width] for this bundle, not {list(latents.shape)}."
         )
 
 
-def check_start(settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None) -> None:
+def check_start(
+    family: RuntimeFamily, settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None
+) -> None:
     """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings."""
+    check_arrays(init_latents=init)
     if init is not None and image is not None:
         raise UsageFailure("a run starts from one picture: give the image or its latents, not both.")
-    begun = init is not None or image is not None
-    if not begun and settings.strength is not None:
+    pictured = init is not None or image is not None
+    if not pictured and settings.strength is not None:
         raise UsageFailure(
             "a strength says how much of a picture changes, and there is none: give its latents, or the image."
         )
-    if begun and settings.strength is None:
-        if settings.rule != "flow_map":
+    if pictured and settings.strength is None:
+        if not family.starts_from_picture:
             raise UsageFailure("to start from a picture is for Transition Models, and this is none: leave it out.")
         raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")
     if init is not None and init.shape != settings.latent_shape:

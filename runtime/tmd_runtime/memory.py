@@ -1,6 +1,6 @@
 """Will a run fit, and how: every graph kept loaded ("all"), or one stage after the other ("low").
 
-"low" has the encoder of a picture, the text encoder, then backbone and flow head, then the decoder, each freed before
+"low" has the encoder of a picture, the text encoder, then the graphs of the loop, then the decoder, each freed before
 the next one loads. "auto" takes it when "all" would not fit, and refuses a run for which both are too large, before it
 starts.
 """
@@ -8,7 +8,7 @@ starts.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .errors import RuntimeFailure
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from tmd_engines import Bundle
-    from tmd_engines.cost.sizing import Estimate
+    from tmd_engines.cost.sizing import Estimate, Memory
 
     from .settings import Settings
 
-Memory = Literal["all", "low"]
 MODES = ("auto", "all", "low")
-STAGES = (("text_encoder",), ("backbone", "flow_head"), ("decoder_first", "decoder_step"), ("encoder",))
+READER, DENOISER = ("text_encoder",), ("backbone", "flow_head", "update")
+DECODER, ENCODER = ("decoder_first", "decoder_step"), ("encoder",)
+TOGETHER = (READER, DENOISER, DECODER, ENCODER)
 """Graphs that are loaded at the same time in "low"."""
 
 
@@ -40,16 +41,18 @@ class MemoryChooser:
         figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
         need or supply cannot be told, "all".
         """
-        from tmd_engines.cost.sizing import STAGES as ESTIMATED
-        from tmd_engines.cost.sizing import available_bytes
+        from tmd_engines.cost.sizing import BASE_BYTES, STAGES, available_bytes
+        from tmd_engines.cost.system_memory import resident_bytes
 
         free = available_bytes()
-        found = self._estimate(settings) if free is not None else None
+        found = self.estimate(settings) if free is not None else None
         if free is None or found is None:
             return "all"
-        used = {name: stage for name, stage in found.stages.items() if not set(ESTIMATED[name]) <= set(unused)}
+        used = {name: stage for name, stage in found.stages.items() if not set(STAGES[name]) <= set(unused)}
         found = replace(found, stages=used)
-        free += sum(stage.weight_bytes for name, stage in used.items() if set(ESTIMATED[name]) & set(loaded))
+        # What the process holds by now is not free any more, and is a part of what the run needs.
+        free += min(resident_bytes(), BASE_BYTES)
+        free += sum(stage.weight_bytes for name, stage in used.items() if set(STAGES[name]) & set(loaded))
         needs: dict[Memory, int] = {"all": found.peak("all"), "low": found.peak("low")}
         for mode, need in needs.items():
             if need <= free:
@@ -61,13 +64,12 @@ class MemoryChooser:
             "lower precision, free some memory, or try all the same with --memory low."
         )
 
-    def _estimate(self, settings: Settings) -> Estimate | None:
-        """None if the graphs cannot be sized: they may run all the same."""
+    def estimate(self, settings: Settings) -> Estimate | None:
+        """Of a run with the bundle's own steps. None if the graphs cannot be sized: they may run all the same."""
         from tmd_engines import BundleError
         from tmd_engines.cost.sizing import estimate
 
         pictured = settings.strength is not None
-
         key = settings.frames, settings.width, settings.height, settings.passes, pictured
         if self._latest[0] != key:
             try:

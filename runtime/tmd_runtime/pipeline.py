@@ -5,41 +5,40 @@
     result.frames                                        # uint8 [F, H, W, 3]
 
 Each stage is usable alone: `encode`, `denoise`, `decode`. A pipeline loads a graph when a stage first needs it and
-keeps it, so only the first run is cold, unless memory is short (`memory.py`). One pipeline serves one thread at a time.
+keeps it, so only the first run is cold, unless memory is short (`memory.py`). Threads take turns with one pipeline;
+`clone` makes another one that shares its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tmd_engines.cost.tiling import tile_size
-
-from .autoencoder.decoder import ChunkDecoder
+from .autoencoder.frames import FrameDecoder
 from .autoencoder.picture import encode_picture, start_size
-from .autoencoder.tiles import decode_tiles
 from .built_in import locate
-from .checks import check_embeds, check_latents, check_preview, check_start, memory_failure, missing_graph
-from .clock import Callback, Timings
+from .checks import check_arrays, check_embeds, check_hooks, check_preview, check_prompt, check_start, memory_failure
+from .clock import Callback, Timings, no_seconds
 from .errors import UsageFailure
-from .memory import MODES, STAGES, Memory, MemoryChooser
+from .graphs import Engines, Graphs, LastStage, last_stage
+from .memory import DECODER, DENOISER, ENCODER, READER
 from .result import Result
-from .sampling.tim import TransitionLoop
-from .sampling.tmd import DenoiseLoop
-from .sampling.wan import VelocityLoop
-from .settings import Settings, Wishes, resolve_settings
+from .sampling import Denoised, Loop, family_of, resolve_settings
+from .settings import MoreWishes, Settings
 from .text.conditions import Conditions
+from .turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from tmd_engines import Bundle, Engine, Manifest
+    from tmd_engines import Bundle, Manifest
+    from tmd_engines.cost.sizing import Memory
+
+    from .forecast import Forecast
 
 
 def load(
@@ -73,30 +72,37 @@ class Pipeline:
         threads: int | None = None,
         device: str = "auto",
         memory: str = "auto",
+        *,
+        engines: Engines | None = None,
     ) -> None:
-        if memory not in MODES:
-            raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
-        from tmd_engines import EngineError
-        from tmd_engines.registry import check_engine
-
-        try:
-            check_engine(engine, device)
-        except EngineError as error:
-            raise UsageFailure(str(error)) from None
-        self.bundle = bundle
-        self._engine, self._threads, self._device = engine, threads, device
-        self._wanted_memory, self._chooser = memory, MemoryChooser(bundle)
-        self._memory: Memory = "low" if memory == "low" else "all"
-        self._engines: dict[str, Engine] = {}
+        self.bundle, self._family = bundle, family_of(bundle.manifest)
+        self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines)
+        self.turns = Turns()
         self._conditions = Conditions(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
-        self._loop: tuple[Any, DenoiseLoop | VelocityLoop | TransitionLoop] | None = None
-        self._decoder: tuple[Any, ChunkDecoder] | None = None
-        self.latest: Settings | None = None  # the latest run that was denoised, with the steps that it took
+        self._loop: tuple[Any, Loop] | None = None
+        self._frames = FrameDecoder(self._graphs, bundle.manifest)
+
+    def clone(self) -> Pipeline:
+        """Another pipeline with the same weights (on a GPU: with its own) and buffers of its own, for another thread.
+
+        What is loaded is freed when the last of them is closed, or needs it no more.
+        """
+        return Pipeline(self.bundle, *self._graphs.asked, engines=self._graphs.shared)
 
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of the engines; None: as many as the engine chooses."""
+        return self._graphs.threads
+
+    @property
+    def forecast(self) -> Forecast:
+        """How long runs will take."""
+        return self._graphs.forecast
 
     def settings(
         self,
@@ -105,7 +111,7 @@ class Pipeline:
         inner_steps: int | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        **more: Unpack[Wishes],
+        **more: Unpack[MoreWishes],
     ) -> Settings:
         """The settings of a run with these wishes; loads nothing. Raises UsageFailure saying what the bundle allows."""
         return resolve_settings(self.manifest, seed, steps, inner_steps, frames, size, **more)
@@ -128,11 +134,11 @@ class Pipeline:
         on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
         on_latents: Callable[[NDArray[np.float32]], object] | None = None,
         on_preview: Callable[[NDArray[np.uint8]], object] | None = None,
-        **more: Unpack[Wishes],
+        **more: Unpack[MoreWishes],
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label and rho (`resolve_settings`).
+        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label and rho (`Wishes`).
         `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
         model of classes takes a label and no prompt. `image` uint8 `[H, W, 3]`, or latents of one, `init_latents`
         `[1, C, 1, h, w]`, is the picture that a run with a strength starts from; without a `size`, in its own shape.
@@ -144,60 +150,113 @@ class Pipeline:
         Raises UsageFailure (bad wish), Cancelled, RuntimeFailure, or tmd_engines.EngineError; the pipeline stays usable
         after each.
         """
+        check_arrays(init_latents=init_latents)
+        check_hooks(on_latents)
         size = start_size(self.manifest, size, image, init_latents)
-        settings = self.settings(seed, steps, inner_steps, frames, size, **more)
-        check_start(settings, init_latents, image)
+        return self.run(
+            self.settings(seed, steps, inner_steps, frames, size, **more),
+            prompt,
+            last=last_stage(self.manifest, on_embeds is not None, on_latents is not None),
+            callback=callback,
+            prompt_embeds=prompt_embeds,
+            negative_embeds=negative_embeds,
+            image=image,
+            init_latents=init_latents,
+            on_embeds=on_embeds,
+            on_denoised=None if on_latents is None else lambda denoised: on_latents(denoised.latents),
+            on_frames=on_frames,
+            on_preview=on_preview,
+        )
+
+    @in_turn
+    def run(
+        self,
+        settings: Settings,
+        prompt: str = "",
+        *,
+        last: LastStage = "decode",
+        callback: Callback | None = None,
+        prompt_embeds: NDArray[Any] | None = None,
+        negative_embeds: NDArray[Any] | None = None,
+        image: NDArray[np.uint8] | None = None,
+        init_latents: NDArray[Any] | None = None,
+        on_embeds: Callable[[NDArray[np.float32], NDArray[np.float32] | None], object] | None = None,
+        on_denoised: Callable[[Denoised], object] | None = None,
+        on_frames: Callable[[NDArray[np.uint8]], object] | None = None,
+        on_preview: Callable[[NDArray[np.uint8]], object] | None = None,
+    ) -> Result:
+        """A call whose settings are resolved, up to the stage `last`; the result of an earlier end has no frames.
+
+        `on_denoised` gets what the loop returned, before decoding; the rest is as in a call.
+        """
+        check_prompt(prompt)
+        check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
+        check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
+        check_start(self._family, settings, init_latents, image)
         if settings.label is not None and (prompt or prompt_embeds is not None):
             raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
-        unused = () if prompt_embeds is None else STAGES[0]
-        self.choose_memory(settings, unused if image is not None else (*unused, "encoder"))
+        unused = () if prompt_embeds is None else READER
+        self.choose_memory(settings, unused if image is not None else (*unused, *ENCODER))
         if on_preview is not None:
-            check_preview(settings, self._memory)
-        stages = ("load", "text", "noise", "backbone", "flow_head", "decode")
-        timings = Timings(callback, dict.fromkeys(stages, 0.0))
-        warnings = list(settings.warnings)
-        graphs = self.manifest.graphs
+            check_preview(settings, self._graphs.memory)
+        timings = Timings(callback, no_seconds())
+        warnings = [*filter(None, [self._graphs.note]), *settings.warnings]
+        made, said = settings, len(self._graphs.remarks)
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with memory_failure(settings):
             if image is not None:
-                init_latents = self.encode_image(image, (settings.width, settings.height), callback, timings.seconds)
+                size = settings.width, settings.height
+                init_latents = self._encode_image(image, size, Timings(callback, timings.seconds))
             embeds = self._embed(prompt, prompt_embeds, negative_embeds, settings, timings, warnings)
             if on_embeds is not None and settings.label is None:
                 on_embeds(*embeds)
-            if "backbone" in graphs or on_embeds is None:
-                preview = None if on_preview is None else self._previewer(on_preview, settings, timings)
-                latents = self._denoise(*embeds, settings, timings, preview, init_latents)
-                settings = self.latest or settings
-                if on_latents is not None:
-                    on_latents(latents)
-            if latents is not None and ("decoder_first" in graphs or on_latents is None):
-                for piece in self._decode(latents, timings):
+            if last != "text":
+                preview = None if on_preview is None else self._previewer(on_preview, timings)
+                denoised = self._denoise(*embeds, settings, timings, preview, init_latents)
+                latents, made = denoised.latents, settings.through(denoised.times)
+                if on_denoised is not None:
+                    on_denoised(denoised)
+            if latents is not None and last == "decode":
+                for piece in self._frames(latents, timings):
                     pieces.append(piece)
                     if on_frames is not None:
                         on_frames(piece)
             video = np.concatenate(pieces)
-        told = {"stage_seconds": timings.seconds, "warnings": tuple(warnings), "memory": self._memory}
-        return Result.of(settings, video, prompt=prompt, latents=latents, **told)
+        return Result.of(
+            made,
+            video,
+            prompt=prompt,
+            latents=latents,
+            stage_seconds=timings.seconds,
+            warnings=(*warnings, *self._graphs.remarks[said:]),
+            memory=self._graphs.memory,
+            threads=self.threads,
+        )
 
     def choose_memory(self, settings: Settings, unused: Collection[str] = ()) -> Memory:
         """With memory "auto", settle whether graphs stay loaded in the runs to come; `unused` graphs do not count.
 
         A run does this itself. Raises RuntimeFailure if such a run would not fit at all. Returns the mode.
         """
-        if self._wanted_memory == "auto":
-            self._memory = self._chooser.choose(settings, unused, self._engines)
-        return self._memory
+        return self._graphs.choose_memory(settings, unused)
 
+    def encodes_negative(self, settings: Settings, negative_embeds: NDArray[Any] | None) -> bool:
+        """Whether a run with these settings needs the text encoder for its negative prompt."""
+        return settings.passes == 2 and negative_embeds is None and not self._conditions.stores_negative(settings)
+
+    @in_turn
     def encode(self, prompt: str) -> NDArray[np.float32]:
         """Prompt embeddings float32 `[1, text, E]`.
 
         Raises UsageFailure for an empty prompt, RuntimeFailure if the bundle has no text encoder.
         """
+        check_prompt(prompt)
         timings = Timings()
-        with self._stage("text_encoder"):
-            return self._conditions.encoder(prompt, lambda: self._graph("text_encoder", timings), timings)[0]
+        with self._graphs.stage("text_encoder"):
+            return self._conditions.encoder(prompt, lambda: self._graphs.load("text_encoder", timings), timings)[0]
 
+    @in_turn
     def encode_image(
         self,
         image: NDArray[np.uint8],
@@ -207,13 +266,18 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """Latents `[1, C, 1, h, w]` of a picture, uint8 `[H, W, 3]`: of its middle, scaled to `size` (width, height).
 
-        Without a size, in its own shape with about as many pixels as the model was made for. Raises as a run does;
-        `seconds` as in `decode_chunks`, for `load` and `encode`.
+        Without a size, in its own shape with about as many pixels as the model was made for. `seconds` as in
+        `decode_chunks`. Raises as a run does.
         """
-        timings = Timings(callback, seconds)
-        with self._stage("encoder"):
-            return encode_picture(lambda: self._graph("encoder", timings), self.manifest, image, size, timings)
+        return self._encode_image(image, size, Timings(callback, seconds))
 
+    def _encode_image(
+        self, image: NDArray[np.uint8], size: tuple[int, int] | None, timings: Timings
+    ) -> NDArray[np.float32]:
+        with self._graphs.stage("encoder"):
+            return encode_picture(lambda: self._graphs.load("encoder", timings), self.manifest, image, size, timings)
+
+    @in_turn
     def denoise(
         self,
         prompt_embeds: NDArray[Any] | None,
@@ -226,7 +290,7 @@ class Pipeline:
         *,
         negative_embeds: NDArray[Any] | None = None,
         init_latents: NDArray[Any] | None = None,
-        **more: Unpack[Wishes],
+        **more: Unpack[MoreWishes],
     ) -> NDArray[np.float32]:
         """Latents `[1, C, T, h, w]` float32, normalised (mean 0, deviation 1), from the embeddings of `encode`, or from
         None for a model of classes.
@@ -236,7 +300,7 @@ class Pipeline:
         """
         size = start_size(self.manifest, size, None, init_latents)
         settings = self.settings(seed, steps, inner_steps, frames, size, **more)
-        check_start(settings, init_latents)
+        check_start(self._family, settings, init_latents)
         if settings.label is not None:
             prompt_embeds, negative_embeds = self._embed("", None, None, settings, Timings(), [])
         elif prompt_embeds is None:
@@ -247,9 +311,10 @@ class Pipeline:
             negative_embeds = self._conditions.null_embeds(prompt_embeds.shape[1])
         if settings.passes == 2 and negative_embeds is None:
             raise UsageFailure("guidance needs negative_embeds as well: encode the negative prompt, or set guidance=1.")
-        self.choose_memory(settings, unused=(*STAGES[0], *STAGES[2], "encoder"))
+        self.choose_memory(settings, unused=(*READER, *DECODER, *ENCODER))
         with memory_failure(settings):
-            return self._denoise(prompt_embeds, negative_embeds, settings, Timings(callback), None, init_latents)
+            timings = Timings(callback)
+            return self._denoise(prompt_embeds, negative_embeds, settings, timings, None, init_latents).latents
 
     def decode(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """Frames uint8 `[F, H, W, 3]` of latents `[1, C, T, h, w]` from `denoise`."""
@@ -262,13 +327,14 @@ class Pipeline:
 
         `seconds`, if given, is filled with what `load` and `decode` took.
         """
-        timings = Timings(callback, seconds)
-        yield from self._decode(latents, timings)
+        with self.turns.take():
+            yield from self._frames(latents, Timings(callback, seconds))
 
     def close(self) -> None:
         """Give the engines and buffers back. A later run loads them again."""
-        self._free(set(self._engines))
-        self._conditions.forget()
+        with self.turns.take(again=True):
+            self._graphs.close()
+            self._conditions.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -276,42 +342,12 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _free(self, graphs: set[str]) -> None:
-        """Closes the engines of `graphs`, and lets go of what is bound to them."""
-        if graphs & {"backbone", "flow_head"}:
+    def _forget(self, graphs: set[str]) -> None:
+        """Lets go of what is bound to engines that are about to be closed."""
+        if graphs & set(DENOISER):
             self._loop = None
-        if graphs & {"decoder_first", "decoder_step"}:
-            self._decoder = None
-        for name in graphs & set(self._engines):
-            self._engines.pop(name).close()
-
-    @contextmanager
-    def _stage(self, graph: str) -> Iterator[None]:
-        """Around the stage of `graph`: with memory "low" no other stage is loaded, and none when it is over."""
-        own = next(set(stage) for stage in STAGES if graph in stage)
-        if self._memory == "low":
-            self._free(set(self._engines) - own)
-        try:
-            yield
-        finally:
-            if self._memory == "low":
-                self._free(own)
-
-    def _graph(self, name: str, timings: Timings) -> Engine:
-        """The engine of a graph, loaded at first use and timed as `load`."""
-        if name in self._engines:
-            return self._engines[name]
-        if name not in self.manifest.graphs:
-            raise missing_graph(name)
-        from tmd_engines import load as load_engine
-
-        start = perf_counter()
-        engine = load_engine(self.bundle, name, engine=self._engine, device=self._device, threads=self._threads)
-        seconds = perf_counter() - start
-        self._engines[name] = engine
-        timings.add("load", seconds)
-        timings.report("load", len(self._engines), len(self.manifest.graphs), seconds)
-        return engine
+        if graphs & set(DECODER):
+            self._frames.forget()
 
     def _embed(
         self,
@@ -323,13 +359,13 @@ class Pipeline:
         warnings: list[str],
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """The conditions of a run, with the text encoder as the only stage that is loaded if memory is low."""
-        with self._stage("text_encoder"):
+        with self._graphs.stage("text_encoder"):
             return self._conditions(
                 prompt,
                 prompt_embeds,
                 negative_embeds,
                 settings,
-                lambda: self._graph("text_encoder", timings),
+                lambda: self._graphs.load("text_encoder", timings),
                 timings,
                 warnings,
             )
@@ -342,53 +378,30 @@ class Pipeline:
         timings: Timings,
         on_preview: Callable[[NDArray[np.float32]], object] | None,
         init: NDArray[Any] | None,
-    ) -> NDArray[np.float32]:
-        self.latest = None
+    ) -> Denoised:
         labelled = settings.label is not None
         if not labelled:
             prompt_embeds, negative_embeds = self._conditions.same_length(prompt_embeds, negative_embeds)
             check_embeds(prompt_embeds, negative_embeds, self.manifest.text.dim)
-        with self._stage("backbone"):
+        with self._graphs.stage("backbone"):
             key = (settings.latent_shape, 1 if labelled else prompt_embeds.shape[1])
-            before = self._loop
-            if before is None or before[0] != key:
-                engines = self._graph("backbone", timings), self._graph("flow_head", timings)
-                if settings.rule != "flow_map" or (before and before[0][0] != key[0]):
-                    before = None  # only for a prompt of another length it holds what an engine compiled for the size
+            previous = self._loop
+            if previous is None or previous[0] != key:
+                backbone, flow_head, update = (self._graphs.load(name, timings) for name in DENOISER)
+                same_size = previous is not None and previous[0][0] == key[0]
+                if not (same_size and self.manifest.family.keeps_prompt_length):
+                    previous = None  # only for a prompt of another length it holds what an engine compiled for the size
                 self._loop = None
-                loops: dict[str, type[Any]] = {"transition": DenoiseLoop, "flow_map": TransitionLoop}
-                kind = loops.get(settings.rule, VelocityLoop)
-                self._loop = key, kind(*engines, self.manifest, *key)
+                with timings.stage("load"):  # an engine may compile where it is bound
+                    self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
             assert self._loop is not None
-            loop = self._loop[1]
-            if isinstance(loop, TransitionLoop):
-                latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
-                settings = settings.through(loop.times)
-                del before
-            else:
-                latents = loop.run(prompt_embeds, settings, timings, negative_embeds, on_preview)
-            self.latest = settings
-            return latents
+            denoised = self._loop[1].run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
+            del previous
+            return denoised
 
     def _previewer(
-        self, on_preview: Callable[[NDArray[np.uint8]], object], settings: Settings, timings: Timings
+        self, on_preview: Callable[[NDArray[np.uint8]], object], timings: Timings
     ) -> Callable[[NDArray[np.float32]], object]:
         """Decodes the latents of a preview for `on_preview`; its seconds count as `decode`, its steps as none."""
         silent = Timings(seconds=timings.seconds)
-        return lambda latents: on_preview(np.concatenate(list(self._decode(latents, silent))))
-
-    def _decode(self, latents: NDArray[Any], timings: Timings) -> Iterator[NDArray[np.uint8]]:
-        check_latents(latents, self.manifest.latents.channels)
-        with self._stage("decoder_first"):
-            geometry, is_still = self.manifest.latents, self.manifest.model.kind == "tim" and latents.shape[2] == 1
-            whole = latents.shape[3], latents.shape[4]
-            key = tile_size(*whole, geometry.spatial_stride) if is_still else whole
-            if self._decoder is None or self._decoder[0] != key:
-                first = self._graph("decoder_first", timings)
-                self._decoder = None
-                self._decoder = key, ChunkDecoder(first, geometry, *key)
-            decoder = self._decoder[1]
-            if key != whole:
-                yield decode_tiles(decoder, latents, key, geometry.spatial_stride, timings)
-            else:
-                yield from decoder.chunks(latents, lambda: self._graph("decoder_step", timings), timings)
+        return lambda latents: on_preview(np.concatenate(list(self._frames(latents, silent))))

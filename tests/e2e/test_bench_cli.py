@@ -14,7 +14,7 @@ from tmd_bench.spec import Work
 from tmd_engines import Bundle
 from tmd_engines.cost.sizing import estimate
 from tmd_export import RandomSource
-from tmd_export.parts import MODELS as EXPORTED
+from tmd_export.families import models
 from tmd_ref.samplers import tmd_sample
 from tmd_ref.student import load_student
 from tmd_runtime.built_in import BUILT_IN
@@ -116,4 +116,4 @@ def test_rivals_have_the_same_weights():
 
 
 def test_models_are_those_of_the_exporter():
-    assert set(MODELS) <= set(EXPORTED)
+    assert set(MODELS) <= set(models())

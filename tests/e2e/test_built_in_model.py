@@ -83,7 +83,7 @@ def test_the_built_in_videos_show_the_colour_and_background_of_their_prompts(pip
 
 def test_every_graph_of_the_built_in_bundle_was_verified_when_written():
     graphs = Bundle.open(BUILT_IN).manifest.graphs
-    assert set(graphs) == {"text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step"}
+    assert set(graphs) == {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step"}
     for name, graph in graphs.items():
         found = graph.accuracy
         assert found is not None, name

@@ -19,8 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tmd_engines import Bundle, load
 from tmd_engines.command.verify import MAX_ERROR_FP32, MIN_COSINE
-from tmd_export import export_bundle, open_source
-from tmd_export.graphs import export as graph_export
+from tmd_export import export_bundle, graph_export, open_source
 from tmd_export.graphs.graph import Graph
 from tmd_export.quantization.calibration import Sensitivity, read_calibration
 from tmd_export.quantization.quantizer import Quantizer

@@ -68,7 +68,7 @@ def test_more_steps_draw_more_shapes_right(pipeline: Pipeline) -> None:
 def test_every_graph_was_verified_and_the_bundle_stays_below_10_mb() -> None:
     folder = BUNDLES / "tim-tiny"
     graphs = Bundle.open(folder).manifest.graphs
-    assert set(graphs) == {"text_encoder", "backbone", "flow_head", "decoder_first", "encoder"}
+    assert set(graphs) == {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "encoder"}
     for name, graph in graphs.items():
         found = graph.accuracy
         assert found is not None, name

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
+from tmd_export import graph_export
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
-from tmd_export.graphs import export as graph_export
+from tmd_export.families import open as opening
+from tmd_export.families import presets
+from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
-from tmd_export.presets import PRESETS
-from tmd_export.sources import source as sources
 from tmd_export.sources.wan import WanSource
 from tmd_export.weights.weights import Weights
 from tmd_ref.samplers import tmd_sample
@@ -48,7 +49,8 @@ State = dict[str, Tensor]
 PROMPT, SEED, SHAPE = "a red circle", 4, (1, 16, 2, 2, 4)  # 5 frames of 32x16
 GRAPHS = "text_encoder,backbone,flow_head"
 STEPS = {"wan": 3}  # in place of 50; otherwise the preset's own
-WAN_PRESETS = [name for name, preset in PRESETS.items() if preset.kind == "wan"]
+PRESETS = presets()
+WAN_PRESETS = list(WAN_FAMILY.presets)
 
 
 def diffusers_folder(folder: Path) -> list[Path]:
@@ -117,7 +119,7 @@ def small(monkeypatch: pytest.MonkeyPatch, traced: dict[tuple[str, str], onnx_ir
     def open_source(model: str, paths: tuple[Path, ...], *_: Any) -> WanSource:
         return WanSource(paths, model, **made.SIZES)
 
-    monkeypatch.setattr(sources, "open_source", open_source)
+    monkeypatch.setattr(opening, "open_source", open_source)
     monkeypatch.setattr(graph_export, "trace", trace_once)
     monkeypatch.setattr(graph_export.gc, "collect", lambda: 0)  # takes longer than what is left of an export
 

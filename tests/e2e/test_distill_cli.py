@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tmd_export.sources.source import open_source
+from tmd_export import open_source
 from tmd_ref.distill import config, tiny
 from tmd_ref.distill.cli import main
 

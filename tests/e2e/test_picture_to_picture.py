@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import CLASSES_16
 from tmd_engines import Bundle
 from tmd_export import export_bundle, open_source
 from tmd_export.checkpoints.names import converted
@@ -28,7 +27,7 @@ class WithBuiltInVAE(RandomTiM):
     """Classes drawn by random weights, on the latents of the built-in VAE."""
 
     def __init__(self) -> None:
-        super().__init__("tim-tiny", 3, replace(test_tim.CLASSES, in_channels=16, num_layers=1))
+        super().__init__("tim-tiny", 3, CLASSES_16)
         self.built_in = open_source("tiny")
 
     @property

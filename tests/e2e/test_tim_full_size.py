@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.export.test_tim_bundle import network, run
+from tests.helpers.tim_models import network, run
 from tmd_engines import Bundle
 from tmd_export.sources.tim import RandomTiM
 from tmd_ref.tim.model import rope_tables

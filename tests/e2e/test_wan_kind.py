@@ -15,7 +15,7 @@ from tests.helpers.bundle_tools import edit_manifest
 from tests.helpers.export_tools import TEXT, VAE, WAN, with_weights
 from tmd_engines import Bundle
 from tmd_export import RandomSource, export_bundle
-from tmd_export.presets import PRESETS
+from tmd_export.presets.wan import PRESETS
 from tmd_ref.samplers import unipc_sample
 from tmd_ref.wan import rope_tables
 from tmd_runtime import NoiseStream
@@ -27,7 +27,7 @@ SHAPE = (1, 16, 2, 4, 8)  # 3 frames of 16x8 for this VAE
 
 @pytest.fixture(scope="module")
 def source() -> RandomSource:
-    return RandomSource("small", 0, kind="wan", wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
+    return RandomSource("small", 0, fusion=None, wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def by_command(bundle: Path, embeds: Path, *options: object) -> np.ndarray:
 def exported(source: RandomSource, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("export") / "bundle"
     bundle = export_bundle(source, folder, ("backbone", "flow_head"), preset="rcm").bundle
-    assert bundle.manifest.model.kind == "wan" and bundle.manifest.video.frames == 77
+    assert bundle.manifest.model.family == "wan" and bundle.manifest.video.frames == 77
     return bundle
 
 

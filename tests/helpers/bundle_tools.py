@@ -42,6 +42,12 @@ def edit_graph(folder: Path, edit: Callable[[onnx.ModelProto], None], name: str 
     reseal(folder)
 
 
+def impossible_transpose(model: onnx.ModelProto) -> None:
+    """A graph that opens, and that no engine loads: the same axis three times."""
+    node = next(node for node in model.graph.node if node.op_type == "Transpose")
+    node.attribute[0].ints[:] = [1, 1, 1]
+
+
 def refused(folder: Path) -> str:
     """The message with which the folder is refused; it is one line."""
     with pytest.raises(BundleError) as caught:

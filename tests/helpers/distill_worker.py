@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.unit.ref.test_tim import randomised
-from tests.unit.ref.test_tim_objective import CONFIG, settings
-from tests.unit.ref.test_tim_objective import Data as Stills
+from tests.helpers.tim_models import randomised
+from tests.helpers.tim_training import CONFIG, settings
+from tests.helpers.tim_training import Data as Stills
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.parallel import World, place
 from tmd_ref.distill.stage1 import tm_meanflow_loss

@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx_ir
 import pytest
 
-from tmd_export import ExportResult, RandomSource, Source, export_bundle
-from tmd_export.graphs import export as graph_export
+from tmd_export import ExportResult, RandomSource, Source, export_bundle, graph_export
+from tmd_export.families.build import build
 from tmd_export.graphs.graph import Graph
-from tmd_export.weights.weights import Weights, build
+from tmd_export.weights.weights import Weights
 from tmd_ref.umt5 import UMT5Config
 from tmd_ref.vae import WanVAEConfig
 from tmd_ref.wan import WanConfig

@@ -13,8 +13,7 @@ import onnx_ir
 import torch
 
 from tests.helpers.export_tools import small_export, small_graph, small_source
-from tmd_export import ExportResult, export_bundle
-from tmd_export.graphs import export as graph_export
+from tmd_export import ExportResult, export_bundle, graph_export
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
 from tmd_export.weights.weights import Weights

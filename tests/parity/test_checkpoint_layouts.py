@@ -47,7 +47,7 @@ def test_a_folder_gives_the_velocity_of_diffusers_reading_the_same_files(
 ) -> None:
     source = WanSource([folder], "small", **made.SIZES)
     source.check(VIDEO_PARTS)
-    assert (source.kind, source.fusion, source.head_blocks, source.default_parts) == ("wan", None, 1, VIDEO_PARTS)
+    assert (source.family, source.fusion, source.head_blocks, source.default_parts) == ("wan", None, 1, VIDEO_PARTS)
     if (folder / "transformer").is_dir():
         # A list of modules to keep in float32 makes diffusers ask for another library, and here all of them are.
         monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.export_tools import TEXT, WAN
-from tests.parity.test_taehv import random_weights, whole_clip
+from tests.helpers.plain_taehv import random_weights, whole_clip
 from tmd_engines import Bundle
 from tmd_export import RandomSource, export_bundle
 from tmd_export.checkpoints.names import converted
@@ -62,6 +62,7 @@ def frame_by_frame(bundle: Bundle, latents: torch.Tensor) -> tuple[np.ndarray, n
             zip(names, session.run(None, {"latents": latents[:, :, k : k + 1].numpy(), **caches}), strict=True)
         )
         frames.append(outputs.pop("frames")[0])
+        assert np.isfinite(outputs.pop("magnitude")).all()
         values.append(np.moveaxis(outputs.pop(exact)[0], 0, -1))
         caches = outputs
     return np.concatenate(frames), np.concatenate(values)

@@ -10,8 +10,22 @@ from typing import Any
 import click
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"tmd-distill {version('tmd-runtime')}")
+    except PackageNotFoundError:
+        click.echo("tmd-distill (not installed, run from its sources)")
+    ctx.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tmd")
+@click.option(
+    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
+)
 def main() -> None:
     """Train and distil models for tmd-run.
 

@@ -10,33 +10,48 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, quote
-from .manifest import GraphInfo, TensorSpec
+from .operators import check_operators
+from .sections import GraphInfo, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
 
-MAX_GRAPH_BYTES = 64 << 20  # weights belong into the data file; Wan 14B's graph without weights is about 4 MB
+MAX_GRAPH_BYTES = 16 << 20  # weights belong into the data file; Wan 14B's graph without weights is about 4 MB
 MAX_NODES = 100_000
+MAX_WEIGHTS = 100_000
 
 _REMEDY = "Make the bundle again with tmd-export, and do not run graphs from elsewhere."
 
 
 def parse_graph(data: bytes, where: str) -> onnx.ModelProto:
-    """The protobuf of an ONNX file; external data is not touched. Raises BundleError."""
+    """The protobuf of an ONNX file; external data is not touched. Raises BundleError.
+
+    The bytes must be the one canonical encoding of what they say: fields in the order of their numbers, each singular
+    one once, nothing unknown, numbers as short as they go. Other encodings can mean different things to two parsers,
+    and an engine has a parser of its own.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         model: onnx.ModelProto = onnx.ModelProto.FromString(data)
-        return model
-    except DecodeError:
+        model.DiscardUnknownFields()
+        canonical = model.SerializeToString(deterministic=True)
+    except (DecodeError, UnicodeDecodeError):
         raise BundleError(f"{where} is not an ONNX file, though its sha256 is right. {_REMEDY}") from None
+    if canonical != data:
+        raise BundleError(
+            f"{where} is not encoded as tmd-export encodes a graph, and could be read in two ways. {_REMEDY}"
+        )
+    return model
 
 
 def check_graph(model: onnx.ModelProto, info: GraphInfo, data_size: int, where: str) -> None:
     """Raises BundleError unless `model` keeps to its own data file of `data_size` bytes and is what `info` says."""
-    if len(model.graph.node) > MAX_NODES:
-        raise BundleError(f"{where} has {len(model.graph.node)} nodes, more than {MAX_NODES}. {_REMEDY}")
+    counts = (("nodes", len(model.graph.node), MAX_NODES), ("weights", len(model.graph.initializer), MAX_WEIGHTS))
+    for what, count, limit in counts:
+        if count > limit:
+            raise BundleError(f"{where} has {count} {what}, more than {limit}. {_REMEDY}")
     if model.functions:
         # Chains of functions are expanded by recursion inside the engines: a small file can exhaust the stack.
         raise BundleError(
@@ -46,6 +61,9 @@ def check_graph(model: onnx.ModelProto, info: GraphInfo, data_size: int, where: 
         problem = _external_problem(tensor, info.data, data_size)
         if problem:
             raise BundleError(f"{where}: tensor {quote(tensor.name)} {problem}. {_REMEDY}")
+    unknown = check_operators(model)
+    if unknown:
+        raise BundleError(f"{where}: {unknown}. {_REMEDY}")
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     if opset != info.opset:
         raise BundleError(f"{where} has opset {opset}, the manifest says {info.opset}. {_REMEDY}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
+from ..device.cpu import resolve_threads
 from ..device.gpu import split_device
 from ..errors import EngineError
 from ..registry import choose, engine_class, load
@@ -39,6 +40,7 @@ def build(
     All are checked before the first is built, as far as their engine can. Raises EngineError, and ValueError for a size
     that the model cannot make.
     """
+    threads = resolve_threads(bundle, threads)[0]  # as runs have them: a plan is for a number of threads
     chosen = {graph: choose(bundle, graph, engine, device) for graph in bundle.manifest.graphs}
     shapes = {graph: plan_shapes(bundle, graph, sizes) for graph in chosen}
     for graph, (name, where) in chosen.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -70,14 +71,14 @@ def inspect(
     engine: str,
     as_json: bool,
 ) -> None:
-    """Check the folder BUNDLE completely, and print what is in it and what a run needs.
+    """Check the folder BUNDLE (or builtin:NAME) completely, and print what is in it and what a run needs.
 
     Operations and memory are those of one run, at the size and with the steps that the bundle names or you do.
     """
-    from ..bundle.reader import Bundle
+    from .built_in import open_bundle
     from .sizing_table import print_table, size_run
 
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     problem = None
     try:
         sized = size_run(opened, size, frames, steps, inner_steps, engine)
@@ -88,7 +89,7 @@ def inspect(
     if as_json:
         document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json", exclude_unset=True)}
         document |= sized or {"run": None, "stages": None, "sizing_problem": problem}
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     for line in _describe(opened):
         click.echo(line)
@@ -109,11 +110,11 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
     """Compare every graph of BUNDLE on an engine with ONNX Runtime in float32; exit with 1 when one is off."""
     from dataclasses import asdict
 
-    from ..bundle.reader import Bundle
+    from .built_in import open_bundle
     from .verify import verify as checks
 
     done = []
-    for check in checks(Bundle.open(bundle), engine, threads, seed):
+    for check in checks(open_bundle(bundle), engine, threads, seed):
         done.append(check)
         if not as_json:
             numbers = [
@@ -126,7 +127,8 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
             click.echo(f"{check.graph:<14} {check.precision:<5} {check.engine:<12} {measured} {state}")
     failed = [check.graph for check in done if check.problem is not None]
     if as_json:
-        click.echo(json.dumps({"passed": not failed, "graphs": [asdict(check) for check in done]}, indent=2))
+        graphs = [{name: _plain(value) for name, value in asdict(check).items()} for check in done]
+        click.echo(json.dumps({"passed": not failed, "graphs": graphs}, indent=2, allow_nan=False))
     elif all(check.engine == "onnxruntime" for check in done):
         click.echo("ONNX Runtime was compared with itself: only NaN and Inf would have been found.")
     if failed:
@@ -210,16 +212,16 @@ def build(
     Steps do not matter: a plan serves any number of them. TMD_TENSORRT_WORKSPACE (MiB) limits TensorRT's memory, then
     and in the runs; TMD_CACHE names the folder of the cache.
     """
-    from ..bundle.reader import Bundle
     from . import build as builder
     from .build_table import print_build, print_plans, tensorrt_version_of
+    from .built_in import open_bundle
     from .sizes import sizes_between
 
     if targets is not None and out is None:
         raise click.UsageError("--for goes with --out, the folder of the plans.")
     if out is not None and trtexec is not None:
         raise click.UsageError("--out builds plans, --trtexec writes what others build them from: give one of them.")
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     video = opened.manifest.video
     low, high = size or ((video.width, video.height),) * 2
     first, last = frames or (video.frames,) * 2
@@ -267,6 +269,11 @@ def doctor(as_json: bool) -> None:
         state = engine["version"] or f"{engine['problem']}: {engine['install']}"
         state += f", {engine['note']}" if engine["note"] else ""
         click.echo(f"  {name:<12} {state}")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NaN and Inf are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe(bundle: Bundle) -> Iterator[str]:

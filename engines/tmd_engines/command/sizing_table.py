@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import format_size
 from ..cost.sizing import STAGES, StageEstimate, available_bytes, estimate, step_counts
+from ..cost.speed import speed_of
+from ..device.cpu import resolve_threads
 from ..errors import EngineError
 from ..registry import ENGINES, check_engine, choose, engine_class
 from .device_memory import device_memory, predicted
@@ -57,6 +59,7 @@ def size_run(
         "flops": needed.flops,
         "peak_bytes": {"all": needed.peak("all"), "low": needed.peak("low")},
         "available_bytes": available_bytes(),
+        "seconds": needed.flops / speed_of(bundle, "auto auto", resolve_threads(bundle, None)[0]),
     }
     stages = {name: _stage(manifest, name, stage) for name, stage in needed.stages.items()}
     if _is_tensorrt(chosen):
@@ -114,6 +117,7 @@ def print_table(data: dict[str, Any]) -> None:
         f"a run      {run['frames']} frames of {run['width']}x{run['height']}, {steps}{passes}: "
         f"NFE {run['nfe']:g}, {format_flops(run['flops'])}"
     )
+    console.print(f"time       {format_seconds(run['seconds'])} on this machine, without loading")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("  stage", no_wrap=True)
     for title in ("parameters", "calls", "per call", "weights", "running", "buffers"):
@@ -147,6 +151,14 @@ def print_table(data: dict[str, Any]) -> None:
         console.print(f"           {format_size(available)} are free here: {verdict}")
     if note:
         console.print(f"           {note}")
+
+
+def format_seconds(seconds: float) -> str:
+    """An estimated duration for people, in two digits."""
+    for size, unit in ((1.0, "s"), (60.0, "min"), (3600.0, "h")):
+        if seconds < 100 * size or unit == "h":
+            return f"about {float(f'{seconds / size:.2g}'):g} {unit}"
+    raise AssertionError("unreachable")
 
 
 def format_flops(count: float) -> str:

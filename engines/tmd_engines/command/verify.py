@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ..bundle.manifest import TensorSpec
 from ..bundle.reader import Bundle
 from ..engine import Engine
 from ..errors import EngineError, one_line
-from ..registry import check_engine, choose, load
+from ..registry import ENGINES, check_engine, choose, engine_class, load
 
 MAX_ERROR_FP32 = 1e-4  # in units of the output's RMS where that is above 1, otherwise absolute
 MIN_COSINE = {"fp16": 0.9999, "bf16": 0.9999, "int8": 0.99, "fp8": 0.99}
@@ -45,10 +46,12 @@ class GraphCheck:
 def verify(bundle: Bundle, engine: str = "auto", threads: int | None = None, seed: int = 0) -> Iterator[GraphCheck]:
     """Checks every graph of the bundle in turn, small sizes, batch 1.
 
-    A graph that the engine cannot load or run has failed. Raises EngineError for an unknown engine, or when the
-    reference itself cannot run.
+    A graph that the engine cannot load or run has failed. Raises EngineError for an unknown engine, for one that is not
+    installed, which says nothing of the bundle, or when the reference itself cannot run.
     """
     check_engine(engine)
+    if engine != "auto":
+        _check_installed(engine)
     for name, info in bundle.manifest.graphs.items():
         chosen, device = choose(bundle, name, engine)
         with load(bundle, name, "onnxruntime", "cpu", threads=threads) as reference:
@@ -64,6 +67,18 @@ def verify(bundle: Bundle, engine: str = "auto", threads: int | None = None, see
             yield GraphCheck(name, info.precision, chosen, problem=one_line(error))
             continue
         yield _compare(GraphCheck(name, info.precision, chosen), expected, found)
+
+
+def _check_installed(engine: str) -> None:
+    """Raises EngineError if an engine's package cannot be imported."""
+    found = engine_class(engine, next(iter(ENGINES[engine])))
+    try:
+        import_module(found.package)
+    except Exception as error:  # a broken installation may raise anything
+        raise EngineError(
+            f"The engine {engine} cannot be imported ({one_line(error)}), so nothing was compared. Install it: "
+            f"{found.install}"
+        ) from None
 
 
 def _compare(check: GraphCheck, expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> GraphCheck:

@@ -9,11 +9,35 @@ from pathlib import Path
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Memory that this process can take without swapping, in bytes; None where the system does not tell (not Linux).
 
-    The least of what the machine has (MemAvailable) and what the control groups around this process leave it; pages of
-    files that the kernel can drop count as free. `root` is where /proc and /sys are.
+    The least of what the machine has (MemAvailable), what the control groups around this process leave it, and what is
+    left of its address space (RLIMIT_AS); pages of files that the kernel can drop count as free. `root` is where /proc
+    and /sys are.
     """
-    found = [size for size in (_machine(root), *_control_groups(root)) if size is not None]
+    found = [size for size in (_machine(root), *_control_groups(root), _address_space(root)) if size is not None]
     return max(min(found), 0) if found else None
+
+
+def resident_bytes(root: Path = Path("/")) -> int:
+    """What this process holds of the memory already; 0 where the system does not tell."""
+    return _status(root, "VmRSS") or 0
+
+
+def _address_space(root: Path) -> int | None:
+    """What `ulimit -v` leaves, which counts addresses and not memory; None: no limit."""
+    for line in _lines(root / "proc/self/limits"):
+        if line.startswith("Max address space"):
+            limit = line.removeprefix("Max address space").split()[0]
+            used = _status(root, "VmSize")
+            return int(limit) - used if limit.isdigit() and used is not None else None
+    return None
+
+
+def _status(root: Path, name: str) -> int | None:
+    for line in _lines(root / "proc/self/status"):
+        field, _, value = line.partition(":")
+        if field == name:
+            return int(value.split()[0]) * 1024
+    return None
 
 
 def _machine(root: Path) -> int | None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bundle.reader import Bundle
+
+SMALL_BYTES, SMALL_THREADS = 64 << 20, 2
+"""Bundles of at most so many bytes run in so many threads where nobody says how many. What a graph computes depends on
+the number of threads, and a small model shall make one video of one seed on every machine."""
 
 # The CPU features that decide how fast an engine is: vectors, then int8 and bfloat16 products, then matrix units.
 _FEATURES = (
@@ -42,3 +51,63 @@ def describe_cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "features": [feature for feature in _FEATURES if feature in flags] if flags else None,
     }
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Processors that this process may use: those of its affinity, or as many as its container's quota is worth."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return usable if quota is None else max(min(usable, ceil(quota)), 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that the control groups around this process leave it (version 2 and version 1).
+
+    None: no limit. `root` is where /proc and /sys are.
+    """
+    found = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            mounts = [root / "sys/fs/cgroup"]
+        elif "cpu" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / name for name in ("cpu", "cpu,cpuacct")]
+        else:
+            continue
+        # Inside a container the path may be the host's, which is not there; the limit then stands at the mount itself.
+        parts = Path(path.lstrip("/")).parts
+        for mount in mounts:
+            found += [_quota(mount.joinpath(*parts[:depth])) for depth in range(len(parts), -1, -1)]
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def resolve_threads(bundle: Bundle, threads: int | None, root: Path = Path("/")) -> tuple[int | None, str | None]:
+    """The threads of an engine for a wish (None: nobody said), and a note for people if it is not granted.
+
+    None goes on as None, an engine's own choice, if the model is large and no quota limits the process.
+    """
+    if threads is None:
+        if sum(file.size for file in bundle.manifest.files.values()) <= SMALL_BYTES:
+            return SMALL_THREADS, None
+        return (None if cpu_quota(root) is None else cores(root)), None
+    most = max(os.cpu_count() or 1, SMALL_THREADS)
+    if threads > most:
+        return most, f"{threads} threads are more than this machine's {os.cpu_count()} processors: {most} are used."
+    return threads, None
+
+
+def _quota(group: Path) -> float | None:
+    words = "".join(_lines(group / "cpu.max")).split()
+    if not words:
+        words = ["".join(_lines(group / f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period")]
+    if len(words) != 2 or not all(word.isdigit() for word in words) or 0 in map(int, words):
+        return None  # "max", -1, or no such file
+    return int(words[0]) / int(words[1])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

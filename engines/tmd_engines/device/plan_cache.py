@@ -22,11 +22,13 @@ from typing import BinaryIO
 
 from ..bundle.files import file_size, open_regular, read_up_to
 from ..errors import BundleError, quote
+from . import unfinished
 
 VARIABLE = "TMD_CACHE"
 MAX_ENTRY_BYTES = 256 << 20  # larger graphs compile about as fast as their entry is read, checked and unpacked
 MAX_FOLDER_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
+_NEW = ".new-"
 
 Key = Mapping[str, str]
 
@@ -109,15 +111,16 @@ class PlanCache:
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
-            descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=".new-")  # mode 0600
+            unfinished.sweep(self._folder, _NEW)
+            _make_room(self._folder, self._max_folder - len(content))  # while it is made, both are there
+            new = unfinished.begin(self._folder, prefix=_NEW, mode=0o600)
             try:
-                with open(descriptor, "wb") as file:
+                with open(new, "wb") as file:
                     file.write(_line(key, content) + b"\n")
                     write(file)
-                os.replace(name, self._folder / _file_name(key))
-            except BaseException:
-                os.unlink(name)
-                raise
+                os.replace(new, self._folder / _file_name(key))
+            finally:
+                unfinished.discard(new)
             _make_room(self._folder, self._max_folder)
 
     def known(self) -> Iterator[dict[str, str]]:
@@ -220,7 +223,8 @@ def distrust(folder: Path) -> str | None:
 
 def _make_room(folder: Path, limit: int) -> None:
     entries = sorted(((path.stat(), path) for path in folder.glob("*.plan")), key=lambda entry: entry[0].st_mtime_ns)
-    excess = sum(status.st_size for status, _ in entries) - limit
+    making = sum(path.stat().st_size for path in folder.glob(f"{_NEW}*{unfinished.SUFFIX}"))  # of other processes
+    excess = sum(status.st_size for status, _ in entries) + making - limit
     for status, path in entries:
         if excess <= 0:
             return

@@ -122,7 +122,6 @@ class OnnxRuntimeDeviceEngine(DeviceEngine):
         self._onnxruntime = import_onnxruntime(device)
         path = bundle.graph_path(graph)
         model = parse_graph(bundle.read_graph(graph), str(path))
-        model.DiscardUnknownFields()  # what our checks could not see, ONNX Runtime shall not see either
         if device == "cpu":
             low_precision_to_float32(model)
         attention_to_multi_head_attention(model)

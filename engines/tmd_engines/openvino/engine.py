@@ -8,21 +8,28 @@ bfloat16), while nodes that the graph types as bfloat16 use the CPU's bfloat16 u
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import weakref
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ..bundle.graph_file import all_tensors, parse_graph
-from ..bundle.reader import Bundle
+from ..bundle.graph_file import parse_graph
+from ..bundle.reader import Bundle, format_size
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
+from ..device.numbers import decimal_point
+from ..device.paths import utf8_name
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
+from ..device.running import RUNNING
 from ..engine import Engine
-from ..errors import EngineError, one_line, quote
+from ..errors import BundleError, EngineError, one_line, quote
 
 if TYPE_CHECKING:
     from ..bundle.sections import GraphInfo, TensorSpec
@@ -64,6 +71,7 @@ class OpenVinoEngine(Engine):
     kept, and those of older sizes as long as a step uses them.
     """
 
+    shares = True
     package, install = "openvino", "pip install openvino"
 
     @classmethod
@@ -94,16 +102,24 @@ class OpenVinoEngine(Engine):
             ) from None
         self._openvino = openvino
         self._properties = compile_properties(threads)
-        self._model = _read_model(openvino, bundle, graph)
+        with decimal_point():
+            self._model = _read_model(openvino, bundle, graph)
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         text = bundle.manifest.text
         self._longest = text.max_length if text.tokenization == "plain" else None
         self._key = _base_key(openvino, [file.sha256 for file in files], self._properties)
         # Beside the weights in their file, an entry holds a second copy of them.
-        small = sum(file.size for file in files) <= MAX_ENTRY_BYTES
+        size = sum(file.size for file in files)
+        small = size <= MAX_ENTRY_BYTES
+        if not small:
+            self.remark = (
+                f"OpenVINO compiles {graph} anew in every process: it has {format_size(size)}, and compiled graphs of "
+                f"at most {format_size(MAX_ENTRY_BYTES)} are kept. Several prompts in one run are compiled for once."
+            )
         self._plans = PlanCache(cache_folder() if small else None)
         self._compiled: weakref.WeakValueDictionary[Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None
+        self._binding = Lock()
         self._steps: weakref.WeakSet[_BoundStep] = weakref.WeakSet()
 
     def empty(self, name: str, **dims: int) -> np.ndarray:
@@ -117,11 +133,13 @@ class OpenVinoEngine(Engine):
         check_buffers(self, inputs, outputs)
         sizes = tuple(tuple(inputs[name].shape) for name in self.inputs)
         shapes = tuple(map(self._opened, self.inputs.values(), sizes))
-        compiled = self._compiled.get(shapes)
-        if compiled is None:
-            self._latest = None  # two compiled copies of a large model do not fit side by side
-            compiled = self._compiled[shapes] = self._compile(shapes, sizes)
-        self._latest = compiled
+        with self._binding:
+            compiled = self._compiled.get(shapes)
+            if compiled is None:
+                self._latest = None  # two compiled copies of a large model do not fit side by side
+                with decimal_point():
+                    compiled = self._compiled[shapes] = self._compile(shapes, sizes)
+            self._latest = compiled
         try:
             request = compiled.create_infer_request()
             for name, array in (*inputs.items(), *outputs.items()):
@@ -203,18 +221,34 @@ class OpenVinoEngine(Engine):
 class _BoundStep:
     """Holds what a bound run needs. OpenVINO has only the addresses of the buffers, so they are kept alive here."""
 
-    __slots__ = ("__weakref__", "_buffers", "_graph", "_request", "_run")
+    __slots__ = ("__weakref__", "_buffers", "_graph", "_request", "_run", "_stopped")
 
     def __init__(self, graph: str, request: Any, buffers: object) -> None:
         self._graph, self._run, self._request, self._buffers = graph, request.infer, request, buffers
+        self._stopped = False
 
     def __call__(self) -> None:
+        thread = get_ident()
+        self._stopped = False
+        RUNNING[thread] = self
         try:
             self._run(share_outputs=True)  # otherwise every output is copied into its return value
         except Exception as error:
-            if self._run is None:
-                raise EngineError(f"The engine of graph {self._graph} was closed: load the graph again.") from None
-            raise EngineError(f"OpenVINO failed in graph {self._graph}: {one_line(error)}") from error
+            self._fail(error)
+        finally:
+            RUNNING.pop(thread, None)
+
+    def stop(self) -> None:
+        """Ends a run that another thread is in, after the node that it is at."""
+        self._stopped = True
+        self._request.cancel()
+
+    def _fail(self, error: Exception) -> NoReturn:
+        if self._run is None:
+            raise EngineError(f"The engine of graph {self._graph} was closed: load the graph again.") from None
+        if self._stopped:
+            raise EngineError(f"Graph {self._graph} was stopped.") from None
+        raise EngineError(f"OpenVINO failed in graph {self._graph}: {one_line(error)}") from error
 
     def release(self) -> None:
         self._run = self._request = self._buffers = None
@@ -236,25 +270,27 @@ def _core() -> Any:
 
 
 def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
-    """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps."""
-    from onnx import TensorProto
+    """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps.
 
-    path = bundle.graph_path(graph)
-    # OpenVINO finds a data file only beside a graph that it reads itself: it gets the path, and our checks come first.
-    model = parse_graph(bundle.read_graph(graph), str(path))
-    size = model.ByteSize()
-    model.DiscardUnknownFields()
-    if model.ByteSize() != size:
-        raise EngineError(f"{path} has parts that are not ONNX as we know it. Make the bundle again with tmd-export.")
-    low = (tensor for tensor in all_tensors(model) if tensor.data_type == TensorProto.BFLOAT16)
-    misread = next((tensor.name for tensor in low if tensor.int32_data), None)
-    if misread is not None:  # 2026.4.1 makes 16320 of 1.5
-        raise EngineError(
-            f"{path} keeps the bfloat16 values of {quote(misread)} as a list of numbers, and OpenVINO takes their bits "
-            "for whole numbers. Make the bundle again with tmd-export, which writes bytes, or choose another engine."
-        )
+    OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were checked,
+    whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the data file.
+    """
+    path, info = bundle.graph_path(graph), bundle.graph_info(graph)
+    content = bundle.read_graph(graph)
+    parse_graph(content, str(path))
     try:
-        return _core().read_model(path)
+        with TemporaryDirectory(prefix="tmd-") as folder:
+            (Path(folder) / info.file).write_bytes(content)
+            if info.data is not None:
+                try:
+                    os.link(bundle.folder / info.data, Path(folder) / info.data)
+                except OSError:  # another file system, or one without second names
+                    found = _core().read_model(utf8_name(path))
+                    bundle.read_graph(graph)  # raises if it is not the same any more
+                    return found
+            return _core().read_model(Path(folder) / info.file)
+    except BundleError:
+        raise
     except Exception as error:
         version = openvino.__version__.partition("-")[0]
         raise EngineError(f"OpenVINO {version} cannot load {path}: {one_line(error)}") from error

@@ -15,8 +15,8 @@ from torch import Tensor
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
-from .families import stranger
 from .names import bare, converted
+from .strangers import stranger
 from .tensors import Entry, Tensors
 
 LISTED = 6  # names per kind of problem in a message

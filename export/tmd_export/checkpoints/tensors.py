@@ -142,18 +142,18 @@ def _add_safetensors(tensors: Tensors, path: Path) -> None:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        said = _one_line(error)
-        if "unknown variant" in said:
-            unknown = said.partition("unknown variant")[2].split(",")[0].strip()
+        message = _one_line(error)
+        if "unknown variant" in message:
+            unknown = message.partition("unknown variant")[2].split(",")[0].strip()
             raise ExportError(
                 f"{path} has numbers of a type that is unknown here ({unknown}): "
                 "take the file of the same model in float32, float16 or bfloat16."
             ) from None
-        raise ExportError(f"{path} is not a complete safetensors file ({_short(said)}): copy it again.") from None
-    for name, said in header.items():
+        raise ExportError(f"{path} is not a complete safetensors file ({_short(message)}): copy it again.") from None
+    for name, entry in header.items():
         if name != "__metadata__":
-            shape, dtype = tuple(said["shape"]), said["dtype"]
-            place = _Place(path, 8 + length + said["data_offsets"][0], _contiguous(shape))
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            place = _Place(path, 8 + length + entry["data_offsets"][0], _contiguous(shape))
             tensors.add(name, Entry(shape, _DTYPES.get(dtype, dtype)), place)
 
 
@@ -184,14 +184,14 @@ def _unpickle(path: Path) -> object:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except Exception as error:  # whatever a hostile pickle makes the unpickler stumble over
-        said = _one_line(error)
-        if "Weights only load failed" in said:
+        message = _one_line(error)
+        if "Weights only load failed" in message:
             raise ExportError(
                 f"{path} holds more than tensors, and loading that could run a program hidden in it: refused "
-                f"({_culprit(said)}). Take the model as safetensors, or ask its publisher for the tensors alone."
+                f"({_culprit(message)}). Take the model as safetensors, or ask its publisher for the tensors alone."
             ) from None
         raise ExportError(
-            f"{path} is not a complete PyTorch file of plain tensors ({_short(said)}): copy it again."
+            f"{path} is not a complete PyTorch file of plain tensors ({_short(message)}): copy it again."
         ) from None
 
 
@@ -290,14 +290,14 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((side - 1) * step for side, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
 
 
-def _culprit(said: str) -> str:
+def _culprit(message: str) -> str:
     """From torch's long message, the name of what it would not load."""
-    _, _, after = said.partition("GLOBAL ")
-    return f"it asks for {quote(after.split()[0])}" if after else _short(said)
+    _, _, after = message.partition("GLOBAL ")
+    return f"it asks for {quote(after.split()[0])}" if after else _short(message)
 
 
-def _short(said: str) -> str:
-    return quote(said, 200)[1:-1]
+def _short(message: str) -> str:
+    return quote(message, 200)[1:-1]
 
 
 def _more(names: Sequence[object]) -> str:

@@ -1,5 +1,6 @@
-"""The rules of an exported graph, asked of the file after every export. What the rules are for: docs/bundle.md and the
-engines, each of which refuses or slows down something else. Reads the graph without its weights.
+"""The rules of an exported graph, which every written file is checked for; its weights are not read.
+
+docs/bundle.md and the engines give the reasons: each engine refuses or slows down something else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmd_engines import TensorSpec
+from tmd_engines.bundle.operators import OPERATORS
 
 from ..errors import ExportError
 from ..weights.storage import INLINE_BYTES
@@ -17,23 +19,14 @@ from .trace import OPSET
 if TYPE_CHECKING:
     import onnx
 
-# Standard operators that ONNX Runtime, OpenVINO and TensorRT (10.15 or newer) all have. No control flow, and none of
-# ScatterND, GatherND, Resize, Loop, If, Scan, NonZero, which one of them refuses or runs on the host.
-ALLOWED = frozenset((
-    "Abs", "Add", "Attention", "Cast", "Clip", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Expand", "Gather",
-    "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
-    "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Round", "Shape", "Sigmoid", "Sin", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
-))  # fmt: skip
-
 
 def lint(path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> int:
     """Number of nodes of the graph `path`. Raises ExportError with the first rule that it breaks."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    for rule in RULES:
-        problem = next(rule(model, path.name, inputs, outputs), None)
+    for check in CHECKS:
+        problem = next(check(model, path.name, inputs, outputs), None)
         if problem:
             raise ExportError(f"{path.name}: {problem}.")
     return len(model.graph.node)
@@ -56,10 +49,10 @@ def no_functions(model: onnx.ModelProto, *_: object) -> Problems:
 
 def allowed_operators(model: onnx.ModelProto, *_: object) -> Problems:
     for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
             yield (
                 f"node {node.name} is {'.'.join(filter(None, (node.domain, node.op_type)))}, which not every engine "
-                "runs: write the module so that it exports to the operators of tmd_export.graphs.rules.ALLOWED"
+                "runs: write the module so that it exports to the operators of tmd_engines.bundle.operators"
             )
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             yield f"node {node.name} has a graph of its own"
@@ -132,12 +125,12 @@ def one_data_file(model: onnx.ModelProto, name: str, *_: object) -> Problems:
 def interface(model: onnx.ModelProto, _: str, inputs: Specs, outputs: Specs) -> Problems:
     """Names, order, types and sizes as the manifest states them, symbols included; every input in use."""
     for kind, values, specs in (("inputs", model.graph.input, inputs), ("outputs", model.graph.output, outputs)):
-        found, said = [_describe(value) for value in values], [(s.name, s.dtype, s.shape) for s in specs]
-        for have, want in zip(found, said, strict=False):
+        found, stated = [_describe(value) for value in values], [(s.name, s.dtype, s.shape) for s in specs]
+        for have, want in zip(found, stated, strict=False):
             if have != want:
                 yield f"among its {kind} is {_show(have)} where {_show(want)} is documented"
-        if len(found) != len(said):
-            yield f"it has {len(found)} {kind} where {len(said)} are documented"
+        if len(found) != len(stated):
+            yield f"it has {len(found)} {kind} where {len(stated)} are documented"
     used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     for value in model.graph.input:
         if value.name not in used:
@@ -152,7 +145,7 @@ def no_notes(model: onnx.ModelProto, *_: object) -> Problems:
             yield f"{getattr(part, 'name', '') or 'the model'} carries notes of the exporter"
 
 
-RULES: tuple[Callable[..., Problems], ...] = (
+CHECKS: tuple[Callable[..., Problems], ...] = (
     one_opset,
     no_functions,
     allowed_operators,

@@ -151,8 +151,8 @@ def _apply_interface(model: ir.Model, graph: Graph) -> None:
 def _check_free(name: str, value: ir.Value, spec: TensorSpec) -> None:
     shape = list(value.shape) if value.shape is not None else []
     fits = len(shape) == len(spec.shape) and all(
-        have == said if isinstance(said, int) else not isinstance(have, int)
-        for have, said in zip(shape, spec.shape, strict=True)
+        have == stated if isinstance(stated, int) else not isinstance(have, int)
+        for have, stated in zip(shape, spec.shape, strict=True)
     )
     if not fits:
         raise ExportError(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-NAME = "update"
-FACTORS = 7  # guidance, t, c_x, c_v, c_noise, c_1, c_2
+from ..parts import UPDATE
+from .graph import Graph, Interface
 
 
 class Update(nn.Module):
@@ -34,3 +34,7 @@ class Update(nn.Module):
         x_next = c_x * x + c_v * v + c_noise * noise + c_1 * before_1 + c_2 * before_2
         data = x - t * v
         return x_next, data, x_next.abs().reshape(-1).mean(0, keepdim=True)
+
+
+def update(interface: Interface) -> Graph:
+    return Graph(UPDATE, Update(), *interface.of(UPDATE))

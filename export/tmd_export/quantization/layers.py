@@ -13,12 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LINEAR = re.compile(
-    r"^(?P<name>(.+\.)?("
-    r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|fusion\.(ffn\.[02]|linear)"  # Wan, and TMD's fusion
-    r"|blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.proj|mlp\.(fc1_g|fc1_x|fc2))|sides\.\d+\.kv"  # TiM
-    r"))\.weight\.T$"
-)
 ATTENTION = ".attention"
 # What an attention may say besides its heads and scale, and what its plain form does without.
 _PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
@@ -47,8 +41,12 @@ class Layer:
         return {f"{self.name}.{part}": value for part, value in zip("qkv", self.node.inputs, strict=False)}  # type: ignore[misc]
 
 
-def find(model: ir.Model, attention: bool = True) -> list[Layer]:
-    """The products that can be quantized, in the order of the graph."""
+def find(model: ir.Model, products: str, attention: bool = True) -> list[Layer]:
+    """The products that can be quantized, in the order of the graph.
+
+    `products`: pattern of the names of the linear layers among them (see `ExportFamily.products`).
+    """
+    linear = re.compile(rf"^(?P<name>(.+\.)?({products}))\.weight\.T$")
     layers = []
     for node in model.graph:
         if node.op_type == "MatMul":
@@ -57,7 +55,7 @@ def find(model: ir.Model, attention: bool = True) -> list[Layer]:
             weight = _weight_behind(node.outputs[0])
         else:
             continue
-        match = _LINEAR.match(weight.name or "") if weight is not None else None
+        match = linear.match(weight.name or "") if weight is not None else None
         if match and weight is not None and weight.shape is not None:
             product = node.op_type == "MatMul"
             name = match["name"] if product else match["name"].rpartition(".")[0] + ATTENTION
@@ -86,13 +84,13 @@ def _weight_behind(value: ir.Value) -> ir.Value | None:
 
 def _is_plain(node: ir.Node) -> bool:
     """Whether it is softmax(scale q k^T) v with as many heads on both sides."""
-    said = {name: attribute.value for name, attribute in node.attributes.items()}
-    heads = said.pop("q_num_heads", None)
-    said.pop("scale", None)
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    heads = attributes.pop("q_num_heads", None)
+    attributes.pop("scale", None)
     return (
         bool(heads)
-        and said.pop("kv_num_heads", heads) == heads
+        and attributes.pop("kv_num_heads", heads) == heads
         and not any(node.inputs[3:])
         and len(node.outputs) == 1
-        and all(_PLAIN.get(name) == value for name, value in said.items())
+        and all(_PLAIN.get(name) == value for name, value in attributes.items())
     )

@@ -6,12 +6,14 @@ the memory that this takes does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmd_engines import Bundle, Engine, EngineError, Step
+from tmd_engines.device.buffers import check_buffers, empty_array
 from tmd_engines.onnxruntime.lowering import attention_to_multi_head_attention
 
 from .formats import FORMATS
@@ -25,17 +27,24 @@ Arrays = dict[str, np.ndarray]
 _LEAST_SCALE = 1e-12  # of a weight whose column is zero
 
 
-class Observed:
-    """A graph that remembers the largest absolute value of every activation that can be quantized: `ranges`."""
+class Observed(Engine):
+    """A graph that remembers the largest absolute value of every activation that can be quantized: `ranges`.
 
-    def __init__(self, path: Path) -> None:
+    Its buffers are numpy arrays. `watch`, if there is one, gets the inputs and outputs of every run; both are
+    overwritten by later ones.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, products: str) -> None:
         import onnx_ir as ir
 
+        info = bundle.graph_info(graph)
+        super().__init__(graph, info.inputs, info.outputs)
+        path = bundle.graph_path(graph)
         model = ir.load(path)
-        self.outputs = [value.name or "" for value in model.graph.outputs]
+        self.watch: Callable[[Arrays, Arrays], object] | None = None
         self.ranges: dict[str, float] = {}
         self._names: list[tuple[str, str]] = []  # range, output that has it
-        for layer in find(model):
+        for layer in find(model, products):
             for name, value in layer.operands.items():
                 size = add("Abs", [value], f"{name}.abs", layer.node)
                 largest = add("ReduceMax", [size], f"{name}.max", layer.node, keepdims=0)
@@ -44,8 +53,31 @@ class Observed:
                 self._names.append((name, f"{name}.max"))
         self._session = _session(model, path.parent)
 
+    def empty(self, name: str, **dims: int) -> np.ndarray:
+        """See `Engine.empty`."""
+        return empty_array(self, name, dims)
+
+    def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Step:
+        """See `Engine.bind`."""
+        check_buffers(self, inputs, outputs)
+        given, results = dict(inputs), dict(outputs)
+
+        def step() -> None:
+            for name, value in self(given).items():
+                results[name][...] = value
+            if self.watch is not None:
+                self.watch(given, results)
+
+        return step
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._session = None
+
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         """The graph's own outputs."""
+        if self._session is None:
+            raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
         wanted = [*self.outputs, *(output for _, output in self._names)]
         found = self._session.run(wanted, dict(inputs))
         for (name, _), value in zip(self._names, found[len(self.outputs) :], strict=True):
@@ -56,12 +88,12 @@ class Observed:
 class Switched:
     """A graph of which every layer in `layers` can be computed as it is or as it would be in `precision`."""
 
-    def __init__(self, path: Path, precision: str, ranges: Mapping[str, float]) -> None:
+    def __init__(self, path: Path, precision: str, ranges: Mapping[str, float], products: str) -> None:
         import onnx_ir as ir
 
         model = ir.load(path)
         self._outputs = [value.name or "" for value in model.graph.outputs]
-        found = find(model, FORMATS[precision].attention)
+        found = find(model, products, FORMATS[precision].attention)
         self.layers = [layer.name for layer in found]
         rewrite(model.graph, found, ranges, _Switches(model.graph, self.layers, precision))
         self._session = _session(model, path.parent)

@@ -29,9 +29,9 @@ _HELD_OUT_GENERAL = (
 )
 
 
-def default_prompts(model: str, held_out: bool = False) -> tuple[str, ...]:
+def default_prompts(built_in: bool, held_out: bool = False) -> tuple[str, ...]:
     """Captions of scenes for the built-in models, which know nothing else, and of ordinary videos for all others."""
-    if model not in ("tiny", "tim-tiny"):
+    if not built_in:
         return _HELD_OUT_GENERAL if held_out else _GENERAL
     rng = np.random.default_rng(0)
     count = _HELD_OUT_SCENES if held_out else _SCENES

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import ExportError
-from ..graphs.precision import DTYPES
+from ..weights.precision import DTYPES
 from ..weights.weights import Weights
 from .formats import FORMATS, Format
 from .layers import Layer, find
@@ -55,15 +55,20 @@ class Rounding(Protocol):
 
 
 def quantize(
-    model: ir.Model, weights: Weights, precision: str, ranges: Mapping[str, float], kept: frozenset[str] = frozenset()
+    model: ir.Model,
+    weights: Weights,
+    precision: str,
+    ranges: Mapping[str, float],
+    products: str,
+    kept: frozenset[str] = frozenset(),
 ) -> QuantizedWeights:
     """Quantizes the products of `model`, as `trace` gives it, in place; returns what to write as its weights.
 
-    `ranges`: largest absolute value of every activation, by the names of `Layer.operands`. `kept`: layers that stay as
-    they are. Raises ExportError if a range is missing.
+    `ranges`: largest absolute value of every activation, by the names of `Layer.operands`. `products`: see
+    `layers.find`. `kept`: layers that stay as they are. Raises ExportError if a range is missing.
     """
     rounding = _Stored(model.graph, weights, FORMATS[precision], DTYPES[precision])
-    layers = find(model, rounding.format.attention)
+    layers = find(model, products, rounding.format.attention)
     rewrite(model.graph, [layer for layer in layers if layer.name not in kept], ranges, rounding)
     return QuantizedWeights(weights, rounding.formats)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,33 +13,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmd_engines import Bundle, TensorSpec
+from tmd_engines.onnxruntime.engine import OnnxRuntimeEngine
 
 from ..errors import ExportError
+from ..families import FAMILIES, built_in
+from ..graph_export import Tell, export_graph, unfinished
 from ..graphs import accuracy
-from ..graphs.export import export_graph, unfinished
-from ..sources.source import RandomSource, Source
-from ..sources.tim import RandomTiM
+from ..parts import UPDATE
+from ..sources.source import Source
 from ..weights.weights import Weights
 from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
-from .embeds import embed_prompts
 from .formats import FORMATS
-from .inputs import latent_size, rope, unread
 from .observe import Arrays, Observed, Switched
 from .prompts import default_prompts
 from .qdq import quantize
-from .rollout import rollout, step_counts
+from .samplings import Condition, Samplings
 from .sensitivity import measure
 from .weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BATCH = 8  # prompts at a time
 MAX_TABLE_BYTES = 1 << 30  # of weights in float32; above it, layers are measured one by one only if some must be kept
 KEPT_STEPS = 8  # of a long sampling, about so many passes are kept to compare with
 SCRATCH = "float32"
+SEED, HELD_OUT_SEED = 0, 1 << 32  # the first of the noise to calibrate on, and of the noise to compare on
 
-Tell = Callable[..., None]
 Pass = tuple[Arrays, Arrays]
 
 
@@ -62,16 +62,16 @@ class Quantizer:
         Raises ExportError if the calibration is another checkpoint's, or if there is no text encoder to calibrate with.
         """
         self._source, self._document, self._folder, self._verify = source, document, folder, verify
-        self._keep_layers = keep_layers
-        self._precisions = {part: said for part, said in precisions.items() if said in FORMATS and part in QUANTIZABLE}
+        self._keep_layers, self._family = keep_layers, FAMILIES[source.family]
+        self._precisions = {part: each for part, each in precisions.items() if each in FORMATS and part in QUANTIZABLE}
         self._identity = identity(source)
         self._given = given if isinstance(given, Calibration) else None
-        told = None if isinstance(given, Calibration) else given
-        self._prompts = default_prompts(source.model) if told is None else tuple(told)
+        own = default_prompts(source.model in built_in())
+        self._prompts = own if given is None or isinstance(given, Calibration) else tuple(given)
         if self._given:
             check_identity(self._given, self._identity, "the calibration")
         self._encodes = "text_encoder" in precisions and source.tokenizer is not None
-        reads = not isinstance(source, RandomSource | RandomTiM) and document["model"].get("classes") is None
+        reads = source.trained and document["model"].get("classes") is None
         if self.runs_float32 and reads and not self._encodes:
             raise ExportError(
                 f"{', '.join(dict.fromkeys(self._precisions.values()))} is calibrated on prompts, and text_encoder is "
@@ -84,7 +84,7 @@ class Quantizer:
     def runs_float32(self) -> bool:
         """Whether the two graphs are needed in float32: to calibrate, to measure layers, or to compare with."""
         known = self._given.sensitivity if self._given else {}
-        missing = any(part not in known.get(said, {}) for part, said in self._precisions.items())
+        missing = any(part not in known.get(precision, {}) for part, precision in self._precisions.items())
         return self._given is None or self._verify or missing
 
     def prepare(self, tell: Tell) -> None:
@@ -97,17 +97,19 @@ class Quantizer:
         scratch = self._folder / SCRATCH
         scratch.mkdir()
         try:
-            document = {**self._document, "graphs": {}}
-            for part in QUANTIZABLE:
-                export_graph(self._source, part, "fp32", scratch, document, self._verify, lambda *_: tell("calibrate"))
-            graphs = {part: Observed(scratch / f"{part}.onnx") for part in QUANTIZABLE}
-            found = self._given or self._calibrate(graphs, tell)
-            self._hold_out(graphs)
-            del graphs
-            sensitivity = {said: dict(known) for said, known in found.sensitivity.items()}
-            for part, said in self._precisions.items():
-                if part not in sensitivity.setdefault(said, {}):
-                    sensitivity[said][part] = self._measure_layers(scratch, part, said, found.ranges[part], tell)
+            bundle = self._in_float32(scratch, tell)
+            with ExitStack() as opened:
+                graphs = {part: Observed(bundle, part, self._family.products) for part in QUANTIZABLE}
+                for graph in graphs.values():
+                    opened.callback(graph.close)
+                update = opened.enter_context(OnnxRuntimeEngine(bundle, UPDATE, "cpu", None))
+                samplings = Samplings(bundle.manifest, self._family, {**graphs, UPDATE: update})
+                found = self._given or self._calibrate(samplings, graphs, tell)
+                self._hold_out(samplings, graphs)
+            sensitivity = {precision: dict(known) for precision, known in found.sensitivity.items()}
+            for part, precision in self._precisions.items():
+                if part not in sensitivity.setdefault(precision, {}):
+                    sensitivity[precision][part] = self._measure_layers(bundle, part, precision, found, tell)
             self.calibration = found.model_copy(update={"sensitivity": sensitivity})
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -116,7 +118,7 @@ class Quantizer:
         """Quantizes the traced graph `part` in place; returns what to write as its weights. Raises ExportError."""
         calibration, precision = self._prepared(), self._precisions[part]
         kept = frozenset(calibration.sensitivity[precision][part].kept)
-        return quantize(model, weights, precision, calibration.ranges.get(part, {}), kept)
+        return quantize(model, weights, precision, calibration.ranges.get(part, {}), self._family.products, kept)
 
     def measure(self, bundle: Bundle, part: str) -> accuracy.Accuracy:
         """The written graph `part` against float32, on every pass of samplings of prompts held out, worst case."""
@@ -144,85 +146,85 @@ class Quantizer:
             raise RuntimeError("prepare() comes first")
         return self.calibration
 
-    def _calibrate(self, graphs: Mapping[str, Observed], tell: Tell) -> Calibration:
+    def _in_float32(self, scratch: Path, tell: Tell) -> Bundle:
+        """The graphs of a sampling in float32, in the folder `scratch`."""
+        document = {**self._document, "graphs": {}}
+        for part in (*QUANTIZABLE, UPDATE):
+            export_graph(self._source, part, "fp32", scratch, document, self._verify, lambda *_: tell("calibrate"))
+        return unfinished(scratch, document, document["graphs"])
+
+    def _conditions(self, samplings: Samplings, prompts: Sequence[str], seed: int) -> list[Condition]:
+        if not self._encodes:
+            return samplings.conditions(prompts, None, seed)
+        entry = self._document["graphs"]["text_encoder"]
+        return samplings.conditions(prompts, unfinished(self._folder, self._document, {"text_encoder": entry}), seed)
+
+    def _calibrate(self, samplings: Samplings, graphs: Mapping[str, Observed], tell: Tell) -> Calibration:
         """Ranges over whole samplings of the prompts, with every number of outer and inner steps."""
         tell("calibrate")
-        rng = np.random.default_rng(0)
-        embeds, negative = self._embeds(self._prompts, rng)
-        counts = step_counts(self._document["sampler"])
-        starts = range(0, len(embeds), BATCH)
-        for done, (start, (steps, inner)) in enumerate((start, count) for start in starts for count in counts):
-            tell("calibrate", done, len(starts) * len(counts))
-            rows = slice(start, start + BATCH)
-            self._sample(graphs["backbone"], graphs["flow_head"], rng, embeds[rows], negative, steps, inner)
+        family = self._family
+        for part, graph in graphs.items():
+
+            def more(inputs: Arrays, _: Arrays, part: str = part, graph: Observed = graph) -> None:
+                for others in family.beside(part, inputs):
+                    graph(others)
+
+            graph.watch = more
+        runs = list(itertools.product(self._conditions(samplings, self._prompts, SEED), samplings.counts))
+        for done, (condition, count) in enumerate(runs):
+            tell("calibrate", done, len(runs))
+            samplings.run(condition, SEED + done, *count)
         return Calibration(
             format="tmd-calibration-1",
             checkpoint=self._identity,
             prompts=self._prompts if self._encodes else (),
-            latents=latent_size(self._document),
-            steps=tuple(counts),
-            ranges={part: graph.ranges for part, graph in graphs.items()},
+            latents=samplings.latents,
+            steps=tuple(samplings.counts),
+            ranges={part: dict(graph.ranges) for part, graph in graphs.items()},
             sensitivity={},
         )
 
-    def _hold_out(self, graphs: Mapping[str, Observed]) -> None:
-        """Records samplings of other prompts from other noise, with every number of steps and the default inner one."""
-        sampler = self._document["sampler"]
-        rng = np.random.default_rng(1)
-        embeds, negative = self._embeds(default_prompts(self._source.model, held_out=True), rng)
-        inner = sampler.get("inner_steps", 1)
+    def _hold_out(self, samplings: Samplings, graphs: Mapping[str, Observed]) -> None:
+        """Keeps passes of samplings of other prompts from other noise, with every number of steps and the default inner
+        one."""
+        conditions = self._conditions(
+            samplings, default_prompts(self._source.model in built_in(), held_out=True), HELD_OUT_SEED
+        )
+        inner = samplings.default_steps[1]
         self._passes = {part: {} for part in QUANTIZABLE}
-        for steps in sorted({steps for steps, _ in step_counts(sampler)}):
+        for steps in sorted({steps for steps, _ in samplings.counts}):
+            for part, graph in graphs.items():
+                graph.watch = self._keeper(graph, self._passes[part].setdefault(steps, []), steps)
+            for number, condition in enumerate(conditions):
+                samplings.run(condition, HELD_OUT_SEED + number, steps, inner)
 
-            def recorded(part: str, steps: int = steps) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
-                passes = self._passes[part].setdefault(steps, [])
-                numbers = itertools.count()
+    def _keeper(self, graph: Observed, passes: list[Pass], steps: int) -> Callable[[Arrays, Arrays], None]:
+        """Adds what a graph is compared on to `passes`."""
+        family, numbers = self._family, itertools.count()
 
-                def run(inputs: Mapping[str, np.ndarray]) -> Arrays:
-                    outputs = graphs[part](inputs)
-                    if next(numbers) % max(1, steps // KEPT_STEPS) == 0:
-                        passes.append((dict(inputs), outputs))
-                    return outputs
+        def keep(inputs: Arrays, outputs: Arrays) -> None:
+            if next(numbers) % max(1, steps // KEPT_STEPS):
+                return
+            for given in (inputs, *family.beside(graph.graph, inputs)):
+                compared = family.compared(graph.graph, given)
+                found = outputs if compared is inputs else graph(compared)
+                passes.append((_copied(compared), _copied(found)))
 
-                return run
-
-            self._sample(recorded("backbone"), recorded("flow_head"), rng, embeds, negative, steps, inner)
+        return keep
 
     def _measure_layers(
-        self, scratch: Path, part: str, precision: str, ranges: Mapping[str, float], tell: Tell
+        self, bundle: Bundle, part: str, precision: str, calibration: Calibration, tell: Tell
     ) -> Sensitivity:
-        switched = Switched(scratch / f"{part}.onnx", precision, ranges)
-        small = (scratch / f"{part}.onnx.data").stat().st_size <= MAX_TABLE_BYTES
+        path = bundle.graph_path(part)
+        switched = Switched(path, precision, calibration.ranges[part], self._family.products)
+        small = path.with_name(f"{path.name}.data").stat().st_size <= MAX_TABLE_BYTES
         passes = self._passes[part][self._document["sampler"]["steps"]]
         each = small if self._keep_layers else None
         return measure(switched, switched.layers, passes, each, lambda *done: tell("calibrate", *done))
 
-    def _sample(
-        self,
-        backbone: Any,
-        flow_head: Any,
-        rng: np.random.Generator,
-        embeds: np.ndarray,
-        negative: np.ndarray,
-        *steps: int,
-    ) -> None:
-        size = latent_size(self._document)
-        noise = rng.standard_normal((len(embeds), self._document["latents"]["channels"], *size), np.float32)
-        negative, tables = np.broadcast_to(negative, embeds.shape), rope(self._document, size)
-        rollout(backbone, flow_head, self._document["sampler"], rng, noise, embeds, negative, tables, *steps)
 
-    def _embeds(self, prompts: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Features of prompts and of the negative one, or what takes their place."""
-        if not self._encodes or self._source.tokenizer is None:
-            embeds = unread(self._document, len(prompts), rng)
-        else:
-            entry = self._document["graphs"]["text_encoder"]
-            bundle = unfinished(self._folder, self._document, "text_encoder", entry)
-            negative = self._document["sampler"].get("negative_prompt") or ""
-            null_embeds = self._source.null_embeds()
-            null = None if null_embeds is None else null_embeds.numpy()
-            embeds = embed_prompts(bundle, self._source.tokenizer, [*prompts, negative], null)
-        return embeds[:-1], embeds[-1:]
+def _copied(arrays: Arrays) -> Arrays:
+    return {name: np.array(value) for name, value in arrays.items()}
 
 
 def _sizes(specs: tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from tmd_ref.vae import WanVAE, WanVAEConfig
 from ..checkpoints import Checkpoint, Tensors, open_tensors
 from ..checkpoints.names import bare
 from ..errors import ExportError
-from ..graphs.graph import spatial_stride, temporal_stride
 from ..parts import MODEL_OF, VIDEO_PARTS
 from .source import Source, on_meta
 
@@ -45,23 +44,31 @@ class WithDecoder(Source):
     def __init__(self, source: Source, path: str | Path) -> None:
         """Raises ExportError if `path` cannot be read, is no decoder that is known here, or is one of other latents."""
         self._source, self._path = source, Path(path)
-        self.model, self.kind, self.sampler = source.model, source.kind, source.sampler
-        self.wan, self.head_blocks, self.fusion = source.wan, source.head_blocks, source.fusion
-        self.tokenizer, self.notes = source.tokenizer, source.notes
+        self.model, self.family, self.sampler = source.model, source.family, source.sampler
+        self.tokenizer, self.notes, self.trained = source.tokenizer, source.notes, source.trained
         self.default_parts = tuple(p for p in VIDEO_PARTS if p in source.default_parts or MODEL_OF[p] == "vae")
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")
         self._decoder = read_decoder(self._path)
 
-    @property
-    def vae(self) -> WanVAEConfig:
-        return self._source.vae
+    def model_entry(self) -> dict[str, Any]:
+        return self._source.model_entry()
+
+    def latents_entry(self) -> dict[str, Any]:
+        return self._source.latents_entry()
+
+    def text_entry(self) -> dict[str, Any]:
+        return self._source.text_entry()
+
+    def null_embeds(self) -> Tensor | None:
+        return self._source.null_embeds()
 
     def check(self, parts: tuple[str, ...]) -> None:
         self._source.check(_others(parts))
         have = (_LATENTS, _TEMPORAL, _SPATIAL)
-        want = (self.vae.z_dim, temporal_stride(self.vae.temporal_downsample), spatial_stride(self.vae.dim_mult))
+        latents = self.latents_entry()
+        want = tuple(latents[name] for name in ("channels", "temporal_stride", "spatial_stride"))
         if have != want:
             raise ExportError(
                 f"{self._path} decodes latents of {have[0]} channels for {have[1]} frames of {have[2]}x{have[2]} "

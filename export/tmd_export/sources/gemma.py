@@ -18,6 +18,7 @@ from tmd_ref.gemma import Block, GemmaConfig, GemmaEncoder, from_halves
 
 from ..checkpoints import find
 from ..errors import ExportError
+from .source import on_meta
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 INDEX = f"{WEIGHTS}.index.json"
@@ -39,49 +40,49 @@ def read_gemma_config(document: dict[str, Any], table: torch.dtype) -> GemmaConf
     `table` is the type of the stored embedding, to which transformers rounds the factor of its rows. Raises ValueError
     for a model that is not Gemma 3 or not as it was released, KeyError or TypeError for a damaged file.
     """
-    said: dict[str, Any] = document.get("text_config", document)
-    if said["model_type"] != "gemma3_text":
-        raise ValueError(f"its model_type is {said['model_type']}, not gemma3_text")
+    stated: dict[str, Any] = document.get("text_config", document)
+    if stated["model_type"] != "gemma3_text":
+        raise ValueError(f"its model_type is {stated['model_type']}, not gemma3_text")
     for name, only in _ONLY.items():
-        if (found := said.get(name, only)) != only and (found or only):
+        if (found := stated.get(name, only)) != only and (found or only):
             raise ValueError(f"{name} is {found}, and only {only} is known here")
-    layers, every = int(said["num_hidden_layers"]), int(said.get("sliding_window_pattern", 6))
-    types = said.get("layer_types") or [_SLIDING if (k + 1) % every else _FULL for k in range(layers)]
+    layers, every = int(stated["num_hidden_layers"]), int(stated.get("sliding_window_pattern", 6))
+    types = stated.get("layer_types") or [_SLIDING if (k + 1) % every else _FULL for k in range(layers)]
     if len(types) != layers or not {*types} <= {_FULL, _SLIDING}:
         raise ValueError(f"layer_types does not name {_FULL} or {_SLIDING} for each of {layers} layers")
-    theta, factor = _rope(said, _FULL, "rope_theta", 1e6)
-    local_theta, local_factor = _rope(said, _SLIDING, "rope_local_base_freq", 1e4)
+    theta, factor = _rope(stated, _FULL, "rope_theta", 1e6)
+    local_theta, local_factor = _rope(stated, _SLIDING, "rope_local_base_freq", 1e4)
     if local_factor != 1:
         raise ValueError("positions of sliding attention are scaled, which is not known here")
-    dim = int(said["hidden_size"])
+    dim = int(stated["hidden_size"])
     return GemmaConfig(
-        vocab_size=int(said["vocab_size"]),
+        vocab_size=int(stated["vocab_size"]),
         dim=dim,
-        ffn_dim=int(said["intermediate_size"]),
-        num_heads=int(said["num_attention_heads"]),
-        num_kv_heads=int(said["num_key_value_heads"]),
-        head_dim=int(said.get("head_dim", 256)),
+        ffn_dim=int(stated["intermediate_size"]),
+        num_heads=int(stated["num_attention_heads"]),
+        num_kv_heads=int(stated["num_key_value_heads"]),
+        head_dim=int(stated.get("head_dim", 256)),
         sliding=tuple(kind == _SLIDING for kind in types),
-        window=int(said["sliding_window"]),
+        window=int(stated["sliding_window"]),
         embedding_factor=float(torch.tensor(dim**0.5).to(table)),
-        query_scalar=float(said.get("query_pre_attn_scalar", 256)),
+        query_scalar=float(stated.get("query_pre_attn_scalar", 256)),
         theta=theta,
         local_theta=local_theta,
         rope_factor=factor,
-        eps=float(said.get("rms_norm_eps", 1e-6)),
+        eps=float(stated.get("rms_norm_eps", 1e-6)),
     )
 
 
-def _rope(said: dict[str, Any], kind: str, name: str, theta: float) -> tuple[float, float]:
+def _rope(stated: dict[str, Any], kind: str, name: str, theta: float) -> tuple[float, float]:
     """Base of the frequencies and what positions are divided by. Files before transformers 5 have the base as `name`
     and what is scaled, for full attention alone, as `rope_scaling`."""
-    new = (said.get("rope_parameters") or {}).get(kind) or {}
-    scaling = new or (said.get("rope_scaling") or {} if kind == _FULL else {})
+    new = (stated.get("rope_parameters") or {}).get(kind) or {}
+    scaling = new or (stated.get("rope_scaling") or {} if kind == _FULL else {})
     scaled = scaling.get("rope_type", scaling.get("type", "default"))
     if scaled not in ("default", "linear"):
         raise ValueError(f"positions are scaled by the rule {scaled}, which is not known here")
     factor = float(scaling["factor"]) if scaled == "linear" else 1.0
-    return float(new.get("rope_theta", said.get(name, theta))), factor
+    return float(new.get("rope_theta", stated.get(name, theta))), factor
 
 
 class GemmaFolder:
@@ -106,14 +107,13 @@ class GemmaFolder:
             dtype = torch.float32 if table not in self._tensors.entries else self._tensors.read(table).dtype
             self.config = read_gemma_config(document, dtype)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            said = error if type(error) is ValueError else repr(error)
-            raise ExportError(f"{self.folder / CONFIG} is no configuration of Gemma 3's text model: {said}.") from None
+            reason = error if type(error) is ValueError else repr(error)
+            where = self.folder / CONFIG
+            raise ExportError(f"{where} is no configuration of Gemma 3's text model: {reason}.") from None
         self._check_weights()
         self._check_tokenizer()
 
     def module(self) -> GemmaEncoder:
-        from .source import on_meta
-
         made: GemmaEncoder = on_meta(lambda: GemmaEncoder(self.config))  # type: ignore[assignment]
         return made
 

@@ -19,7 +19,8 @@ from tmd_engines.bundle.files import sha256_hex
 
 from ..checkpoints import open_tensors
 from ..errors import ExportError
-from ..graphs import dcae, sd_vae
+from . import dcae, sd_vae
+from .source import on_meta
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -66,8 +67,9 @@ class StillVAE(nn.Module):
         return (encoded[:, : self.latent_channels] * self.scaling_factor).unsqueeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Pictures `[B,3,1,H,W]`, about -1..1 and not clamped."""
         pictures: Tensor = self.decoder(self.post_quant_conv(latents.squeeze(2) / self.scaling_factor))
-        return pictures.clamp(-1, 1).unsqueeze(2)
+        return pictures.unsqueeze(2)
 
 
 class VAEFolder:
@@ -99,8 +101,6 @@ class VAEFolder:
         self._tensors = open_tensors((self.folder / WEIGHTS,))
 
     def module(self) -> StillVAE:
-        from .source import on_meta
-
         made: StillVAE = on_meta(lambda: StillVAE(self.config, self.factor))  # type: ignore[assignment]
         return made
 

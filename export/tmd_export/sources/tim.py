@@ -6,7 +6,7 @@ models, each of which comes from a folder of its own (`gemma.py`, `still_vae.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 from ..checkpoints import Tensors, open_tensors
 from ..errors import ExportError
 from ..parts import MODEL_OF, PARTS
-from ..presets import PRESETS
+from ..presets.tim import PRESETS
 from .gemma import BOS_ID as GEMMA_BOS
 from .gemma import PAD_ID as GEMMA_PAD
 from .gemma import GemmaFolder
 from .random_weights import random_tensor
-from .source import FILE_OF, TOKENIZER, Source, built_in_folder, on_meta, read_file
+from .source import FILE_OF, TOKENIZER, Source, built_in_folder, on_meta, read_file, vae_latents
 from .still_vae import VAEFolder
 
 WEIGHTS = "tim.safetensors"  # as tmd-distill leaves it, with its sizes in the metadata
@@ -47,14 +47,11 @@ _RELEASED = ("backbone", "flow_head")
 class TiMSource(Source):
     """A Transition Model: the sizes, and the manifest's entries that go with them."""
 
-    kind = "tim"
+    family = "tim"
     parts = _PARTS
-    fusion = None
-    tokenizer: Path | None = None
 
     def __init__(self, model: str, config: TiMConfig) -> None:
         self.model, self.config = model, config
-        self.head_blocks = config.num_layers
         self.default_parts = _RELEASED if model in RELEASED else _PARTS
         if model not in RELEASED:
             self.sampler = {**PRESETS["tim"].sampler, **_OWN_SAMPLING}
@@ -96,7 +93,6 @@ class TiMSource(Source):
     def model_entry(self) -> dict[str, Any]:
         config = self.config
         return {
-            "family": self.kind,
             "architecture": "tim",
             "dim": config.dim,
             "num_layers": config.num_layers,
@@ -110,7 +106,7 @@ class TiMSource(Source):
 
     def latents_entry(self) -> dict[str, Any]:
         if self.model not in _LATENTS:
-            return super().latents_entry()
+            return vae_latents(self.vae)
         stride, factor = _LATENTS[self.model]
         channels = self.config.in_channels
         spread = {"mean": [0.0] * channels, "std": [1 / factor] * channels}
@@ -161,6 +157,8 @@ class TiMSource(Source):
 
 class RandomTiM(TiMSource):
     """Weights from a seed, for tests and for sizing; it shows noise."""
+
+    trained = False
 
     def __init__(self, model: str, seed: int, config: TiMConfig | None = None) -> None:
         """`model` is one of `TIM_CONFIGS`, or any name with a `config`."""
@@ -261,14 +259,10 @@ class TiMFolder(TiMSource):
 
 
 def open_tim(
-    model: str,
-    checkpoint: str | Path | Sequence[str | Path] | None,
-    random_seed: int | None,
-    decoder: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-) -> Source:
+    model: str, checkpoints: tuple[Path, ...], seed: int | None, decoder: Path | None, text_encoder: Path | None
+) -> TiMSource:
     """What the command line means: one folder or file, or a seed, and folders of other models. Raises ExportError."""
-    source = _open_transformer(model, checkpoint, random_seed)
+    source = _open_transformer(model, checkpoints, seed)
     if text_encoder is not None:
         source.take_text_encoder(text_encoder)
     if decoder is not None:
@@ -276,18 +270,15 @@ def open_tim(
     return source
 
 
-def _open_transformer(
-    model: str, checkpoint: str | Path | Sequence[str | Path] | None, random_seed: int | None
-) -> TiMSource:
-    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint or ())
-    if random_seed is not None:
-        if paths:
+def _open_transformer(model: str, checkpoints: tuple[Path, ...], seed: int | None) -> TiMSource:
+    if seed is not None:
+        if checkpoints:
             raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
-        return RandomTiM(model, random_seed)
-    if not paths and model not in RELEASED and (built_in_folder() / WEIGHTS).is_file():
+        return RandomTiM(model, seed)
+    if not checkpoints and model not in RELEASED and (built_in_folder() / WEIGHTS).is_file():
         source = TiMFolder(built_in_folder(), model)
         source.origin = "built-in weights"
         return source
-    if len(paths) != 1:
+    if len(checkpoints) != 1:
         raise ExportError(f"{model} has no built-in weights: give one --checkpoint PATH, or --random-weights SEED.")
-    return TiMFolder(paths[0], model)
+    return TiMFolder(checkpoints[0], model)

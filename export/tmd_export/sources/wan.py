@@ -28,8 +28,9 @@ from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
-from ..presets import student_sampler
-from .source import HEAD_BLOCKS, Source, check_architecture, on_meta, read_file, vae_name
+from ..presets.tmd import student_sampler
+from .source import on_meta, read_file
+from .wan21 import HEAD_BLOCKS, Wan21Source, check_architecture, vae_name
 
 # What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
 _MODEL_OF_FILE = {"transformer": "student", "student": "student", "vae": "vae", "text_encoder": "text_encoder"}
@@ -41,11 +42,11 @@ _WHERE_FROM = {
 }
 
 
-class WanSource(Source):
+class WanSource(Wan21Source):
     """Checkpoints named by the user. Nothing but headers is read before a weight is asked for.
 
-    A transformer without flow head has kind "wan" and is cut before its last `head_blocks` blocks; a student of our own
-    distillation has kind "tmd". `default_parts` are those that there are weights for.
+    A transformer without inner flow is cut before its last `head_blocks` blocks; a student of our own distillation has
+    its own cut. `default_parts` are those that there are weights for.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class WanSource(Source):
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
     ) -> None:
-        """`model` is one of `parts.MODELS`, whose sizes the transformer must have, or any name if all sizes are given.
+        """`model` is one of `HEAD_BLOCKS`, whose sizes the transformer must have, or any name if all sizes are given.
 
         `paths` are files and folders; a file given by itself comes before the same part of a folder.
         Raises ExportError if a path holds nothing that is known, two of them the same, or another model.
@@ -71,7 +72,7 @@ class WanSource(Source):
         self._parts = _by_model(found)
         self._roots = [one.path for one in found if one.path.is_dir()]
         self.tokenizer = _tokenizer(found)
-        self.kind, self.fusion = "wan", None
+        self.fusion = None
         self.head_blocks = min(head_blocks or HEAD_BLOCKS[model], self.wan.num_layers - 1)
         if "student" in self._parts:
             self._take_student(self._parts["student"].open())
@@ -111,7 +112,7 @@ class WanSource(Source):
             )
 
     def module(self, which: str) -> nn.Module:
-        if which == "student" and self.kind == "tmd":
+        if which == "student" and self.fusion is not None:
             path = self._parts[which].files.files[0]
             return on_meta(lambda: read_file(path, read_student))
         makers: dict[str, Any] = {
@@ -152,7 +153,7 @@ class WanSource(Source):
         return checkpoint
 
     def _stored_name(self, which: str, name: str) -> str:
-        if which == "student" and self.kind == "wan":
+        if which == "student" and self.fusion is None:
             return uncut(name, self.wan.num_layers - self.head_blocks)
         return name
 
@@ -161,7 +162,7 @@ class WanSource(Source):
             path = checkpoint.tensors.files[0]
             student: TMDStudent = read_file(path, read_student)
             check_architecture(student.config, self.wan, self.model, path)
-            self.kind, self.fusion, self.head_blocks = "tmd", student.fusion, student.head_blocks
+            self.fusion, self.head_blocks = student.fusion, student.head_blocks
             self.sampler = student_sampler(student.grids)
         else:
             found, wanted = checkpoint.size(), (self.wan.dim, self.wan.num_layers)

@@ -30,7 +30,7 @@ LARGE_BYTES, LARGE_ALIGNMENT = 1 << 20, 1 << 16
 # distance.
 FOLDED = 16 * SMALL  # elements
 
-Told = Callable[[int, int], None]
+Report = Callable[[int, int], None]
 """Hears how many bytes of how many are done."""
 
 
@@ -44,7 +44,7 @@ class Stored(Protocol):
     def chunks(self, name: str) -> Iterator[Tensor]: ...
 
 
-def save(model: ir.Model, weights: Stored, folder: Path, name: str, told: Told | None = None) -> Path:
+def save(model: ir.Model, weights: Stored, folder: Path, name: str, report: Report | None = None) -> Path:
     """Writes `name.onnx` and its one data file `name.onnx.data` into `folder`; returns the path of the first.
 
     The initializers of `model` that `weights` knows come from there. Raises ExportError if another one is large (its
@@ -67,8 +67,8 @@ def save(model: ir.Model, weights: Stored, folder: Path, name: str, told: Told |
             for piece in _pieces(slot, weights):
                 file.write(piece.data)
                 done += piece.nbytes
-                if told:
-                    told(done, total)
+                if report:
+                    report(done, total)
             del piece  # it can be a view of the whole weight, and the next one is about to come
             if file.tell() != offset + size:
                 raise ExportError(f"{path.name}: {slot.name} has {file.tell() - offset} bytes and not {size}.")
@@ -82,7 +82,7 @@ def save(model: ir.Model, weights: Stored, folder: Path, name: str, told: Told |
     return path
 
 
-def compare(path: Path, weights: Stored, told: Told | None = None) -> int:
+def compare(path: Path, weights: Stored, report: Report | None = None) -> int:
     """Reads every weight in the data file of the graph `path` and compares it with its source, byte by byte.
 
     Returns how many weights were compared. Raises ExportError if one differs.
@@ -107,8 +107,8 @@ def compare(path: Path, weights: Stored, told: Told | None = None) -> int:
                         "source changed during the export. Export again."
                     )
                 done += piece.nbytes
-                if told:
-                    told(done, total)
+                if report:
+                    report(done, total)
             del chunk, piece
             if file.tell() != offset + length:
                 raise ExportError(f"{path.name}: {name} has a length that is not that of its source. Export again.")

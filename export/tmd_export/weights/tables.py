@@ -1,6 +1,6 @@
 """Tables of the prompt's side, files of the bundle beside its graphs; `tmd_runtime.text.embedding` reads their rows.
 
-`text.embedding` is the embedding of a large text encoder, whose graph takes rows of it (`graphs.EncoderOfRows`);
+`text.embedding` is the embedding of a large text encoder, whose graph takes rows of it (`graphs.text.EncoderOfRows`);
 `text.null_embeds` are features of the empty prompt.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graphs.precision import DTYPES
 from ..sources.source import Source
+from .precision import DTYPES
 from .weights import CHUNK_BYTES
 
 FILE, NULL_FILE = "text_embedding.bin", "null_embeds.bin"

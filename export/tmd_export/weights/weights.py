@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..graphs.graph import BUILDERS, Graph, update
-from ..graphs.precision import lower
-from ..parts import MODEL_OF, UPDATE
 from ..sources.source import Source
 
 SMALL = 2048  # elements; a weight up to here is traced with its values, so that what depends on weights alone is folded
@@ -87,50 +84,6 @@ class Weights:
     def drop_unused(self, used: set[str]) -> None:
         """Forgets the weights that the graph does without: the encoder beside a decoder."""
         self.specs = {name: spec for name, spec in self.specs.items() if name in used}
-
-
-def build(source: Source, part: str, precision: str = "fp32", blocks: int | None = None) -> tuple[Graph, Weights]:
-    """The graph `part` on the meta device and where its weights come from.
-
-    `blocks`: keep this many of its transformer blocks, spread from the first to the last, each with its own weights.
-    """
-    if part == UPDATE:
-        graph = update(source.latents_entry()["channels"], stills=source.kind == "tim")
-        return graph, Weights(source, "", {}, graph.module)
-    which = MODEL_OF[part]
-    model = source.module(which)
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    graph = BUILDERS[part](model)
-    if blocks is not None:
-        shorten(graph.module, blocks)
-    found = {name: names[id(weight)] for name, weight in graph.module.named_parameters()}
-    lower(graph.module, precision)
-    return graph, Weights(source, which, found, graph.module)
-
-
-def blocks_of(module: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The list of transformer blocks somewhere in `module` and who holds it; None if there is none."""
-    for owner in module.modules():
-        blocks = getattr(owner, "blocks", None)
-        if isinstance(blocks, nn.ModuleList):
-            return owner, blocks
-    return None
-
-
-def kept_blocks(blocks: nn.ModuleList, count: int) -> list[int]:
-    """Numbers of `count` blocks, the first and the last among them, and of the first of each `kind` that they have."""
-    kinds = [getattr(block, "kind", None) for block in blocks]
-    spread = {round(k * (len(blocks) - 1) / max(1, count - 1)) for k in range(count)}
-    return sorted(spread | {kinds.index(kind) for kind in kinds})
-
-
-def shorten(module: nn.Module, count: int) -> None:
-    """Leaves `count` of the blocks of `module`. Raises ValueError if it has none."""
-    found = blocks_of(module)
-    if found is None:
-        raise ValueError("this graph has no blocks to leave out")
-    owner, blocks = found
-    owner.blocks = nn.ModuleList(blocks[k] for k in kept_blocks(blocks, count))
 
 
 def _split(name: str) -> tuple[str, list[str]]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmd_engines.cost.system_memory import available_bytes
 from tmd_engines.cost.tiling import tile_size
+from tmd_engines.errors import one_line
 
 from ..clock import check_finite
 from ..errors import RuntimeFailure, UsageFailure
@@ -37,7 +39,12 @@ _DECODERS = {
 }
 """First bytes of a file -> FFmpeg's decoder for it."""
 
-_MOST_PIXELS = 1 << 28  # 16384 x 16384, 800 MB as RGB; a few kilobytes can claim to be more
+_MOST_PIXELS = 1 << 28  # 16384 x 16384, 800 MB as RGB
+_MOST_BYTES = 1 << 30  # 16384 x 16384 of BMP in 32 bits
+# A few hundred bytes can claim to be as many. No format here packs more pixels into a byte than PNG does of 1 bit each.
+_PIXELS_PER_BYTE, _ALWAYS_PIXELS = 8300, 1 << 22
+_BYTES_PER_PIXEL = 24  # as FFmpeg has it (16 at most), as RGBA, as RGB
+_STRIP = 256  # rows that are put over white at once
 
 
 def read_picture(path: str | Path) -> NDArray[np.uint8]:
@@ -49,27 +56,49 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
     if not path.is_file():
         raise RuntimeFailure(f"{path} {'is no file' if path.exists() else 'does not exist'}: name a picture.")
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise RuntimeFailure(f"{path} cannot be read ({error.strerror}): name a picture.") from error
+    if len(data) > _MOST_BYTES:
+        raise RuntimeFailure(f"{path} is larger than {_MOST_BYTES >> 30} GB: make it smaller.")
     name = next((name for start, name in _DECODERS.items() if data.startswith(start)), None)
     if name is None:
         raise RuntimeFailure(f"{path} is no picture that can be read here: save it as PNG, JPEG, WebP, BMP or TIFF.")
+    most = _most_pixels(len(data))
     try:
         decoder: Any = av.CodecContext.create(name, "r")
-        decoder.options = {"max_pixels": str(_MOST_PIXELS)}
+        # Compared with the size in the picture's header, before memory for it is taken.
+        decoder.options = {"max_pixels": str(most)}
         frame = [*decoder.decode(av.Packet(data)), *decoder.decode(None)][0]
         # In several threads FFmpeg writes over the first pixels of the next thread's rows, now and then.
         rgba = np.rot90(frame.to_ndarray(format="rgba", threads=1), frame.rotation // 90)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise RuntimeFailure(
-            f"{path} is damaged, or no {name} picture of at most {_MOST_PIXELS >> 20} megapixels ({error}): save it "
-            "again."
+            f"{path} is damaged, or no {name} picture of at most {most / 1e6:.4g} megapixels, which is what its "
+            f"{len(data)} bytes and the free memory allow ({one_line(error)}): save it again, or smaller."
         ) from error
+    except MemoryError as error:
+        raise RuntimeFailure(f"there is not enough memory for the picture {path}: save it smaller.") from error
+    del frame
+    return _over_white(rgba)
+
+
+def _most_pixels(file_bytes: int) -> int:
+    """How large a picture in a file of so many bytes may be, by what such a file can hold and by the free memory."""
+    free = available_bytes()
+    memory = _MOST_PIXELS if free is None else free // _BYTES_PER_PIXEL
+    return max(min(_MOST_PIXELS, file_bytes * _PIXELS_PER_BYTE + _ALWAYS_PIXELS, memory), 1)
+
+
+def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB of RGBA over white, in strips: the shares of a whole picture would take 12 bytes a pixel, several times."""
     picture = np.ascontiguousarray(rgba[..., :3])
-    if (rgba[..., 3] < 255).any():
-        share = rgba[..., 3:] / np.float32(255)
-        picture = np.round(picture * share + 255 * (1 - share)).astype(np.uint8)
+    for top in range(0, len(rgba), _STRIP):
+        alpha = rgba[top : top + _STRIP, :, 3:]
+        if (alpha < 255).any():
+            share = alpha / np.float32(255)
+            picture[top : top + _STRIP] = np.round(picture[top : top + _STRIP] * share + 255 * (1 - share))
     return picture
 
 
@@ -95,6 +124,8 @@ def start_size(
 
 def check_picture(image: NDArray[Any]) -> None:
     """Raises UsageFailure unless `image` is uint8 `[H, W, 3]`."""
+    if not isinstance(image, np.ndarray):
+        raise UsageFailure(f"a picture must be a numpy array, uint8 [height, width, 3], not {type(image).__name__}.")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype.name != "uint8" or 0 in image.shape:
         raise UsageFailure(f"a picture must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}.")
 
@@ -143,11 +174,12 @@ def encode_picture(
         raise UsageFailure(f"a picture of {size[0]}x{size[1]} cannot be encoded: choose multiples of {stride}.")
     height, width = size[1] // stride, size[0] // stride
     engine = load()
-    start = perf_counter()
     tile = tile_size(height, width, stride)
     dims = {"batch": 1, "frames": 1, "height": tile[0], "width": tile[1]}
     frames, latents = engine.empty("frames", **dims), engine.empty("latents", **dims)
-    run = engine.bind({"frames": frames}, {"latents": latents})
+    with timings.stage("load"):  # an engine may compile where it is bound
+        run = engine.bind({"frames": frames}, {"latents": latents})
+    start = perf_counter()
 
     def encode(cut: NDArray[np.uint8]) -> NDArray[np.float32]:
         frames[...] = cut[None, None]

@@ -1,34 +1,28 @@
 """`tmd-run`: a prompt on the command line, a video in a file.
 
-Only click is imported at the top, so that `--help` answers at once; the rest comes in when there is something to run.
+The imports at the top are light, so that `--help` answers at once; the rest comes in when there is something to run.
 """
 
 from __future__ import annotations
 
 import json
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from ..errors import RuntimeFailure, UsageFailure
+from tmd_engines.command.signals import Ending
+from tmd_engines.registry import engine_names
+
+from ..memory import MODES
+from .failures import FAILED, INTERRUPTED, check_address_space, failures
 from .job import Job
-from .options import Number, Schedule
-from .options import Size as Size
-from .options import Whole as Whole
-
-if TYPE_CHECKING:
-    from ..pipeline import Pipeline
-
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
-# As in tmd_engines, which is not imported for --help; a test compares the two.
-ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-MEMORY = ("auto", "all", "low")  # as in memory.py; the same test
+from .options import Number, Output, Schedule, Size, Whole
+from .prompts import read_prompts
+from .screen import repair_streams, say, tell
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -51,7 +45,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 Examples:
   tmd-run --prompt "a red circle moving right on a black background"
   tmd-run --prompt "a blue star spinning" --seed 7 --steps 2 --out star.gif
-  tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.json
+  tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.jsonl
   tmd-run --embeds cat.safetensors --bundle edge-bundle --save-latents cat-latents.safetensors
   tmd-run --latents cat-latents.safetensors --bundle my-bundle --out cat.mp4
   tmd-run                              a prompt loop that keeps the model loaded
@@ -60,18 +54,26 @@ Examples:
 --json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
 frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
 guidance, memory (all or low), embeds, latents and preview (files written, or
-null), times (of the steps, from noise to data; empty for a TMD student), rho.
+null), times (of the steps, from noise to data; empty for a TMD student), rho,
+threads (null: the engine's choice), estimated_seconds (null: unknown).
 A bundle that has no part to go on after a saved file ends there: out is null.
-With --prompt-file or several --prompt it is {"runs": [...]}. After a failure it
-has "error" (and the runs that were finished). In stage_seconds, load is what
-only the first run pays, and file (encoding) goes on beside decode.
+With --prompt-file or several --prompt it is a line for each, printed when it is
+done. After a failure the document, or the last line, is {"error": MESSAGE}. In
+stage_seconds, load is what only the first run pays, and file (encoding) goes on
+beside decode.
 
 \b
-Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 stopped by Ctrl-C (129 by
+SIGHUP, 143 by SIGTERM). A second Ctrl-C ends the process at once.
 A file appears under its name only when it is complete.""",
 )
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show. May be given several times.")
-@click.option("--prompt-file", type=click.File("rb"), metavar="FILE", help="One prompt per line, UTF-8; - reads stdin.")
+@click.option(
+    "--prompt-file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="One prompt per line, UTF-8, without lines that begin with #; - reads stdin.",
+)
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -80,14 +82,14 @@ A file appears under its name only when it is complete.""",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=Output(),
     metavar="FILE",
-    help="Ends in .mp4, .webm, .gif or .png (contact sheet; a picture if --frames is 1); without an ending: a folder "
-    "of PNG frames. Several prompts get NAME-001, NAME-002, ...  [default: PROMPT-SEED.mp4 in this folder, .png for a "
-    "model of stills]",
+    help="Ends in .mp4, .webm, .gif or .png (contact sheet; a picture if --frames is 1); without an ending, or with a "
+    "slash behind it: a folder of PNG frames. Several prompts get NAME-001, NAME-002, ...  "
+    "[default: PROMPT-SEED.mp4 in this folder, .png for a model of stills]",
 )
 @click.option(
-    "--seed", type=Whole(0, 2**64 - 1), metavar="N", help="Same seed, same video.  [default: random, printed]"
+    "--seed", type=Whole(0, 2**32 - 1), metavar="N", help="Same seed, same video.  [default: random, printed]"
 )
 @click.option("--steps", type=Whole(1), metavar="M", help="Outer steps, one backbone pass each.")
 @click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per outer step.")
@@ -134,7 +136,7 @@ A file appears under its name only when it is complete.""",
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
 @click.option(
-    "--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the graphs."
+    "--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="What computes the graphs."
 )
 @click.option(
     "--device",
@@ -143,29 +145,30 @@ A file appears under its name only when it is complete.""",
     metavar="D",
     help="Where: cpu, cuda, or cuda:N for one of several GPUs; auto: a GPU where there is one.",
 )
-@click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
+@click.option(
+    "--threads",
+    type=Whole(1, 1024),
+    metavar="T",
+    help="CPU threads.  [default: all cores; 2 for small models, so that a seed gives one video everywhere]",
+)
 @click.option(
     "--memory",
-    type=click.Choice(MEMORY),
+    type=click.Choice(MODES),
     default="auto",
     show_default=True,
     help="Keep all graphs loaded, or one stage after the other (low); auto: low if all would not fit.",
 )
-@click.option(
-    "--save-embeds", type=click.Path(path_type=Path), metavar="FILE", help="Also write the prompt's embeddings."
-)
+@click.option("--save-embeds", type=Output(), metavar="FILE", help="Also write the prompt's embeddings.")
 @click.option(
     "--embeds", type=click.Path(path_type=Path), metavar="FILE", help="Take the prompt from a file of --save-embeds."
 )
-@click.option(
-    "--save-latents", type=click.Path(path_type=Path), metavar="FILE", help="Also write the latents, before decoding."
-)
+@click.option("--save-latents", type=Output(), metavar="FILE", help="Also write the latents, before decoding.")
 @click.option(
     "--latents", type=click.Path(path_type=Path), metavar="FILE", help="Only decode a file of --save-latents."
 )
 @click.option(
     "--preview",
-    type=click.Path(path_type=Path),
+    type=Output(),
     metavar="FILE",
     help="Before each step but the last, write what the run would give if it were the last. Changes nothing else.",
 )
@@ -199,9 +202,12 @@ def command(
     Steps, inner steps, guidance, frames and size default to what the model was made for. Without --prompt in a terminal
     it asks for prompts one after the other and keeps the model loaded. Nothing is downloaded or sent anywhere.
     """
-    texts = _read_prompts(prompts, prompt_file)
+    texts = read_prompts(prompts, prompt_file)
     written = {"save-embeds": save_embeds, "save-latents": save_latents, "preview": preview}
     _check_sources(texts, embeds, latents, written, {**wishes, "image": image, "init_latents": init_latents})
+    outputs = {"--out": out, **{f"--{name}": path for name, path in written.items()}}
+    inputs = {"--image": image, "--init-latents": init_latents, "--embeds": embeds, "--latents": latents}
+    _check_names(outputs, inputs)
     drawing = wishes["label"] is not None
     asking = not texts and embeds is None and latents is None and not drawing
     if asking and as_json:
@@ -221,33 +227,53 @@ def command(
         preview=preview,
     )
     several = prompt_file is not None or len(texts) > 1
-    records: list[dict[str, Any]] = []
+    ending = click.get_current_context().obj
+
+    def show(document: dict[str, Any]) -> None:
+        if as_json:
+            say(json.dumps(document, indent=None if several else 2, allow_nan=False))
 
     def fail(message: str, code: int) -> NoReturn:
-        click.echo(f"tmd-run: {message}", err=True)
-        if as_json:
-            _print_json({"error": message, "runs": records} if several else {"error": message})
+        if isinstance(ending, Ending) and ending.code is not None:  # whatever it broke on its way
+            message, code = "stopped.", ending.code
+        tell(f"tmd-run: {message}")
+        with failures(lambda *_: sys.exit(code)):  # stdout may be what failed
+            show({"error": message})
         raise SystemExit(code)
 
-    with _failures(fail):
+    if isinstance(ending, Ending):
+        ending.last_words = lambda: fail("stopped.", INTERRUPTED)
+    with failures(fail):
+        check_address_space()
         job.check_targets(len(texts))
         start = perf_counter()
         import tmd_runtime
 
         with tmd_runtime.load(bundle, engine, threads, device, memory) as pipeline:
-            if latents is None:
-                pipeline.settings(**wishes)
             job.opening_seconds = perf_counter() - start
             if asking:
-                _ask(job, pipeline)
+                from .questions import ask
+
+                pipeline.settings(**wishes)  # before the first question, not after it
+                ask(job, pipeline, ending)
             if latents is not None:
-                records.append(job.decode(pipeline, latents))
+                show(job.decode(pipeline, latents))
             elif embeds is not None:
-                records.append(job.run_embeds(pipeline, embeds))
+                show(job.run_embeds(pipeline, embeds))
             for text in texts or [""] * drawing:
-                records.append(job.run(pipeline, text))
-            if as_json:
-                _print_json({"runs": records} if several else records[0])
+                show(job.run(pipeline, text))
+
+
+def _check_names(outputs: dict[str, Path | None], inputs: dict[str, Path | None]) -> None:
+    """Raises click.UsageError if two results would have one name, or a result that of what it is made from."""
+    seen: dict[str, str] = {}
+    for kind, paths in (("reads", inputs), ("writes", outputs)):
+        for option, path in paths.items():
+            name = "" if path is None else os.path.realpath(path)
+            if name and kind == "writes" and name in seen:
+                raise click.UsageError(f"{seen[name]} and {option} name the same file: give one of them another name.")
+            if name:
+                seen[name] = option
 
 
 def _check_sources(
@@ -281,94 +307,34 @@ def _check_sources(
             raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")
 
 
-@contextmanager
-def _failures(fail: Callable[[str, int], NoReturn]) -> Iterator[None]:
-    """Everything that can go wrong for a reason outside this program ends in `fail(message, exit code)`."""
-    try:
-        yield
-    except UsageFailure as error:
-        fail(str(error), BAD_USAGE)
-    except RuntimeFailure as error:
-        fail(str(error), FAILED)
-    except KeyboardInterrupt:
-        fail("stopped.", INTERRUPTED)
-    except MemoryError:
-        fail("there is not enough memory for this model. Close other programs, or use a smaller model.", FAILED)
-    except OSError as error:
-        fail(f"{error}.", FAILED)
-    except Exception as error:
-        from tmd_engines import BundleError, EngineError
-
-        if not isinstance(error, (BundleError, EngineError)):
-            raise
-        fail(str(error), FAILED)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2))
-
-
-def _read_prompts(prompts: tuple[str, ...], prompt_file: Any) -> list[str]:
-    texts = list(prompts)
-    if any(not text.strip() for text in texts):
-        raise click.BadParameter("the prompt is empty: describe the video in a few words.", param_hint="--prompt")
-    if prompt_file is not None:
-        try:
-            lines = prompt_file.read().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise click.BadParameter(
-                f"{prompt_file.name} is not UTF-8 text: save it as UTF-8.", param_hint="--prompt-file"
-            ) from error
-        except OSError as error:
-            raise click.BadParameter(
-                f"{prompt_file.name} cannot be read: {error.strerror}.", param_hint="--prompt-file"
-            ) from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise click.BadParameter(
-                f"{prompt_file.name} holds no prompt: write one per line.", param_hint="--prompt-file"
-            )
-        texts += found
-    return texts
-
-
-def _ask(job: Job, pipeline: Pipeline) -> None:
-    """The prompt loop. A run that fails or is stopped does not end it."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives input() history and editing where there is one)
-    click.echo("Describe a video and press Enter. An empty line ends, Ctrl-C stops a run.", err=True)
-    while True:
-        try:
-            text = input("prompt> ").strip()
-        except EOFError:
-            click.echo(err=True)
-            return
-        if not text:
-            return
-
-        def show(message: str, _: int) -> None:
-            click.echo(f"tmd-run: {message}", err=True)
-
-        with _failures(show):  # type: ignore[arg-type]
-            job.run(pipeline, text)
-
-
 def main() -> NoReturn:
-    """Entry point of `tmd-run`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # A file name or prompt that the terminal cannot show must not end a run.
-            stream.reconfigure(errors="backslashreplace")
-    # Ended by a service manager, clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Runs `tmd-run`."""
+    repair_streams()
+    # Nothing here multiplies in numpy, and its threads take address space, which a container may count.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    ending = Ending(lambda: tell("tmd-run: stopped."))
     try:
-        command.main(prog_name="tmd-run", standalone_mode=False)
+        command.main(prog_name="tmd-run", standalone_mode=False, obj=ending)
     except click.ClickException as error:
-        error.show()
+        tell(_usage(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        tell("tmd-run: stopped.")
         sys.exit(INTERRUPTED)
+    except OSError as error:  # --help and --version, where nobody reads
+        tell(f"tmd-run: cannot write to stdout: {(error.strerror or str(error)).lower()}.")
+        sys.exit(FAILED)
     finally:
-        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback and change the exit code.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback, and after a first one
+        # nobody waits for engines to give their memory back.
+        ending.over()
     sys.exit(0)
+
+
+def _usage(error: click.ClickException) -> str:
+    """What click prints of bad usage, as a text."""
+    context = getattr(error, "ctx", None)
+    lines = []
+    if context is not None:
+        lines = [context.get_usage(), f"Try 'tmd-run {context.help_option_names[0]}' for help.", ""]
+    return "\n".join([*lines, f"Error: {error.format_message()}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from contextlib import ExitStack
@@ -10,19 +11,23 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..errors import RuntimeFailure, UsageFailure
+from .report import about, record, report
+from .screen import clean, say, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
     from ..pipeline import Pipeline
     from ..result import Result
+    from ..sampling import Denoised
     from ..settings import Settings
 
 _SLUG_LENGTH = 48
+_LONG_SECONDS = 600.0
 
 
 @dataclass
@@ -45,9 +50,10 @@ class Job:
 
     def check_targets(self, count: int) -> None:
         """Fail now, not after minutes of work, if a result could not be written."""
-        from ..files.target import Target
+        from ..files.target import Target, sweep
         from ..files.video import check_target
 
+        self._sweep(sweep)
         for number in range(1, max(count, 1) + 1 if self.out else 2):
             check_target(self.target("video", 0, number))
         for number in range(1, max(count, 1) + 1 if self.preview else 1):
@@ -55,6 +61,16 @@ class Job:
         for number in range(1, max(count, 1) + 1):
             for path in filter(None, (self.save_embeds, self.save_latents)):
                 Target(self._numbered(path, number), is_folder=False).discard()
+
+    def _sweep(self, sweep: Callable[[Path], list[str]]) -> None:
+        """Removes what killed runs left where this one writes, and says so."""
+        outputs = [self.out or Path("video"), self.save_embeds, self.save_latents, self.preview]
+        places = {place for path in outputs if path is not None for place in (path.parent, path)}
+        for place in sorted(place for place in places if os.path.isdir(place)):
+            removed = sweep(place)
+            if removed and not self.quiet:
+                names = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+                tell(f"tmd-run: note: removed from {place} what a run that was killed had left unfinished: {names}")
 
     def target(self, prompt: str, seed: int, number: int) -> Path:
         """File of the prompt with this number (from 1)."""
@@ -71,52 +87,52 @@ class Job:
 
     def run(self, pipeline: Pipeline, prompt: str) -> dict[str, Any]:
         """Make one video, print about it, and return its record for JSON. A model of classes has an empty prompt."""
-        return self._make(pipeline, prompt, {})
+        start = self._start(pipeline)
+        return self._make(pipeline, self._settings(pipeline, start), prompt, start)
 
     def run_embeds(self, pipeline: Pipeline, path: Path) -> dict[str, Any]:
         """As `run`, from an embeddings file in place of a prompt."""
         from ..files.tensor_files import load_embeds
 
         embeds = load_embeds(path, pipeline.manifest)
-        given: dict[str, Any] = {"prompt_embeds": embeds.prompt_embeds}
         # A negative prompt that somebody asks for by name goes before the one in the file.
-        if self.wishes.get("negative_prompt") is None:
-            given["negative_embeds"] = embeds.negative_embeds
-        settings = pipeline.settings(**self.wishes)
-        stored = pipeline.manifest.text.null_embeds is not None and not settings.negative_prompt
-        encodes = settings.passes == 2 and given.get("negative_embeds") is None and not stored
-        if encodes and "text_encoder" not in pipeline.manifest.graphs:
+        negative = embeds.negative_embeds if self.wishes.get("negative_prompt") is None else None
+        start = self._start(pipeline)
+        settings = self._settings(pipeline, start)
+        if pipeline.encodes_negative(settings, negative) and "text_encoder" not in pipeline.manifest.graphs:
             raise RuntimeFailure(
                 f"guidance needs the embeddings of a negative prompt, which {path} does not hold, and this bundle has "
                 "no text encoder to make them: save the embeddings again with guidance, or choose --guidance 1."
             )
-        return self._make(pipeline, embeds.prompt, given)
+        inputs = {**start, "prompt_embeds": embeds.prompt_embeds, "negative_embeds": negative}
+        return self._make(pipeline, settings, embeds.prompt, inputs)
 
     def decode(self, pipeline: Pipeline, path: Path) -> dict[str, Any]:
         """Decode a latents file; print about it, and return its record for JSON."""
         import numpy as np
 
+        from ..clock import no_seconds
         from ..files.png import describe
         from ..files.tensor_files import load_latents
         from ..files.video import open_video
-        from ..memory import STAGES
+        from ..memory import DENOISER, READER
         from ..result import Result
-        from .progress import Bars, in_terminal
+        from .progress import watch
 
         start = perf_counter()
         saved = load_latents(path, pipeline.manifest)
         frames = (saved.latents.shape[2] - 1) * pipeline.manifest.latents.temporal_stride + 1
         # No class is drawn any more, but a model of classes has no settings without one.
-        label = None if pipeline.manifest.model.classes is None else 0
+        label = None if pipeline.manifest.family.classes(pipeline.manifest.model) is None else 0
         settings = pipeline.settings(frames=frames, size=saved.size, label=label)
-        memory = pipeline.choose_memory(settings, unused=(*STAGES[0], *STAGES[1]))
-        self.stills = settings.rule == "flow_map"
+        memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER))
+        self.stills = pipeline.manifest.family.makes_stills
         target = self.target(saved.prompt, saved.seed, self.done + 1)
         texts = describe(saved, saved.model, saved.prompt)
-        seconds = dict.fromkeys(("load", "text", "noise", "backbone", "flow_head", "decode"), 0.0)
-        visible = in_terminal() and not self.quiet
+        seconds = no_seconds()
         pieces = []
-        with Bars(settings, visible, ("decode",)) as bars, open_video(target, settings.fps, texts) as video:
+        bars = watch({"decode": settings.latent_shape[2]}, self.quiet)
+        with bars, open_video(target, settings.fps, texts) as video:
             for piece in pipeline.decode_chunks(saved.latents, bars, seconds):
                 pieces.append(piece)
                 video.write(piece)
@@ -132,58 +148,83 @@ class Job:
             rule=saved.rule,
             guidance=saved.guidance,
             memory=memory,
+            threads=pipeline.threads,
         )
-        return self._finish(result, target, video.seconds, perf_counter() - start, {})
+        return self._finish(pipeline, result, target, video.seconds, perf_counter() - start, {})
 
-    def _make(self, pipeline: Pipeline, prompt: str, given: dict[str, Any]) -> dict[str, Any]:
-        from ..autoencoder.picture import read_picture, start_size
+    def _start(self, pipeline: Pipeline) -> dict[str, Any]:
+        """The picture that the runs start from, by the name that the pipeline has for it."""
+        from ..autoencoder.picture import read_picture
+        from ..files.tensor_files import load_latents
+
+        if self.init_latents is not None:
+            return {"init_latents": load_latents(self.init_latents, pipeline.manifest).latents}
+        return {} if self.image is None else {"image": read_picture(self.image)}
+
+    def _settings(self, pipeline: Pipeline, start: dict[str, Any]) -> Settings:
+        from ..autoencoder.picture import start_size
+
+        size = start_size(pipeline.manifest, self.wishes.get("size"), **start)
+        return pipeline.settings(**{**self.wishes, "size": size})
+
+    def _make(self, pipeline: Pipeline, settings: Settings, prompt: str, inputs: dict[str, Any]) -> dict[str, Any]:
         from ..files.png import describe
         from ..files.video import open_video
-        from .progress import Bars, in_terminal
+        from ..graphs import last_stage
+        from .progress import steps_of, watch
 
-        wishes = dict(self.wishes)
-        if self.init_latents is not None:
-            from ..files.tensor_files import load_latents
-
-            given = {**given, "init_latents": load_latents(self.init_latents, pipeline.manifest).latents}
-        if self.image is not None:
-            given = {**given, "image": read_picture(self.image)}
-        wishes["size"] = start_size(
-            pipeline.manifest, wishes.get("size"), given.get("image"), given.get("init_latents")
-        )
-        settings = pipeline.settings(**wishes)
-        self.stills = settings.rule == "flow_map"
-        wishes["seed"] = settings.seed
-        files, hooks = self._extra_files(pipeline, prompt, settings)
-        graphs = pipeline.manifest.graphs
-        # As the pipeline has it: a bundle that cannot go on after a file that was asked for ends there.
-        ends_early = ("embeds" in files and "backbone" not in graphs) or (
-            "latents" in files and "decoder_first" not in graphs
-        )
+        self.stills = pipeline.manifest.family.makes_stills
+        last = last_stage(pipeline.manifest, self.save_embeds is not None, self.save_latents is not None)
         name = prompt if settings.label is None else f"class {settings.label}"
-        target = None if ends_early else self.target(name, settings.seed, self.done + 1)
+        target = self.target(name, settings.seed, self.done + 1) if last == "decode" else None
+        files, hooks = self._extra_files(pipeline, prompt, settings)
+        save_latents = hooks.pop("save_latents", None)
         texts: dict[str, str] = {}
-        start = perf_counter()
+
+        def denoised(made: Denoised) -> None:
+            # Only now is it known how many steps there were.
+            taken = settings.through(made.times)
+            texts.update(describe(taken, pipeline.manifest.model.name, prompt))
+            if save_latents is not None:
+                save_latents(made.latents, taken)
+
+        totals = steps_of(pipeline.manifest, settings, reads="prompt_embeds" not in inputs)
+        estimated = self._foretell(pipeline, settings)
+        begin = perf_counter()
         with ExitStack() as stack:
-            stages = ("backbone", "flow_head", "decode") if "prompt_embeds" in given else None
-            bars = stack.enter_context(Bars(settings, in_terminal() and not self.quiet, stages))
+            bars = watch(totals, self.quiet)
+            stack.enter_context(bars)
             video = stack.enter_context(open_video(target, settings.fps, texts)) if target is not None else None
-
-            def write(frames: NDArray[np.uint8]) -> None:
-                # Only now is it known how many steps there were.
-                texts.update(describe(pipeline.latest or settings, pipeline.manifest.model.name, prompt))
-                if video is not None:
-                    video.write(frames)
-
-            result = pipeline(
-                prompt, **wishes, **given, **hooks, callback=bars, on_frames=write if video is not None else None
+            result = pipeline.run(
+                settings,
+                prompt,
+                last=last,
+                callback=bars,
+                on_denoised=denoised,
+                on_frames=video.write if video is not None else None,
+                **inputs,
+                **hooks,
             )
-        return self._finish(result, target, video.seconds if video else 0.0, perf_counter() - start, files)
+        file_seconds = video.seconds if video is not None else 0.0
+        if len(result.frames):
+            pipeline.forecast.learn(settings, result.stage_seconds)
+        return self._finish(pipeline, result, target, file_seconds, perf_counter() - begin, files, estimated)
+
+    def _foretell(self, pipeline: Pipeline, settings: Settings) -> float | None:
+        """How many seconds the run will take, as far as that can be told, and tells it."""
+        seconds = pipeline.forecast.seconds(settings)
+        if seconds is not None and not self.quiet:
+            if seconds > _LONG_SECONDS:
+                remedy = "Fewer steps, fewer frames or a smaller size take less."
+                tell(f"tmd-run: note: this run will take {about(seconds)} on this machine. {remedy}")
+            else:
+                tell(f"tmd-run: this run will take {about(seconds)}")
+        return seconds
 
     def _extra_files(
         self, pipeline: Pipeline, prompt: str, settings: Settings
     ) -> tuple[dict[str, Path], dict[str, Any]]:
-        """Files of embeddings and latents that this run shall leave behind, and what the pipeline calls with them."""
+        """Files that this run shall leave beside its video, and the functions that write them, by their hooks."""
         from ..files.tensor_files import Embeddings, Latents, save_embeds, save_latents
 
         files: dict[str, Path] = {}
@@ -199,24 +240,10 @@ class Job:
         if self.save_latents is not None:
             latents_file = files["latents"] = self._numbered(self.save_latents, self.done + 1)
 
-            def write_latents(values: NDArray[np.float32]) -> None:
-                taken = pipeline.latest or settings
-                latents = Latents(
-                    latents=values,
-                    model=pipeline.manifest.model.name,
-                    prompt=prompt,
-                    seed=settings.seed,
-                    steps=taken.steps,
-                    inner_steps=settings.inner_steps,
-                    nfe=taken.nfe,
-                    rule=settings.rule,
-                    guidance=settings.guidance,
-                    size=(settings.width, settings.height),
-                    details=taken.details,
-                )
-                save_latents(latents_file, latents)
+            def write_latents(values: NDArray[np.float32], taken: Settings) -> None:
+                save_latents(latents_file, Latents.of(taken, values, pipeline.manifest.model.name, prompt))
 
-            hooks["on_latents"] = write_latents
+            hooks["save_latents"] = write_latents
         if self.preview is not None:
             from ..files.video import write_video
 
@@ -230,7 +257,14 @@ class Job:
         return files, hooks
 
     def _finish(
-        self, result: Result, target: Path | None, file_seconds: float, seconds: float, files: dict[str, Path]
+        self,
+        pipeline: Pipeline,
+        result: Result,
+        target: Path | None,
+        file_seconds: float,
+        seconds: float,
+        files: dict[str, Path],
+        estimated: float | None = None,
     ) -> dict[str, Any]:
         """Print about a result and return its record."""
         # The bundle was opened for the first prompt alone.
@@ -241,59 +275,11 @@ class Job:
         self.done += 1
         for warning in result.warnings:
             if not self.quiet:
-                click.echo(f"tmd-run: note: {warning}", err=True)
+                tell(f"tmd-run: note: {warning}")
         if not self.quiet and not self.as_json:
-            click.echo(_report(result, target, files))
-        return _record(result, target, total, files)
-
-
-def _report(result: Result, target: Path | None, files: dict[str, Path]) -> str:
-    from .progress import LABELS
-
-    seconds = {LABELS[stage]: value for stage, value in result.stage_seconds.items() if stage not in ("load", "noise")}
-    times = ", ".join(f"{label} {_duration(value)}" for label, value in seconds.items())
-    load = result.stage_seconds["load"]
-    frames = f"{len(result.frames)} frames" if len(result.frames) > 1 else "1 frame"
-    lines = []
-    if target is not None:
-        lines.append(f"{target}: {frames} of {result.width}x{result.height} at {result.fps} fps")
-    lines += [f"{path}: {kind} of this run" for kind, path in files.items()]
-    steps = f"{result.steps} x {result.inner_steps}" if result.rule == "transition" else f"{result.steps}"
-    guidance = f", guidance {result.guidance:g}" if result.guidance != 1 else ""
-    rho = f", rho {result.rho:g}" if result.rho else ""
-    lines.append(f"  seed {result.seed}, steps {steps}{guidance}{rho}, NFE {result.nfe:.2f}")
-    lines.append(f"  {times}" + (f" (and load {_duration(load)}, once)" if load else ""))
-    return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-def _record(result: Result, target: Path | None, total: float, files: dict[str, Path]) -> dict[str, Any]:
-    return {
-        "seed": result.seed,
-        "prompt": result.prompt,
-        "steps": result.steps,
-        "inner_steps": result.inner_steps,
-        "nfe": result.nfe,
-        "frames": len(result.frames),
-        "width": result.width,
-        "height": result.height,
-        "fps": result.fps,
-        "stage_seconds": {stage: round(value, 6) for stage, value in result.stage_seconds.items()},
-        "total_seconds": round(total, 6),
-        "out": None if target is None else str(target),
-        "warnings": list(result.warnings),
-        "rule": result.rule,
-        "guidance": result.guidance,
-        "memory": result.memory,
-        "embeds": str(files["embeds"]) if "embeds" in files else None,
-        "latents": str(files["latents"]) if "latents" in files else None,
-        "preview": str(files["preview"]) if "preview" in files else None,
-        "times": list(result.times),
-        "rho": result.rho,
-    }
+            has_inner_steps = pipeline.manifest.family.inner_steps(pipeline.manifest.sampler) is not None
+            say(clean(report(result, has_inner_steps, target, files)))
+        return record(result, target, total, files, estimated)
 
 
 def slug(prompt: str) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import click
+
+from ..files.target import named
+from ..settings import WIDE_SEED
 
 
 class Size(click.ParamType):
@@ -36,6 +41,8 @@ class Whole(click.ParamType):
             self.fail(f"{value[:40]!r} is no whole number.", param, ctx)
         number = int(value)
         if number < self.low or (self.high is not None and number > self.high):
+            if param is not None and param.name == "seed" and number > 0:
+                self.fail(f"{number} is out of range: {WIDE_SEED}", param, ctx)
             allowed = f"{self.low} or more" if self.high is None else f"from {self.low} to {self.high}"
             self.fail(f"{number} is out of range: give a whole number, {allowed}.", param, ctx)
         return number
@@ -53,7 +60,9 @@ class Number(click.ParamType):
         try:
             number = float(value)
         except ValueError:
-            self.fail(f"{value[:40]!r} is no number.", param, ctx)
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{str(value)[:40]!r} is no number.", param, ctx)
         if not self.low <= number <= self.high:
             self.fail(f"{value} is out of range: give a number from {self.low:g} to {self.high:g}.", param, ctx)
         return number
@@ -68,6 +77,24 @@ class Schedule(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(part) for part in value.split(","))
+            times = tuple(float(part) for part in value.split(","))
         except ValueError:
+            times = (math.nan,)
+        if not all(map(math.isfinite, times)):
             self.fail(f"{value[:80]!r} is no list of times: write them like 1,0.6,0.2,0.", param, ctx)
+        return times
+
+
+class Output(click.ParamType):
+    """Where a result goes."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        if value == "-":
+            self.fail("a result cannot go to stdout: name a file (./- is one of that name).", param, ctx)
+        if not value or "\0" in value:
+            self.fail("the name is empty: name a file.", param, ctx)
+        return named(value)

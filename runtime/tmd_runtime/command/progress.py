@@ -1,14 +1,19 @@
-"""What `tmd-run` shows people while it works: one bar per stage, on stderr, in a terminal only."""
+"""What `tmd-run` shows people while it works, on stderr: a bar per stage in a terminal, a line per stage elsewhere."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .screen import tell
+
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
     from typing import Self
+
+    from tmd_engines import Manifest
 
     from ..clock import StepInfo
     from ..settings import Settings
@@ -25,10 +30,41 @@ LABELS = {
 }
 
 
-class Bars:
-    """A callback for `Pipeline` that draws bars of `stages` (None: all); shows nothing if `visible` is False."""
+def steps_of(manifest: Manifest, settings: Settings, reads: bool) -> dict[str, int]:
+    """The steps of a run by stage, as far as they are known before; it `reads` a prompt or has its embeddings."""
+    calls = manifest.family.calls(settings.steps, settings.inner_steps, settings.passes)
+    text = {"text": settings.passes} if reads else {}
+    return {**text, "backbone": calls.backbone, "flow_head": calls.flow_head, "decode": settings.latent_shape[2]}
 
-    def __init__(self, settings: Settings, visible: bool, stages: Collection[str] | None = None) -> None:
+
+def watch(totals: Mapping[str, int], quiet: bool) -> Bars | Lines:
+    """A callback for `Pipeline` and context manager that shows the stages of `totals`; nothing if `quiet`."""
+    return Bars(totals, visible=not quiet) if in_terminal() else Lines(visible=not quiet)
+
+
+class Lines:
+    """Prints a line when a stage is over."""
+
+    def __init__(self, visible: bool) -> None:
+        self._visible, self._seconds = visible, dict[str, float]()
+
+    def __call__(self, step: StepInfo) -> None:
+        self._seconds[step.stage] = self._seconds.get(step.stage, 0.0) + step.seconds
+        if self._visible and step.done == step.total:
+            steps = "" if step.total == 1 or step.stage == "load" else f"{step.total} steps, "
+            tell(f"tmd-run: {LABELS[step.stage]}: {steps}{self._seconds[step.stage]:.2f} s")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Bars:
+    """A callback for `Pipeline` that draws a bar for each stage of `totals`; shows nothing if `visible` is False."""
+
+    def __init__(self, totals: Mapping[str, int], visible: bool) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         if not visible:
@@ -38,16 +74,8 @@ class Bars:
 
         columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        totals = {
-            "text": settings.passes,
-            "backbone": settings.steps * settings.passes,
-            "flow_head": settings.steps * settings.inner_steps * settings.passes,
-            "decode": settings.latent_shape[2],
-        }
         self._tasks = {
-            stage: self._progress.add_task(LABELS[stage], total=total, start=False)
-            for stage, total in totals.items()
-            if stages is None or stage in stages
+            stage: self._progress.add_task(LABELS[stage], total=total, start=False) for stage, total in totals.items()
         }
 
     def __call__(self, step: StepInfo) -> None:
@@ -56,8 +84,9 @@ class Bars:
         if step.stage not in self._tasks:
             self._tasks[step.stage] = self._progress.add_task(LABELS[step.stage], total=step.total)
         task = self._tasks[step.stage]
-        self._progress.start_task(task)
-        self._progress.update(task, completed=step.done, total=step.total)
+        with suppress(OSError):  # the terminal is gone
+            self._progress.start_task(task)
+            self._progress.update(task, completed=step.done, total=step.total)
 
     def __enter__(self) -> Self:
         if self._progress is not None:
@@ -68,8 +97,10 @@ class Bars:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
 
 
 def in_terminal() -> bool:
-    return sys.stderr.isatty()
+    """Whether somebody sees bars."""
+    return sys.stderr is not None and sys.stderr.isatty()

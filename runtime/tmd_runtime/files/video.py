@@ -20,9 +20,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tmd_engines.device.paths import utf8_name
+
 from ..errors import RuntimeFailure, UsageFailure
 from .png import png
-from .target import FRAME_NAME, Target, cannot_write
+from .target import FRAME_NAME, FolderPath, Target, cannot_write, named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +51,7 @@ def write_video(path: str | Path, frames: Frames, fps: int, texts: Mapping[str, 
 
 def check_target(path: str | Path) -> None:
     """Find out now whether `path` can be written later. Raises UsageFailure (unknown ending) or RuntimeFailure."""
-    _open_target(Path(path)).discard()
+    _open_target(named(path)).discard()
 
 
 def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = None) -> VideoFile:
@@ -58,7 +60,7 @@ def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = Non
     `texts`, by keyword, go into PNG files as they are when the first frame comes; other formats leave them out.
     Raises UsageFailure for an unknown ending, RuntimeFailure if `path` cannot be written or PyAV is not installed.
     """
-    path = Path(path)
+    path = named(path)
     target = _open_target(path)
     try:
         return VideoFile(target, _ENCODERS[_ending(path)](target.temporary, fps, {} if texts is None else texts))
@@ -69,6 +71,8 @@ def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = Non
 
 def _open_target(path: Path) -> Target:
     ending = _ending(path)
+    if not ending and not isinstance(path, FolderPath) and path.name.lower() in _ENCODERS and not os.path.isdir(path):
+        raise UsageFailure(f"cannot write {path}: that is an ending without a name. Write video{path.name}, say.")
     if ending not in _ENCODERS:
         raise UsageFailure(
             f"cannot write {path}: the ending {path.suffix!r} is unknown. Choose .mp4, .webm, .gif, .png (contact "
@@ -79,7 +83,7 @@ def _open_target(path: Path) -> Target:
 
 def _ending(path: Path) -> str:
     # os.path.isdir is False, and no error, for a name that the system refuses; Target says what is wrong with it.
-    return "" if os.path.isdir(path) else path.suffix.lower()
+    return "" if isinstance(path, FolderPath) or os.path.isdir(path) else path.suffix.lower()
 
 
 class VideoFile:
@@ -203,7 +207,7 @@ class _StreamEncoder(_Encoder):
     def _open(self, width: int, height: int) -> None:
         import av
 
-        self._output = av.open(str(self._file), "w", format=self.container, options=self.container_options)
+        self._output = av.open(utf8_name(self._file), "w", format=self.container, options=self.container_options)
         self._stream = self._output.add_stream(self._codec, rate=Fraction(self._fps), options=self.options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context
@@ -230,6 +234,8 @@ class _Mp4(_StreamEncoder):
 class _WebM(_StreamEncoder):
     container, codecs = "webm", ("libvpx-vp9",)
     options: ClassVar = {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "3", "row-mt": "1"}
+    # Without it Matroska's muxer numbers each file at random.
+    container_options: ClassVar = {"fflags": "+bitexact"}
 
 
 class _Gif(_Encoder):
@@ -253,7 +259,7 @@ class _Gif(_Encoder):
         import av
 
         width, height = self._frames[0].width, self._frames[0].height
-        with av.open(str(self._file), "w", format="gif") as output:
+        with av.open(utf8_name(self._file), "w", format="gif") as output:
             stream = output.add_stream("gif", rate=Fraction(self._fps))
             stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
             for picture in self._with_palette(width, height):

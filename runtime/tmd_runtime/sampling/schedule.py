@@ -1,4 +1,4 @@
-"""The few numbers that drive the loop: time grids, RoPE tables, and how much work a run is.
+"""The few numbers that drive the loops: time grids and RoPE tables.
 
 The same formulas stand in the PyTorch reference (`tmd_ref`), which is the oracle of the tests; the runtime may not
 import torch.
@@ -64,11 +64,6 @@ def told_time(t: float, rounding: str) -> float:
     return t
 
 
-def effective_nfe(steps: int, inner_steps: int, head_blocks: int, num_layers: int) -> float:
-    """Effective number of function evaluations M·(1 + (N − 1)·H/L)  (TMD Eq. 16): blocks run, in whole models."""
-    return steps * (1 + (inner_steps - 1) * head_blocks / num_layers)
-
-
 def uniform_times(steps: int) -> NDArray[np.float64]:
     """TiM's grid, noise to data: 1 to 0 in `steps` equal steps. Returns float64 `[steps + 1]`, descending."""
     return 1 - np.arange(steps + 1) / steps
@@ -83,7 +78,7 @@ def tim_rope_tables(
     (column, row) for "grid"; on a square that is the same. Computed in float64.
 
     Returns (cos, sin), each float32 `[grid_h·grid_w, head_dim/2]`. Raises ValueError for a grid beyond TiM's 1024
-    positions, or if head_dim is no multiple of 4.
+    positions, or if head_dim is not a multiple of 4.
     """
     if head_dim % 4 or min(grid_h, grid_w) < 1 or max(grid_h, grid_w) > ROPE_POSITIONS:
         raise ValueError(f"a token grid of {grid_h}x{grid_w} with heads of {head_dim} has no rotary table")

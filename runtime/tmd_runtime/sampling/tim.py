@@ -1,24 +1,28 @@
-"""The loop of Transition Models (kind "tim"): noise -> latents of a still, one jump per step through a falling list of
-times.
+"""Transition Models: noise -> latents of a still, one jump per step through a falling list of times.
 
-The graph `backbone` makes what depends on the prompt alone, once; `flow_head` is a whole step, guidance and update
-included. A step with guidance has two rows, with and without the prompt, whose x stay equal; a step without has one.
-A model of classes has the number of the class in the prompt's place. Which steps fit into a deadline, `deadline.py`
-says.
+`backbone` makes what depends on the prompt alone, once; `flow_head` is a whole step, guidance and update included. A
+step with guidance has two rows, with and without the prompt, whose x stay equal; a step without has one. A model of
+classes has the number of the class in the prompt's place. `deadline.py` says which steps fit into a deadline.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..clock import check_finite
+from tmd_engines.bundle.families.rules import Coefficients
+
+from ..clock import Timings
+from .calls import Call, Calls, Draws, Launches
 from .deadline import StepTimes, steps_in_time
-from .noise import NoiseStream
+from .family import Denoised, LatentShape, RuntimeFamily
 from .schedule import tim_rope_tables
+from .tim_settings import TimSettings, tim_settings
+from .update import Updater
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,46 +31,71 @@ if TYPE_CHECKING:
 
     from tmd_engines import Engine, Manifest
 
-    from ..clock import Timings
-    from ..settings import Settings
+    from ..settings import Settings, Wishes
+
+MOVE = Coefficients(0.0, 1.0)
+"""x becomes what `flow_head` made of it."""
 
 
-class _Rows:
-    """Both graphs bound to buffers of `rows` rows: 1 without guidance, 2 with."""
-
-    def __init__(self, prompt: Engine, transition: Engine, rope: dict[str, NDArray[Any]], dims: dict[str, int]) -> None:
-        (asked,) = prompt.inputs  # prompt_embeds or labels
-        self.asked = prompt.empty(asked, **dims)
-        context = prompt.empty("context", **dims)
-        self.make_context: Callable[[], object] = prompt.bind({asked: self.asked}, {"context": context})
-        self.x, self.t, self.r, self.guidance = (transition.empty(name, **dims) for name in ("x", "t", "r", "guidance"))
-        self.x_next = transition.empty("x_next", **dims)
-        given = {"x": self.x, "t": self.t, "r": self.r, "guidance": self.guidance, "context": context, **rope}
-        self.step: Callable[[], object] = transition.bind(given, {"x_next": self.x_next})
+def mixture(t: float) -> Coefficients:
+    """x_t = t·noise + (1 - t)·data, of the noise in x and a picture in the place of the velocity."""
+    return Coefficients(t, 1.0 - t)
 
 
-class TransitionLoop:
-    """Both graphs for latents of `latent_shape` and prompts of `text_tokens` tokens."""
+def renewal(t: float, r: float, rho: float) -> Coefficients:
+    """x_r of the stochastic sampler, of x_t and `moved` = x_t - (t - r)·F in the place of the velocity.
+
+    It is `moved` less rho·(t - r) of the noise that F sees in x_t, x_t + (1 - t)·F, plus √(2·rho·t·(t - r)) of fresh
+    noise. With (t - r)·F = x_t - moved, which loses nothing however short the step is, the noise to take away is
+    rho·((1 - r)·x_t - (1 - t)·moved).
+    """
+    return Coefficients(-rho * (1.0 - r), 1.0 + rho * (1.0 - t), math.sqrt(2.0 * rho * t * (t - r)))
+
+
+class _Tim(RuntimeFamily):
+    name = "tim"
+    starts_from_picture = True
+
+    def settings(self, manifest: Manifest, wishes: Wishes) -> TimSettings:
+        return tim_settings(manifest, wishes)
+
+    def loop(
+        self,
+        backbone: Engine,
+        flow_head: Engine,
+        update: Engine,
+        manifest: Manifest,
+        latent_shape: LatentShape,
+        text_tokens: int,
+    ) -> TimLoop:
+        return TimLoop(backbone, flow_head, update, manifest, latent_shape, text_tokens)
+
+
+TIM = _Tim()
+
+
+class TimLoop:
+    """TiM's sampler (arXiv 2509.04394), deterministic or, with rho, stochastic."""
 
     def __init__(
         self,
         backbone: Engine,
         flow_head: Engine,
+        update: Engine,
         manifest: Manifest,
-        latent_shape: tuple[int, int, int, int, int],
+        latent_shape: LatentShape,
         text_tokens: int,
     ) -> None:
         _, _, _, height, width = latent_shape
-        grid = height // manifest.model.patch_size[1], width // manifest.model.patch_size[2]
-        self._shape, self._engines = latent_shape, (backbone, flow_head)
+        model: Any = manifest.model
+        grid = height // model.patch_size[1], width // model.patch_size[2]
+        self._shape, self._engines = latent_shape, (backbone, flow_head, update)
         self._dims = {"height": height, "width": width, "tokens": grid[0] * grid[1], "text": text_tokens}
         self._rope = {name: flow_head.empty(name, **self._dims) for name in ("rope_cos", "rope_sin")}
-        tables = tim_rope_tables(*grid, manifest.model.head_dim, manifest.model.rope or "index")
-        for buffer, table in zip(self._rope.values(), tables, strict=True):
+        for buffer, table in zip(self._rope.values(), tim_rope_tables(*grid, model.head_dim, model.rope), strict=True):
             buffer[...] = table
-        self._bound: dict[int, _Rows] = {}
+        self._rows: dict[int, _Rows] = {}
         self._costs = StepTimes()
-        self.times: tuple[float, ...] = ()
 
     def run(
         self,
@@ -76,18 +105,13 @@ class TransitionLoop:
         negative_embeds: NDArray[Any] | None = None,
         on_preview: Callable[[NDArray[np.float32]], object] | None = None,
         init: NDArray[Any] | None = None,
-    ) -> NDArray[np.float32]:
-        """Latents `[1, C, 1, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`, or
-        int64 `[1]`, the class.
+    ) -> Denoised:
+        """See `Loop.run`. Guidance, F = F_neg + g·(F_pos - F_neg), is in the steps whose t lies inside its interval.
 
-        With `negative_embeds`, of the same shape, F = F_neg + settings.guidance·(F_pos - F_neg) in the steps whose t
-        lies inside `settings.guidance_interval`. With `settings.rho`, every step but the first and the last draws fresh
-        noise from the seed's stream, behind that of the start. `init` are latents of a picture, from which a run begins
-        whose times do so below 1. `on_preview` gets, before every step but the last, the latents of a jump to 0 from
-        there. `times` tells afterwards which way the run took. Raises Cancelled if the callback says so, RuntimeFailure
-        if a stage gives NaN or Inf.
+        With rho, every step but the first and the last draws fresh noise, behind that of the start.
         """
-        given = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
+        assert isinstance(settings, TimSettings)
+        prompts = [prompt_embeds] if negative_embeds is None else [prompt_embeds, negative_embeds]
 
         def rows_at(t: float) -> int:
             return 2 if negative_embeds is not None and settings.guided(t) else 1
@@ -95,65 +119,56 @@ class TransitionLoop:
         kinds = sorted({rows_at(t) for t in settings.times[:-1]})
         for rows in kinds:
             self._bind(rows, timings)
-        begun, t = perf_counter(), settings.times[0]
-        stream = NoiseStream(settings.seed)
-        with timings.stage("noise"):
-            x = stream.normal(self._shape).astype(np.float32)
-            if init is not None:
-                x = (t * x + (1 - t) * init).astype(np.float32)
+        start = perf_counter()
         for rows in kinds:
-            self._ask(rows, given, settings.guidance, timings)
-        timings.report("backbone", 1, 1, timings.seconds.get("backbone", 0.0))
-        ways: Iterator[tuple[float, float]] = pairwise(settings.times)
+            with timings.stage("backbone"):
+                self._rows[rows].read(prompts[:rows], settings.guidance)
+        timings.report("backbone", 1, 1, timings.seconds["backbone"])
+        jumps: Iterator[tuple[float, float]] = pairwise(settings.times)
         if settings.deadline is not None:
-            end = begun + settings.deadline + self._measure(kinds, settings.deadline, timings)
-            ways = steps_in_time(
+            end = start + settings.deadline + self._measure(kinds, settings.deadline, timings)
+            jumps = steps_in_time(
                 settings.times,
                 settings.scheduled,
                 lambda: end - perf_counter(),
                 lambda t: (self._costs[rows_at(t)], max(self._costs[rows] for rows in kinds)),
             )
-        times = [t]
-        for t, r in ways:
+        calls = Calls(timings, flow_head=settings.steps)
+        draws = Draws(settings.seed, self._shape, timings)
+        times = [settings.times[0]]
+        now = self._rows[rows_at(times[0])]
+        draws.into(now.x)
+        if init is not None:
+            now.mix(init, times[0])
+        for t, r in jumps:
+            now = self._rows[rows_at(t)].continue_from(now)
             if on_preview is not None and r > 0:
                 with timings.stage("flow_head"):
-                    jump = self._step(x, t, 0.0, rows_at(t)).copy()
-                on_preview(jump)
-            fresh = settings.rho > 0 and len(times) > 1 and r > 0
-            seconds = self._timed_step(x, t, r, rows_at(t), (settings.rho, stream) if fresh else None)
-            check_finite("flow_head", x)
+                    data = now.look(t, 0.0)
+                on_preview(data)
+            start = perf_counter()
+            factors = MOVE
+            if settings.rho > 0 and len(times) > 1 and r > 0:
+                draws.into(now.noise)
+                factors = renewal(t, r, settings.rho)
+            calls.expect("flow_head", len(times) + _ahead(settings, t, r, len(times)))
+            now.step(calls, t, r, factors)
+            self._costs.add(rows_at(t), perf_counter() - start)
             times.append(r)
-            timings.add("flow_head", seconds)
-            done = len(times) - 1
-            planned = settings.deadline is not None and not settings.scheduled
-            ahead = round(r / (t - r)) if planned else settings.steps - done
-            timings.report("flow_head", done, done + (ahead if r > 0 else 0), seconds)
-        self.times = tuple(times)
-        return x
+        return Denoised(np.array(np.asarray(now.x)[:1], np.float32), tuple(times))
 
     def _bind(self, rows: int, timings: Timings) -> None:
         """The buffers of so many rows; an engine may compile for them here."""
-        if rows not in self._bound:
+        if rows not in self._rows:
             with timings.stage("load"):
-                self._bound[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
-
-    def _ask(self, rows: int, given: list[NDArray[Any]], g: float, timings: Timings) -> None:
-        """What `flow_head` needs of the prompt, and how the rows mix."""
-        bound = self._bound[rows]
-        start = perf_counter()
-        # whole buffers: they may lie on a device
-        bound.asked[...] = np.concatenate(given[:rows])
-        bound.guidance[...] = np.eye(1) if rows == 1 else [[g, 1 - g], [g, 1 - g]]
-        bound.make_context()
-        timings.add("backbone", perf_counter() - start)
+                self._rows[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
 
     def _measure(self, kinds: list[int], deadline: float, timings: Timings) -> float:
         """Seconds that went into steps whose time was not known. They count as `load`: only a first run has them."""
-        zeros = np.zeros(self._shape, np.float32)
 
         def cost(rows: int) -> float:
             start = perf_counter()
-            self._step(zeros, 1.0, 0.0, rows)
+            self._rows[rows].try_step()
             return perf_counter() - start
 
         start = perf_counter()
@@ -166,33 +181,76 @@ class TransitionLoop:
         timings.add("load", seconds)
         return seconds
 
-    def _timed_step(
-        self, x: NDArray[np.float32], t: float, r: float, rows: int, fresh: tuple[float, NoiseStream] | None = None
-    ) -> float:
-        """Moves x from t to r, with `fresh` (rho, noise) in place of some of its noise. Returns the seconds that it
-        took, and remembers them."""
-        start = perf_counter()
-        moved = self._step(x, t, r, rows)
-        np.copyto(x, moved if fresh is None else renewed(x, moved, t, r, fresh[0], fresh[1].normal(self._shape)))
-        seconds = perf_counter() - start
-        self._costs.add(rows, seconds)
-        return seconds
 
-    def _step(self, x: NDArray[np.float32], t: float, r: float, rows: int) -> NDArray[np.float32]:
-        """x at r, in the engine's own buffer or a copy of it."""
-        bound = self._bound[rows]
-        bound.x[...], bound.t[...], bound.r[...] = x, t, r
-        bound.step()
-        moved: NDArray[np.float32] = np.asarray(bound.x_next[:1])
-        return moved
+def _ahead(settings: TimSettings, t: float, r: float, done: int) -> int:
+    """How many steps will follow the one from t to r, which is number `done`, as far as one can say."""
+    if r == 0:
+        return 0
+    planned = settings.deadline is not None and not settings.scheduled
+    return round(r / (t - r)) if planned else settings.steps - done
 
 
-def renewed(
-    x: NDArray[np.float32], moved: NDArray[np.float32], t: float, r: float, rho: float, noise: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """x_r of the stochastic sampler, from `moved` = x - (t - r)·F: less rho·(t - r) of the noise that F sees in x,
-    x + (1 - t)·F, and plus √(2·rho·t·(t - r)) of fresh `noise`. (t - r)·F is x - moved, which loses nothing, however
-    short the step."""
-    seen = (t - r) * x + (1 - t) * (x - moved)
-    found: NDArray[np.float32] = moved - rho * seen + (2 * rho * t * (t - r)) ** 0.5 * noise
-    return found
+class _Rows:
+    """The graphs bound to buffers of `batch` rows: 1 without guidance, 2 with. The rows of x are equal."""
+
+    def __init__(
+        self, backbone: Engine, flow_head: Engine, update: Engine, rope: dict[str, Any], dims: dict[str, int]
+    ) -> None:
+        (prompt,) = backbone.inputs  # prompt_embeds or labels
+        self._prompt = backbone.empty(prompt, **dims)
+        self._context = backbone.empty("context", **dims)
+        self._backbone = backbone.bind({prompt: self._prompt}, {"context": self._context})
+        self.x, self._t, self._r, self._guidance = (
+            flow_head.empty(name, **dims) for name in ("x", "t", "r", "guidance")
+        )
+        self._moved = flow_head.empty("x_next", **dims)
+        inputs = {"x": self.x, "t": self._t, "r": self._r, "guidance": self._guidance, "context": self._context}
+        self._flow_head = flow_head.bind({**inputs, **rope}, {"x_next": self._moved})
+        self.noise = update.empty("noise", **dims)
+        self.noise[...] = 0.0  # finite in runs that draw none
+        self._updater = Updater(update, self.x, dims)
+        self._update = self._updater.bind(velocity=self._moved, noise=self.noise)
+        self._launches = Launches(flow_head, update)
+
+    def read(self, prompts: list[NDArray[Any]], g: float) -> None:
+        """What the steps need of one prompt per row, and how the rows mix."""
+        self._prompt[...] = np.concatenate(prompts)
+        self._guidance[...] = np.eye(1) if len(prompts) == 1 else [[g, 1 - g], [g, 1 - g]]
+        self._backbone()
+
+    def mix(self, picture: NDArray[Any], t: float) -> None:
+        """x, which is noise, becomes a picture at time t."""
+        self._moved[...] = picture
+        self._updater.set(mixture(t))
+        self._update()
+
+    def continue_from(self, other: _Rows) -> _Rows:
+        """These rows, each with the x of `other`."""
+        if other is not self:
+            self.x[...] = np.asarray(other.x)[:1]
+        return self
+
+    def step(self, calls: Calls, t: float, r: float, factors: Coefficients) -> None:
+        """Moves x from t to r. Raises RuntimeFailure for NaN or Inf."""
+        self._move(calls, t, r, factors)
+        self._updater.check(self._context)
+
+    def try_step(self) -> None:
+        """A step that leads nowhere, for the time that it takes. x is lost."""
+        self.x[...] = 0.0
+        self._move(Calls(Timings(), flow_head=1), 1.0, 0.0, MOVE)
+
+    def look(self, t: float, r: float) -> NDArray[np.float32]:
+        """Where a jump from t to r would lead; x stays."""
+        self._t[...], self._r[...] = t, r
+        self._flow_head()
+        return np.array(np.asarray(self._moved)[:1], np.float32)
+
+    def _move(self, calls: Calls, t: float, r: float, factors: Coefficients) -> None:
+        self._t[...], self._r[...] = t, r
+        self._updater.set(factors)
+        self._launches.run(calls, self._calls)
+
+    def _calls(self, call: Call) -> None:
+        call("flow_head", self._flow_head)
+        call("flow_head", self._update, counts=False)

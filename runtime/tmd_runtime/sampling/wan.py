@@ -1,22 +1,24 @@
-"""The denoising loop of models without inner flow (kind "wan"): one velocity per step, or two with guidance.
+"""Wan transformers without inner flow: one velocity per step, or two with guidance, and a rule that makes the step.
 
-The same two graphs as for a student: the features of the backbone go straight into the rest of the transformer. As in
-`loop.py`, everything of size is allocated and bound when the loop is made for a shape.
+Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from time import perf_counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..clock import check_finite
-from .noise import NoiseStream
-from .rules import RULES
-from .schedule import told_time
-from .tmd import BoundBackbone, data_estimate
+from tmd_engines.bundle.families.rules import RULES
+
+from ..errors import UsageFailure
+from ..settings import MAX_STEPS, Settings
+from .backbone import BoundBackbone
+from .calls import Call, Calls, Draws, Launches
+from .family import Denoised, LatentShape, RuntimeFamily, check_guidance, choose, common_settings, refuse_jumps
+from .schedule import told_time, wan_grid
+from .update import Updater
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,33 +26,107 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tmd_engines import Engine, Manifest
+    from tmd_engines.bundle.families.rules import Coefficients
 
     from ..clock import Timings
-    from ..settings import Settings
-    from .rules import Rule
+    from ..settings import Wishes
 
 
-class VelocityLoop:
-    """Both graphs bound to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens."""
+@dataclass(frozen=True)
+class WanSettings(Settings):
+    """`time_rounding` is how the network reads the times (`told_time`), `init_scale` the deviation of the first
+    noise."""
+
+    time_rounding: str = "none"
+    init_scale: float = 1.0
+
+
+class _Wan(RuntimeFamily):
+    name = "wan"
+
+    def settings(self, manifest: Manifest, wishes: Wishes) -> WanSettings:
+        """A model has its own list of times, or Wan's grid for any number of steps. Raises UsageFailure."""
+        refuse_jumps(wishes)
+        sampler: Any = manifest.sampler
+        if wishes.inner_steps not in (None, 1):
+            raise UsageFailure(f"this model has no inner steps, so it cannot do {wishes.inner_steps}: leave them out.")
+        steps = sampler.steps if wishes.steps is None else wishes.steps
+        if sampler.allowed_steps is not None:
+            steps = choose("steps", wishes.steps, sampler.steps, sampler.allowed_steps)
+        if not 1 <= steps <= MAX_STEPS:
+            raise UsageFailure(f"{steps} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
+        guidance, negative_prompt, warnings = _guidance(sampler, wishes)
+        return WanSettings(
+            **common_settings(manifest, wishes, steps, passes=1 if guidance == 1 else 2, warnings=warnings),
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            times=_times(sampler, steps, wishes.shift),
+            time_rounding=sampler.time_rounding,
+            init_scale=sampler.init_scale,
+        )
+
+    def loop(
+        self,
+        backbone: Engine,
+        flow_head: Engine,
+        update: Engine,
+        manifest: Manifest,
+        latent_shape: LatentShape,
+        text_tokens: int,
+    ) -> WanLoop:
+        return WanLoop(backbone, flow_head, update, manifest, latent_shape, text_tokens)
+
+
+WAN = _Wan()
+
+
+def _times(sampler: Any, steps: int, shift: float | None) -> tuple[float, ...]:
+    if shift is not None and sampler.times is not None:
+        raise UsageFailure("this model was distilled for fixed times, which have no shift to choose: leave it out.")
+    if shift is not None and not 1 <= shift <= 1000:
+        raise UsageFailure(f"a shift of {shift:g} is out of range: choose 1 to 1000 (default {sampler.shift:g}).")
+    if sampler.times is not None:
+        return (*sampler.times[:steps], 0.0)
+    return tuple(map(float, wan_grid(steps, sampler.shift if shift is None else shift)))
+
+
+def _guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]]:
+    """Guidance, negative prompt and warnings."""
+    check_guidance(wishes.guidance, wishes.negative_prompt, sampler.guidance)
+    guidance = sampler.guidance if wishes.guidance is None else wishes.guidance
+    negative = sampler.negative_prompt if wishes.negative_prompt is None else wishes.negative_prompt
+    warnings: tuple[str, ...] = ()
+    if sampler.guidance == 1 != guidance:
+        warnings = ("the model was distilled to do without guidance; it takes twice the time and may look worse.",)
+    return guidance, negative or "", warnings
+
+
+class WanLoop:
+    """The sampler of a velocity model, with classifier-free guidance."""
 
     def __init__(
         self,
         backbone: Engine,
         flow_head: Engine,
+        update: Engine,
         manifest: Manifest,
-        latent_shape: tuple[int, int, int, int, int],
+        latent_shape: LatentShape,
         text_tokens: int,
     ) -> None:
-        bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
-        self._x, self._t, self._prompt = bound.x, bound.t, bound.prompt_embeds
-        self._features, self._backbone = bound.handed["features"], bound.step
+        self._rule = RULES[manifest.sampler.rule]
+        self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
         self._velocity = flow_head.empty("velocity", **bound.dims)
-        given = {"x": self._x, "t": self._t, **bound.rope, **bound.handed}
-        self._flow_head = flow_head.bind(given, {"velocity": self._velocity})
         # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-        self._empty = partial(flow_head.empty, "velocity", **bound.dims)
-        self._negative: Any = None  # velocity of the first of them
-        self._rule: Rule = RULES[manifest.sampler.rule](latent_shape, self._empty)
+        inputs = {"x": bound.x, "t": bound.t, **bound.rope, **bound.outputs}
+        self._flow_head = flow_head.bind(inputs, {"velocity": self._velocity})
+        self._launches = Launches(backbone, flow_head, update)
+        self._updater = Updater(update, bound.x, bound.dims)
+        self._empty = {
+            "prompt": lambda: backbone.empty("prompt_embeds", **bound.dims),
+            "latents": lambda: update.empty("x_next", **bound.dims),
+        }
+        self._buffers: dict[str, Any] = {}
+        self._updates: dict[frozenset[str], Callable[[], None]] = {}
 
     def run(
         self,
@@ -59,53 +135,77 @@ class VelocityLoop:
         timings: Timings,
         negative_embeds: NDArray[Any] | None = None,
         on_preview: Callable[[NDArray[np.float32]], object] | None = None,
-    ) -> NDArray[np.float32]:
-        """Latents `[1, C, T, H, W]` float32 in the model's normalised space, for `prompt_embeds` `[1, text, E]`.
+        init: NDArray[Any] | None = None,
+    ) -> Denoised:
+        """See `Loop.run`. With guidance v = v_neg + guidance·(v_pos - v_neg). It starts from no picture."""
+        assert isinstance(settings, WanSettings)
+        times, bound = settings.times, self._bound
+        factors = [self._rule(times, i) for i in range(settings.steps)]
+        guided = negative_embeds is not None
+        slots = _slots(factors, guided)
+        update = self._update_with(slots)
+        passes = settings.steps * (2 if guided else 1)
+        calls = Calls(timings, backbone=passes, flow_head=passes)
+        draws = Draws(settings.seed, bound.x.shape, timings)
 
-        With `negative_embeds`, of the same shape, v = v_neg + settings.guidance·(v_pos - v_neg). `on_preview` gets, in
-        every step but the last, x - t·v: what each of the rules would give if this step were the last. Raises
-        Cancelled if the callback says so, RuntimeFailure if a stage gives NaN or Inf.
-        """
-        passes = 1 if negative_embeds is None else 2
-        if negative_embeds is not None and self._negative is None:
-            self._negative = self._empty()
-        stream = NoiseStream(settings.seed)
-        with timings.stage("noise"):
-            self._prompt[...] = prompt_embeds
-            self._x[...] = stream.normal(self._x.shape)
-            if settings.init_scale != 1:
-                np.multiply(self._x, settings.init_scale, out=self._x)
-            self._rule.start(settings.times, stream)
-        total = settings.steps * passes
-        v = self._velocity
-        for i in range(settings.steps):
-            self._t[...] = told_time(settings.times[i], settings.time_rounding)
-            if negative_embeds is not None:
-                self._prompt[...] = negative_embeds
-                self._pass(2 * i + 1, total, timings)
-                self._negative[...] = v
-                self._prompt[...] = prompt_embeds
-            self._pass((i + 1) * passes, total, timings)
-            with timings.stage("noise" if self._rule.draws else "flow_head"):
-                if negative_embeds is not None:
-                    np.subtract(v, self._negative, out=v)
-                    np.multiply(v, settings.guidance, out=v)
-                    np.add(v, self._negative, out=v)
-            if on_preview is not None and i + 1 < settings.steps:
-                on_preview(data_estimate(self._x, v, settings.times[i]))
-            with timings.stage("noise" if self._rule.draws else "flow_head"):
-                self._rule.step(i, self._x, v)
-            check_finite("flow_head", self._x)
-        latents: NDArray[np.float32] = self._x.astype(np.float32)
-        return latents
+        def velocity(call: Call) -> None:
+            call("backbone", bound.step)
+            call("flow_head", self._flow_head)
 
-    def _pass(self, done: int, total: int, timings: Timings) -> None:
-        """Both graphs on what the buffers hold."""
-        for stage, step in (("backbone", self._backbone), ("flow_head", self._flow_head)):
-            start = perf_counter()
-            step()
-            if stage == "backbone":
-                check_finite(stage, self._features)
-            seconds = perf_counter() - start
-            timings.add(stage, seconds)
-            timings.report(stage, done, total, seconds)
+        def step(call: Call) -> None:
+            if guided:
+                bound.prompt_embeds[...] = self._buffer("negative_prompt", "prompt")
+                velocity(call)
+                self._buffer("negative")[...] = self._velocity
+                bound.prompt_embeds[...] = self._buffer("prompt", "prompt")
+            velocity(call)
+            call("flow_head", update, counts=False)
+
+        bound.prompt_embeds[...] = prompt_embeds
+        if guided:
+            self._buffer("prompt", "prompt")[...] = prompt_embeds
+            self._buffer("negative_prompt", "prompt")[...] = negative_embeds
+        draws.into(bound.x, settings.init_scale)
+        for name in slots & {"before_1", "before_2"}:
+            self._buffer(name)[...] = bound.x  # finite, whatever an earlier run left there
+        for i, t in enumerate(times[:-1]):
+            if factors[i].noise:
+                draws.into(self._buffer("noise"))
+            bound.t[...] = told_time(t, settings.time_rounding)
+            self._updater.set(factors[i], t, settings.guidance if guided else 1.0)
+            self._launches.run(calls, step, key=slots)
+            self._updater.check(bound.features)
+            if on_preview is not None and times[i + 1] > 0:
+                on_preview(self._updater.preview())
+        return Denoised(np.array(bound.x, np.float32), times)
+
+    def _buffer(self, name: str, like: str = "latents") -> Any:
+        """A buffer that only some runs need, made at its first use, of finite values."""
+        if name not in self._buffers:
+            self._buffers[name] = self._empty[like]()
+            self._buffers[name][...] = 0.0
+        return self._buffers[name]
+
+    def _update_with(self, slots: frozenset[str]) -> Callable[[], None]:
+        """The update with these slots in use; it keeps the data predictions that later steps read."""
+        if slots not in self._updates:
+            buffers = {name: self._buffer(name) for name in slots}
+            update = self._updater.bind(self._velocity, **buffers)
+
+            def update_and_remember() -> None:
+                update()
+                buffers["before_2"][...] = buffers["before_1"]
+                buffers["before_1"][...] = self._updater.data
+
+            self._updates[slots] = update_and_remember if "before_1" in slots else update
+        return self._updates[slots]
+
+
+def _slots(factors: list[Coefficients], guided: bool) -> frozenset[str]:
+    """The optional inputs of the graph `update` that a run with these factors reads."""
+    slots = {"negative"} if guided else set()
+    if any(each.noise for each in factors):
+        slots.add("noise")
+    if any(each.before_1 or each.before_2 for each in factors):
+        slots |= {"before_1", "before_2"}
+    return frozenset(slots)

@@ -1,4 +1,4 @@
-"""What a picture or video is made of: embeddings of its prompt and of the negative one, or the number of a class."""
+"""The condition of a run: embeddings of its prompt and of the negative prompt, or the number of a class."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Conditions:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._manifest, self.encoder = bundle, bundle.manifest, PromptEncoder(bundle)
         self._negative: tuple[str, NDArray[np.float32]] | None = None
+        self._negative_notes: list[str] = []
 
     def __call__(
         self,
@@ -38,29 +39,39 @@ class Conditions:
         timings: Timings,
         warnings: list[str],
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Embeddings of the prompt and, with guidance, of the negative prompt, encoded where they are not given, an
-        empty one taken from the bundle where it lies there; of a model of classes their numbers, and that of none. What
-        people should know is added to `warnings`. Raises as `PromptEncoder`.
+        """Embeddings of the prompt and, with guidance, of the negative prompt.
+
+        Embeddings that are None are encoded; those of an empty negative prompt come from the bundle if it stores them.
+        A model of classes gets the numbers of its class and of no class. Adds to `warnings` what people should know.
+        Raises as `PromptEncoder`.
         """
+        guided = settings.passes == 2
         if settings.label is not None:
-            numbers = np.array([settings.label]), np.array([self._manifest.model.classes])
-            return numbers[0], None if settings.passes == 1 else numbers[1]
-        if settings.passes == 1:
+            no_class = np.array([self._manifest.family.classes(self._manifest.model)])
+            return np.array([settings.label]), no_class if guided else None
+        if not guided:
             negative_embeds = None
         elif negative_embeds is None and self._negative is not None and self._negative[0] == settings.negative_prompt:
             negative_embeds = self._negative[1]
-        negative, stored = settings.negative_prompt, self._manifest.text.null_embeds
-        encodes = settings.passes == 2 and negative_embeds is None and (bool(negative) or stored is None)
-        total = (prompt_embeds is None) + encodes
+            warnings += self._negative_notes
+        encodes_negative = guided and negative_embeds is None and not self.stores_negative(settings)
+        total = (prompt_embeds is None) + encodes_negative
         if prompt_embeds is None:
-            prompt_embeds, said = self.encoder(prompt, load_encoder, timings, total=total)
-            warnings += said
-        if encodes:
-            negative_embeds, _ = self.encoder(negative, load_encoder, timings, total, total, allow_empty=True)
-            self._negative = negative, negative_embeds
-        elif settings.passes == 2 and negative_embeds is None:
+            prompt_embeds, notes = self.encoder(prompt, load_encoder, timings, total=total)
+            warnings += notes
+        if encodes_negative:
+            negative = settings.negative_prompt
+            negative_embeds, notes = self.encoder(negative, load_encoder, timings, total, total, allow_empty=True)
+            notes = [note.replace("the prompt is", "the negative prompt is") for note in notes]
+            self._negative, self._negative_notes = (negative, negative_embeds), notes
+            warnings += notes
+        elif guided and negative_embeds is None:
             negative_embeds = self.null_embeds(prompt_embeds.shape[1])
         return prompt_embeds, negative_embeds
+
+    def stores_negative(self, settings: Settings) -> bool:
+        """Whether the negative prompt of a run needs no encoder: it is empty, and its embeddings are in the bundle."""
+        return not settings.negative_prompt and self._manifest.text.null_embeds is not None
 
     def null_embeds(self, rows: int) -> NDArray[np.float32] | None:
         """The empty prompt's embeddings `[1, rows, E]` beside a prompt of as many; None if the bundle has none.
@@ -79,10 +90,10 @@ class Conditions:
     def same_length(
         self, prompt_embeds: NDArray[Any], negative_embeds: NDArray[Any] | None
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Both with as many rows as the longer one has, the other filled up with the empty prompt's.
+        """Both with as many rows as the longer one has; the shorter one ends in rows of the empty prompt.
 
-        That is what the model's text encoder gives where a shorter prompt is padded. Without stored features, and for
-        embeddings of another shape, both stay as they are.
+        The model's text encoder gives the same for a shorter prompt that is padded. Embeddings stay as they are if the
+        bundle stores none of the empty prompt, or if their shape is another one.
         """
         shapes = [prompt_embeds.shape, (prompt_embeds if negative_embeds is None else negative_embeds).shape]
         alike = all(len(shape) == 3 and shape[::2] == (1, self._manifest.text.dim) for shape in shapes)
@@ -91,8 +102,9 @@ class Conditions:
         null = self.null_embeds(max(shape[1] for shape in shapes))
         if null is None:
             return prompt_embeds, negative_embeds
-        given = (prompt_embeds, negative_embeds)
-        positive, negative = (np.concatenate((embeds, null[:, embeds.shape[1] :]), axis=1) for embeds in given)
+        positive, negative = (
+            np.concatenate((embeds, null[:, embeds.shape[1] :]), axis=1) for embeds in (prompt_embeds, negative_embeds)
+        )
         return positive, negative
 
     def forget(self) -> None:

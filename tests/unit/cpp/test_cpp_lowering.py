@@ -10,7 +10,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.helpers.cpp_tools import BUNDLE, twin
-from tests.helpers.synthetic_quantized import quantized_models
 from tests.helpers.lowering_models import (
     BROKEN_CASTS,
     NOT_PLAIN,
@@ -18,6 +17,7 @@ from tests.helpers.lowering_models import (
     low_precision_model,
     quantized_model,
 )
+from tests.helpers.synthetic_quantized import quantized_models
 from tmd_engines import BundleError
 from tmd_engines.onnxruntime.engine import fast_unsigned_products
 from tmd_engines.onnxruntime.lowering import (

@@ -173,7 +173,7 @@ def test_graph_nested_without_end(synthetic_bundle: Path) -> None:
             size >>= 7
         return bytes([*head, size]) + content
 
-    for depth, said in ((20, "opset None"), (2000, "not an ONNX file")):
+    for depth, said in ((20, "other operators than the standard ones"), (2000, "not an ONNX file")):
         graph = b""
         for _ in range(depth):
             graph = wrapped(1, wrapped(5, wrapped(6, graph)))  # GraphProto.node, NodeProto.attribute, AttributeProto.g

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.helpers.bundle_tools import edit_graph, edit_manifest
+from tests.helpers.bundle_tools import edit_graph, edit_manifest, impossible_transpose
 from tmd_engines.command import doctor
 from tmd_engines.command.cli import main
 
@@ -72,13 +71,10 @@ def test_inspect_refuses_what_the_model_cannot_make(synthetic_bundle: Path, wish
 
 
 def test_inspect_prints_a_bundle_whose_graphs_cannot_be_counted(synthetic_bundle: Path) -> None:
-    def strange(model: onnx.ModelProto) -> None:
-        model.graph.node[0].op_type = "Strange"
-
-    edit_graph(synthetic_bundle, strange)
-    assert "backbone.onnx cannot be sized: node Strange" in invoke("inspect", synthetic_bundle).output
+    edit_graph(synthetic_bundle, impossible_transpose)
+    assert "backbone.onnx cannot be sized: node Transpose" in invoke("inspect", synthetic_bundle).output
     document = json.loads(invoke("inspect", synthetic_bundle, "--json").stdout)
-    assert document["stages"] is None and "Strange" in document["sizing_problem"] and document["graphs"]
+    assert document["stages"] is None and "Transpose" in document["sizing_problem"] and document["graphs"]
 
 
 def test_inspect_prints_a_bundle_that_lacks_parts(synthetic_bundle: Path) -> None:

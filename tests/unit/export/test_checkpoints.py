@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers import synthetic_checkpoints as made
+from tests.helpers.checkpoint_files import refusal, saved, small
 from tests.helpers.synthetic import tokenizer_bytes
-from tmd_export import ExportError
+from tmd_export import open_source
 from tmd_export.checkpoints import open_tensors
 from tmd_export.parts import VIDEO_PARTS
-from tmd_export.presets import student_sampler
-from tmd_export.sources.source import open_source
+from tmd_export.presets.tmd import student_sampler
 from tmd_export.sources.wan import WanSource
 from tmd_ref.checkpoint import save_model
 from tmd_ref.split import SplitWan
@@ -47,26 +45,6 @@ def _original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official(_original: Path, tmp_path: Path) -> Path:
     """A complete official folder, free to be damaged."""
     return Path(shutil.copytree(_original, tmp_path / "Wan2.1-T2V-small"))
-
-
-def small(*paths: Path, **sizes: Any) -> WanSource:
-    return WanSource(paths, "small", **{**made.SIZES, **sizes})
-
-
-def saved(path: Path, state: Any) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    return path
-
-
-def refusal(make: Callable[[], Any]) -> str:
-    with pytest.raises(ExportError) as caught:
-        make()
-    message = str(caught.value)
-    assert "\n" not in message and message.isprintable() and len(message) < 1500
-    return message
 
 
 def holds_the_transformer(source: WanSource) -> None:
@@ -203,7 +181,7 @@ def test_a_student_of_our_own_joins_an_official_folder(head_blocks: int, officia
     student = TMDStudent(made.WAN, head_blocks, "concat", grids=TimeGrids(1, 4, 5.0, 6.0))
     save_student(tmp_path / "student.safetensors", student)
     source = small(tmp_path / "student.safetensors", official)
-    assert (source.kind, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
+    assert (source.family, source.head_blocks, source.fusion) == ("tmd", head_blocks, "concat")
     assert source.sampler == student_sampler(student.grids)
     source.check(VIDEO_PARTS)
     for name, weight in student.state_dict().items():
@@ -324,159 +302,3 @@ def test_damage_in_one_part_is_told_when_that_part_is_wanted(official: Path) -> 
     shutil.copy(official / "models_t5_umt5-xxl-enc-bf16.pth", official / "Wan2.1_VAE.pth")
     said = refusal(lambda: small(official).check(("decoder_step",)))
     assert "Wan2.1_VAE.pth holds UMT5's encoder, and by its name it should hold Wan2.1's VAE" in said
-
-
-# Damaged and hostile files
-
-
-class Program:
-    """What a hostile pickle looks like: unpickling it runs a command."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.trace}",)
-
-
-@pytest.mark.parametrize("place", ["beside the weights", "instead of a weight", "as the whole file"])
-@pytest.mark.parametrize("name", ["model.pth", "model.pt", "model.ckpt", "model.bin"])
-def test_a_pickle_that_would_run_a_program_runs_nothing(
-    place: str, name: str, transformer: State, tmp_path: Path
-) -> None:
-    program = Program(tmp_path / "ran")
-    content = {
-        "beside the weights": {"generator": transformer, "config": program},
-        "instead of a weight": {**transformer, "head.modulation": program},
-        "as the whole file": program,
-    }[place]
-    path = saved(tmp_path / name, content)
-    said = refusal(lambda: small(path))
-    assert not program.trace.exists()
-    assert "could run a program hidden in it: refused" in said and "system'" in said
-    torch.load(path, weights_only=False)
-    assert program.trace.exists()  # a working one
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        ({"step": 3}, "'step' is of type int"),
-        ({"config": {"dim": 48}}, "'config' is of type dict"),
-        ({"w": torch.eye(2).to_sparse()}, "'w' is a tensor of a special kind"),
-        ({3: torch.ones(2)}, "the name 3 is no text"),
-        ({"w": None}, "'w' is of type NoneType"),
-    ],
-)
-def test_a_file_with_anything_but_tensors_is_refused(
-    extra: State, said: str, transformer: State, tmp_path: Path
-) -> None:
-    for state in ({**transformer, **extra}, {"model": {**transformer, **extra}}):
-        found = refusal(lambda state=state: small(saved(tmp_path / "model.pt", state)))
-        assert said in found and "holds more than tensors" in found
-    for content in (transformer["head.modulation"], {}, [1]):
-        assert "holds no tensors by name" in refusal(lambda c=content: small(saved(tmp_path / "model.pt", c)))
-
-
-def test_a_dictionary_that_contains_itself_ends(transformer: State, tmp_path: Path) -> None:
-    ring: State = {}
-    ring["model"] = ring
-    assert "holds more than tensors" in refusal(lambda: small(saved(tmp_path / "model.pt", ring)))
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-@pytest.mark.parametrize("cut", [0, 7, 1000, -1])
-def test_a_truncated_file_is_one_sentence(name: str, cut: int, transformer: State, tmp_path: Path) -> None:
-    path = saved(tmp_path / name, transformer)
-    path.write_bytes(path.read_bytes()[:cut])
-    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
-    assert f"{path} is not a complete {kind} file" in refusal(lambda: small(path))
-
-
-def test_formats_that_cannot_be_mapped_are_refused(transformer: State, tmp_path: Path) -> None:
-    path = tmp_path / "old.pth"
-    torch.save(transformer, path, _use_new_zipfile_serialization=False)
-    assert "before 1.6 must be saved again" in refusal(lambda: small(path))
-    saved(path, transformer)
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as packed:
-        for entry in archive.infolist():
-            packed.writestr(entry.filename, archive.read(entry))
-    assert "is compressed or too large" in refusal(lambda: small(tmp_path / "z.pth"))
-    (tmp_path / "model.gguf").touch()
-    assert "GGUF" in refusal(lambda: small(tmp_path / "model.gguf"))
-    (tmp_path / "model.txt").touch()
-    assert "is no file of weights" in refusal(lambda: small(tmp_path / "model.txt"))
-
-
-def test_a_number_type_that_nobody_knows_is_named(transformer: State, tmp_path: Path) -> None:
-    path = saved(tmp_path / "model.safetensors", transformer)
-    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F99"'))
-    assert "numbers of a type that is unknown here (`F99`)" in refusal(lambda: small(path))
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return made.write_original(tmp_path / "Wan2.1-T2V-14B", shards=3)
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    document = json.loads(index.read_text())
-    document["weight_map"] = change(document["weight_map"]) or document["weight_map"]
-    index.write_text(json.dumps(document))
-
-
-def test_a_missing_shard_or_index_is_named(sharded: Path) -> None:
-    second = sharded / "diffusion_pytorch_model-00002-of-00003.safetensors"
-    kept = second.read_bytes()
-    second.unlink()
-    assert f"lacks {second.name} (1 of 3 shards" in refusal(lambda: small(sharded))
-    second.write_bytes(kept)
-    small(sharded)
-    (sharded / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    assert "but not diffusion_pytorch_model.safetensors.index.json" in refusal(lambda: small(sharded))
-
-
-@pytest.mark.parametrize(
-    "name", ["../out.safetensors", "/etc/passwd", "a/b.safetensors", "..\\out.safetensors", "x.pth", ".safetensors",
-             "a\n.safetensors", ""],
-)  # fmt: skip
-def test_an_index_leads_nowhere_but_beside_itself(name: str, sharded: Path) -> None:
-    (sharded.parent / "out.safetensors").write_bytes(
-        (sharded / "diffusion_pytorch_model-00001-of-00003.safetensors").read_bytes()
-    )
-    rewrite(sharded, lambda weight_map: {**weight_map, "head.modulation": name})
-    assert "a checkpoint must not lead elsewhere" in refusal(lambda: small(sharded))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "has no weight_map"),
-        ('{"weight_map": {}}', "has no weight_map"),
-        (" " * ((16 << 20) + 1), "larger than 16 MiB"),
-    ],
-)
-def test_a_broken_index_is_one_sentence(text: str, said: str, sharded: Path) -> None:
-    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
-    assert said in refusal(lambda: small(sharded))
-
-
-def test_an_index_and_shards_that_do_not_belong_together_are_refused(sharded: Path) -> None:
-    first = "diffusion_pytorch_model-00001-of-00003.safetensors"
-    rewrite(sharded, lambda weight_map: dict.fromkeys(weight_map, first) | {"x": weight_map["head.modulation"]})
-    assert "and it is not there (and " in refusal(lambda: small(sharded))
-    rewrite(sharded, lambda weight_map: dict.fromkeys(weight_map, first))
-    shutil.copy(sharded / first, sharded / "copy.safetensors")
-    rewrite(sharded, lambda weight_map: {**weight_map, "head.modulation": "copy.safetensors"})
-    assert "the shards do not belong together" in refusal(lambda: small(sharded))
-
-
-def test_a_folder_with_nothing_known_says_what_belongs_there(tmp_path: Path, transformer: State) -> None:
-    saved(tmp_path / "distilled.safetensors", transformer)
-    said = refusal(lambda: small(tmp_path))
-    assert "has no student.safetensors" in said and "official Wan2.1 folder" in said
-    assert "To use distilled.safetensors, give that file itself" in said

@@ -24,15 +24,14 @@ from tests.helpers.export_tools import (
     with_weights,
 )
 from tmd_engines import Bundle, BundleError, load
-from tmd_export import ExportError, Progress, export, export_bundle
+from tmd_export import ExportError, Progress, export, export_bundle, graph_export
+from tmd_export.families.build import build
 from tmd_export.graphs import accuracy as verify
-from tmd_export.graphs import export as graph_export
 from tmd_export.graphs import trace
-from tmd_export.graphs.graph import to_frames
-from tmd_export.parts import VIDEO_PARTS
-from tmd_export.weights.weights import build
+from tmd_export.graphs.autoencoder import to_frames
 
 LATENTS = ["batch", 16, "frames", "height", "width"]
+GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
 INTERFACES = {
     "text_encoder": (
         {"input_ids": ["batch", "text"], "attention_mask": ["batch", "text"]},
@@ -61,6 +60,13 @@ INTERFACES = {
         },
         {"y_next": LATENTS},
     ),
+    "update": (
+        {
+            **dict.fromkeys(("x", "velocity", "negative", "noise", "before_1", "before_2"), LATENTS),
+            "coefficients": [7],
+        },
+        {"x_next": LATENTS, "data": LATENTS, "magnitude": [1]},
+    ),
 }
 
 
@@ -86,7 +92,9 @@ def test_decoders_pass_the_same_caches_and_give_frames() -> None:
 def test_the_manifest_tells_model_sizes_and_measured_accuracy() -> None:
     result = small_export()
     manifest = Bundle.open(result.bundle.folder).manifest
-    assert list(manifest.graphs) == list(VIDEO_PARTS) == [graph.name for graph in result.graphs]
+    assert list(manifest.graphs) == [graph.name for graph in result.graphs] == list(GRAPHS)
+    assert (manifest.schema_version, manifest.model.family, manifest.model.architecture) == (2, "tmd", "wan2.1-t2v")
+    assert manifest.sampler.rule == "euler"
     assert (manifest.model.num_layers, manifest.model.head_blocks, manifest.model.head_dim) == (2, 1, 16)
     assert (manifest.latents.temporal_stride, manifest.latents.spatial_stride) == (2, 2)
     assert manifest.latents.mean == VAE.latents_mean
@@ -107,7 +115,7 @@ def test_graphs_hold_weights_by_name_and_nothing_of_this_machine() -> None:
     names = {weight.name for weight in backbone.graph.initializer}
     assert {"blocks.0.self_attn.q.weight.T", "blocks.0.ffn.2.bias", "blocks.0.modulation"} <= names
     repository = str(Path(tmd_ref.__file__).parents[1]).encode()
-    for part in VIDEO_PARTS:
+    for part in GRAPHS:
         content = bundle.graph_path(part).read_bytes()
         assert repository not in content and b"stack_trace" not in content
 
@@ -129,7 +137,7 @@ def test_canonical_operators_stand_for_the_layers() -> None:
 def test_decoding_frame_by_frame_equals_the_reference_decoding_at_once() -> None:
     vae = with_weights(small_source(), "decoder_first").module.vae
     latents = torch.randn(1, 16, 4, 3, 5, generator=torch.Generator().manual_seed(5))
-    expected = to_frames(vae.decode(latents)).numpy()
+    expected = to_frames(vae.decode(latents))[0].numpy()
     assert len(np.unique(expected)) > 100
 
     bundle, dims, chunks, caches = small_export().bundle, {"batch": 1, "height": 3, "width": 5}, [], {}
@@ -139,6 +147,7 @@ def test_decoding_frame_by_frame_equals_the_reference_decoding_at_once() -> None
             outputs = {name: engine.empty(name, **dims) for name in engine.outputs}
             engine.run(inputs, outputs)
         chunks.append(outputs.pop("frames"))
+        assert np.isfinite(outputs.pop("magnitude")).all()
         caches = {name.removesuffix("_next"): value for name, value in outputs.items()}
     difference = np.abs(np.concatenate(chunks, axis=1).astype(int) - expected)
     assert difference.max() <= 1 and difference.mean() < 0.005

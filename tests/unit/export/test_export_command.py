@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from tests.helpers.export_tools import skip_tracing, small_source
-from tmd_export import ExportError
+from tmd_export import ExportError, graph_export
 from tmd_export.cli import command
-from tmd_export.graphs import export as graph_export
-from tmd_export.parts import MODELS, VIDEO_PARTS
-from tmd_export.sources import source as sources
+from tmd_export.families import models
+from tmd_export.families import open as opening
+from tmd_export.parts import VIDEO_PARTS
+from tmd_export.sources.wan21 import HEAD_BLOCKS
+from tmd_ref.distill.cli import main as distill
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports the small model, without the seconds of tracing."""
-    monkeypatch.setattr(sources, "open_source", lambda *_: small_source())
+    monkeypatch.setattr(opening, "open_source", lambda *_: small_source())
     skip_tracing(monkeypatch)
 
 
@@ -35,14 +39,14 @@ def test_the_summary_names_every_graph_with_its_error(quick: None, tmp_path: Pat
     for part in VIDEO_PARTS:
         assert part in result.stdout
     assert "max error" in result.stdout and "e-0" in result.stdout and str(tmp_path / "b") in result.stdout
-    assert "backbone (2 of 5)" in result.stderr
+    assert "backbone (2 of 6)" in result.stderr
 
 
 def test_json_is_one_document(quick: None, tmp_path: Path) -> None:
     out = tmp_path / "b"
     result = run("--model", "tiny", "--out", out, "--parts", "flow_head,backbone", "--json")
     document = json.loads(result.stdout)
-    assert list(document["graphs"]) == ["backbone", "flow_head"]
+    assert list(document["graphs"]) == ["backbone", "flow_head", "update"]
     graph = document["graphs"]["backbone"]
     assert graph["nodes"] > 50 and graph["precision"] == "fp32" and graph["accuracy"]["cosine"] > 0.9999
     assert document["bytes"] == sum(file.stat().st_size for file in out.iterdir() if file.name != "manifest.json")
@@ -120,8 +124,14 @@ def test_a_full_disk_is_one_sentence(quick: None, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("command", "name"), [(command, "tmd-export"), (distill, "tmd-distill")])
+def test_a_command_prints_its_version(command: click.Command, name: str) -> None:
+    result = CliRunner().invoke(command, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"{name} {version('tmd-runtime')}\n")
+
+
 def test_models_of_the_command_line_are_those_of_the_reference() -> None:
     from tmd_ref.tim.model import TIM_CONFIGS
     from tmd_ref.wan import WAN_CONFIGS
 
-    assert (*WAN_CONFIGS, *TIM_CONFIGS) == MODELS and tuple(WAN_CONFIGS) == tuple(sources.HEAD_BLOCKS)
+    assert set(models()) == {*WAN_CONFIGS, *TIM_CONFIGS} and set(WAN_CONFIGS) == set(HEAD_BLOCKS)

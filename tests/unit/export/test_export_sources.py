@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 from tests.helpers.export_tools import VAE, WAN, small_source, with_weights
 from tests.helpers.synthetic import tokenizer_bytes
-from tmd_export import ExportError, FolderSource
+from tmd_export import ExportError, FolderSource, open_source
+from tmd_export.families.build import build
 from tmd_export.parts import VIDEO_PARTS, ordered
 from tmd_export.sources import source as sources
-from tmd_export.sources.source import open_source
-from tmd_export.weights.weights import build
 from tmd_ref.checkpoint import save_model
 from tmd_ref.student import TimeGrids, TMDStudent, save_student
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder

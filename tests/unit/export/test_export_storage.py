@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tests.helpers.export_tools import VAE, WAN, small_graph, small_source, with_weights
 from tmd_engines import Bundle
-from tmd_export import ExportError, RandomSource
-from tmd_export.graphs import export as graph_export
+from tmd_export import ExportError, RandomSource, graph_export
+from tmd_export.families.build import build
+from tmd_export.graph_export import export_graph
 from tmd_export.graphs.accuracy import Accuracy, check
-from tmd_export.graphs.export import export_graph
 from tmd_export.graphs.trace import trace
 from tmd_export.weights import storage
 from tmd_export.weights.storage import compare, save
-from tmd_export.weights.weights import build
 from tmd_ref.wan import WanConfig
 
 EXACT = re.compile(

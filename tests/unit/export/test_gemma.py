@@ -19,15 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel, GemmaTokenizer
 
-from tests.unit.export.test_tim_bundle import network
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import TEXT_16, network
 from tmd_engines import Bundle, load
 from tmd_engines.tensorrt.lowering import lower
-from tmd_export import ExportError, ExportResult, export_bundle, open_source
+from tmd_export import ExportError, ExportResult, export_bundle, graph_export, open_source
 from tmd_export.cli import command as export_command
-from tmd_export.graphs import export as graph_export
-from tmd_export.graphs import graph as graphs
-from tmd_export.quantization.embeds import embed_prompts
+from tmd_export.families.tim import TIM as TIM_FAMILY
+from tmd_export.graphs import text as graphs
+from tmd_export.quantization.samplings import Samplings
 from tmd_export.sources.gemma import CONFIG, INDEX, TOKENIZER, WEIGHTS, GemmaFolder, read_gemma_config
 from tmd_export.sources.tim import RandomTiM, TiMFolder
 from tmd_export.weights import tables as embedding
@@ -41,7 +40,7 @@ from tmd_runtime.sampling.noise import NoiseStream
 from tmd_runtime.text.tokenizer import Tokenizer
 
 WIDTH, LENGTH = 32, 24
-TIM = replace(test_tim.TEXT, in_channels=16, num_layers=1, text_dim=WIDTH, text_len=LENGTH)
+TIM = replace(TEXT_16, num_layers=1, text_dim=WIDTH, text_len=LENGTH)
 SENTENCES = ["a red circle on a black background", "two blue squares; 123 left-to-right!", "A photo of  an astronaut"]
 PROMPT = "a red  circle, Überraschung &amp; 日本"
 SMALL: dict[str, Any] = {
@@ -381,17 +380,16 @@ def test_a_released_transformer_takes_it(folder: Path, tmp_path: Path) -> None:
     assert source.origin.endswith(f"; text encoder {folder.name}")
 
 
-def test_prompts_of_a_calibration_are_filled_up_with_the_empty_one(exported: Any, theirs: Gemma3TextModel) -> None:
-    source, result = exported
-    found = embed_prompts(result.bundle, source.tokenizer, ["a red circle", "a", ""], source.null_embeds().numpy())
-    with Pipeline(result.bundle, "onnxruntime") as pipeline:
-        for row, prompt in zip(found, ("a red circle", "a"), strict=False):
-            embeds = pipeline.encode(prompt)[0]
-            np.testing.assert_allclose(row[: len(embeds)], embeds, rtol=0, atol=1e-5)
+def test_prompts_of_a_calibration_stand_beside_the_stored_empty_one(exported: Any, theirs: Gemma3TextModel) -> None:
+    bundle = exported[1].bundle
+    prompts = ("a red circle", "a")
+    found = Samplings(bundle.manifest, TIM_FAMILY, {}).conditions(prompts, bundle, 0)
     null = null_features(theirs)
-    np.testing.assert_allclose(found[2], null[: found.shape[1]], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(found[1][-1], null[1], rtol=0, atol=2e-5)
-    assert found.shape[1] == Tokenizer(source.tokenizer, LENGTH, 0, None, 2, True)("a red circle").input_ids.shape[1]
+    with Pipeline(bundle, "onnxruntime") as pipeline:
+        for condition, prompt in zip(found, prompts, strict=True):
+            np.testing.assert_allclose(condition.prompt, pipeline.encode(prompt), rtol=0, atol=1e-5)
+            assert condition.negative is not None and condition.negative.shape == condition.prompt.shape
+            np.testing.assert_allclose(condition.negative[0], null[: condition.prompt.shape[1]], rtol=0, atol=2e-5)
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,18 +9,23 @@ import pytest
 
 from tests.helpers.documents import valid_document, valid_tim_document, valid_wan_document
 from tmd_engines import Manifest
+from tmd_engines.bundle.manifest import parse_manifest
 from tmd_export.errors import ExportError
-from tmd_export.presets import DEFAULT_OF, PRESETS, WAN_NEGATIVE_PROMPT, find
+from tmd_export.families import FAMILIES, find_preset, presets
+from tmd_export.presets.wan import WAN_NEGATIVE_PROMPT
+from tmd_runtime.sampling import resolve_settings
 from tmd_runtime.sampling.schedule import told_time
-from tmd_runtime.settings import resolve_settings
+
+PRESETS = presets()
+FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.presets}
 
 
 def manifest_of(name: str) -> Manifest:
     preset = PRESETS[name]
     documents = {"tmd": valid_document, "wan": valid_wan_document, "tim": valid_tim_document}
-    document = documents[preset.kind]()
+    document = documents[FAMILY_OF[name].name]()
     document |= {"sampler": dict(preset.sampler), "video": dict(preset.video)}
-    return Manifest.model_validate_json(json.dumps(document))
+    return parse_manifest(json.dumps(document).encode(), name)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -31,7 +36,7 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     of_stills = (1024, 1024, 1) if name == "tim" else (832, 480, 16)
     assert (settings.width, settings.height, settings.fps) == of_stills
     assert settings.passes == (2 if name in ("wan", "tim") else 1)
-    assert find(PRESETS[name].kind, name) is PRESETS[name]
+    assert find_preset(FAMILY_OF[name], name) is PRESETS[name]
 
 
 @pytest.mark.parametrize(
@@ -83,18 +88,20 @@ def test_the_teacher_is_steered_as_wan_steers_it() -> None:
     assert told[:6] == [999, 992, 985, 978, 971, 963] and told[-4:] == [206, 160, 111, 57]  # its scheduler at shift 3
 
 
-def test_each_kind_has_a_preset_when_none_is_named() -> None:
-    assert {kind: find(kind).kind for kind in DEFAULT_OF} == {"tmd": "tmd", "wan": "wan", "tim": "tim"}
+def test_each_family_has_a_preset_when_none_is_named() -> None:
+    assert {name: find_preset(family).about for name, family in FAMILIES.items()} == {
+        name: PRESETS[name].about for name in ("tmd", "wan", "tim")
+    }
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "said"),
+    ("family", "name", "message"),
     [
         ("tmd", "rcm", "for rCM, .* this checkpoint has a flow head with inner steps: choose among tmd"),
         ("wan", "tmd", "for a TMD student, and this checkpoint has not .*: choose among wan, rcm, lightx2v"),
         ("wan", "magic", "no preset 'magic': choose one of tmd, wan, rcm"),
     ],
 )
-def test_a_preset_of_another_kind_is_refused(kind: str, name: str, said: str) -> None:
-    with pytest.raises(ExportError, match=said):
-        find(kind, name)
+def test_a_preset_of_another_family_is_refused(family: str, name: str, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        find_preset(FAMILIES[family], name)

@@ -16,23 +16,19 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import tmd_ref.wan
-import tmd_runtime
 from tests.helpers.export_tools import WAN, small_export, small_graph, small_source, with_weights
 from tests.helpers.quantized_tools import export_small, quantized
 from tmd_export import ExportError
+from tmd_export.families.build import build
+from tmd_export.families.tmd import TMD
 from tmd_export.graphs import rules as lint
 from tmd_export.quantization import qdq, sensitivity
 from tmd_export.quantization.calibration import FILE, read_calibration
-from tmd_export.quantization.embeds import embed_prompts
 from tmd_export.quantization.formats import FORMATS
 from tmd_export.quantization.observe import Observed, Switched
 from tmd_export.quantization.prompts import default_prompts, read_prompts
 from tmd_export.quantization.qdq import quantize
-from tmd_export.quantization.rollout import rollout, step_counts
 from tmd_export.quantization.weights import SCALES, VALUES, QuantizedWeights
-from tmd_export.weights.weights import build
-from tmd_ref.samplers import euler_sample, tmd_sample
-from tmd_ref.student import TMDStudent
 
 SIZES = {"batch": 2, "frames": 2, "height": 4, "width": 6, "text": 8}
 LINEARS, ATTENTIONS, FUSION = 10, 2, 2  # of a block, of a block, of the flow head
@@ -218,9 +214,9 @@ def test_a_graph_with_all_layers_rounded_is_what_torch_computes(
     inputs = graph.random_inputs(3, **SIZES)
     arrays = {name: value.numpy() for name, value in inputs.items()}
     path = small_export().bundle.graph_path("backbone")
-    observed = Observed(path)
+    observed = Observed(small_export().bundle, "backbone", TMD.products)
     exact = observed(arrays)["features"]
-    switched = Switched(path, precision, observed.ranges)
+    switched = Switched(path, precision, observed.ranges, TMD.products)
     assert np.abs(switched(arrays, ())["features"] - exact).max() < 1e-5
     found = switched(arrays, switched.layers)["features"]
     in_torch(precision, observed.ranges, graph.module, monkeypatch)
@@ -235,12 +231,12 @@ def test_heads_filled_up_with_zeros_compute_the_same(monkeypatch: pytest.MonkeyP
     graph = with_weights(small_source(), "backbone")
     inputs = {name: value.numpy() for name, value in graph.random_inputs(3, **SIZES).items()}
     path = small_export().bundle.graph_path("backbone")
-    observed = Observed(path)
+    observed = Observed(small_export().bundle, "backbone", TMD.products)
     observed(inputs)
     results = []
     for unit in (16, 24):  # heads of this model have 16 values
         monkeypatch.setattr(qdq, "_HEAD_UNIT", unit)
-        switched = Switched(path, "fp8", observed.ranges)
+        switched = Switched(path, "fp8", observed.ranges, TMD.products)
         results.append(switched(inputs, switched.layers)["features"])
     assert WAN.head_dim == 16 and np.abs(results[0] - results[1]).max() < 1e-6
 
@@ -256,7 +252,7 @@ def test_ranges_are_those_of_the_layers_inputs() -> None:
             )
     with torch.no_grad():
         graph.module(*inputs.values())
-    observed = Observed(small_export().bundle.graph_path("flow_head"))
+    observed = Observed(small_export().bundle, "flow_head", TMD.products)
     observed({name: value.numpy() for name, value in inputs.items()})
     found = {name: value for name, value in observed.ranges.items() if ".attention." not in name}
     assert len(found) == LINEARS + FUSION
@@ -282,88 +278,6 @@ def test_the_worst_layers_are_kept_until_the_rest_is_good_enough() -> None:
     unmeasured = sensitivity.measure(compute, list(errors), [({}, expected)], each=None)
     assert not unmeasured.layers and not unmeasured.kept
     assert unmeasured.chosen == found.everything > sensitivity.GOAL
-
-
-# The loop that is calibrated on.
-
-
-class Draws:
-    """Noise that is the same for numpy's loop and for torch's."""
-
-    def __init__(self) -> None:
-        self.drawn: list[np.ndarray] = []
-        self._rng = np.random.default_rng(5)
-
-    def standard_normal(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        self.drawn.append(self._rng.standard_normal(shape, dtype))
-        return self.drawn[-1]
-
-
-def numpy_function(
-    module: Callable[..., Any], *outputs: str
-) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            results = module(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values()))
-        results = results if isinstance(results, tuple) else (results,)
-        return dict(zip(outputs, (value.numpy() for value in results), strict=True))
-
-    return run
-
-
-def test_the_loop_of_a_student_is_the_sampler() -> None:
-    backbone, head = (with_weights(small_source(), part) for part in ("backbone", "flow_head"))
-    student = small_source().module("student").to_empty(device="cpu")
-    assert isinstance(student, TMDStudent)
-    student.backbone, student.head = backbone.module, head.module.head  # type: ignore[assignment]
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((2, 16, 1, 4, 4), np.float32)
-    embeds = rng.standard_normal((2, 8, 24), np.float32)
-    cos, sin = (table.numpy() for table in student.rope(torch.from_numpy(noise)))
-    sampler = {"rule": "transition", "shift": 10.0, "inner_shift": 10.0, "t_max": 0.999}
-    draws = Draws()
-    functions = numpy_function(backbone.module, "features", "context"), numpy_function(head.module, "y_next")
-    found = rollout(*functions, sampler, draws, noise, embeds, embeds, {"rope_cos": cos, "rope_sin": sin}, 2, 4)  # type: ignore[arg-type]
-    inner = torch.from_numpy(np.stack(draws.drawn))
-    expected = tmd_sample(student, torch.from_numpy(noise), torch.from_numpy(embeds), 2, 4, inner_noise=inner)
-    assert np.abs(found - expected.numpy()).max() < 1e-4
-
-
-def test_the_loop_of_a_velocity_model_is_euler_with_guidance() -> None:
-    rng = np.random.default_rng(0)
-    noise, embeds, negative = (
-        rng.standard_normal(shape, np.float32) for shape in ((2, 16, 1, 4, 4), (2, 8, 24), (2, 8, 24))
-    )
-
-    def velocity(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        return (x * t.view(-1, 1, 1, 1, 1) + prompt.mean()).tanh()
-
-    def backbone(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"features": inputs["prompt_embeds"], "context": inputs["prompt_embeds"]}
-
-    def head(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = (torch.from_numpy(inputs[name]) for name in ("x", "t", "context"))
-        return {"velocity": velocity(*given).numpy()}
-
-    sampler = {"rule": "unipc", "shift": 3.0, "guidance": 5.0, "time_rounding": "integer", "steps": 4}
-    found = rollout(backbone, head, sampler, rng, noise, embeds, negative, {}, 4)
-    expected = euler_sample(velocity, *map(torch.from_numpy, (noise, embeds, negative)), steps=4, shift=3.0)
-    assert np.abs(found - expected.numpy()).max() < 1e-5
-    assert step_counts(sampler) == [(4, 1)]
-    fresh = Draws()
-    sampler |= {
-        "rule": "renoise",
-        "times": [1.0, 0.5],
-        "guidance": 1.0,
-        "time_rounding": "none",
-        "allowed_steps": [1, 2],
-    }
-    found = rollout(backbone, head, sampler, fresh, noise, embeds, negative, {}, 2)  # type: ignore[arg-type]
-    x, v = noise, velocity(*map(torch.from_numpy, (noise, np.ones(2, np.float32), embeds))).numpy()
-    x = 0.5 * (x - v) + 0.5 * fresh.drawn[0]
-    v = velocity(*map(torch.from_numpy, (x, np.full(2, 0.5, np.float32), embeds))).numpy()
-    assert np.abs(found - (x - 0.5 * v)).max() < 1e-5
-    assert len(fresh.drawn) == 1 and step_counts(sampler) == [(1, 1), (2, 1)]
 
 
 # Calibrations as files.
@@ -411,7 +325,7 @@ def test_a_missing_range_names_the_layer() -> None:
     del ranges["blocks.0.ffn.2"]
     graph, weights = build(small_source(), "backbone", "fp8")
     with pytest.raises(ExportError, match=r"no range for blocks\.0\.ffn\.2"):
-        quantize(small_graph(graph), weights, "fp8", ranges)
+        quantize(small_graph(graph), weights, "fp8", ranges, TMD.products)
 
 
 def test_prompts_are_lines_of_text(tmp_path: Path) -> None:
@@ -426,15 +340,6 @@ def test_prompts_are_lines_of_text(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt")
 
 
-@pytest.mark.parametrize("model", ["tiny", "wan1.3b"])
-def test_results_are_compared_on_prompts_that_were_not_calibrated_on(model: str) -> None:
-    assert not set(default_prompts(model)) & set(default_prompts(model, held_out=True))
-
-
-def test_prompts_become_the_features_that_a_run_makes_of_them() -> None:
-    prompts = ("a small red circle moving left on a black background", "a star")
-    with tmd_runtime.load() as pipeline:
-        expected = np.concatenate([pipeline.encode(prompt) for prompt in prompts])
-        tokenizer = pipeline.bundle.folder / str(pipeline.manifest.text.tokenizer)
-        found = embed_prompts(pipeline.bundle, tokenizer, prompts)
-    assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-4
+@pytest.mark.parametrize("built_in", [True, False])
+def test_results_are_compared_on_prompts_that_were_not_calibrated_on(built_in: bool) -> None:
+    assert not set(default_prompts(built_in)) & set(default_prompts(built_in, held_out=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from tests.helpers.synthetic import (
 )
 from tmd_engines import Bundle, BundleWriter, load
 from tmd_export import ExportError, ExportResult, RandomSource, export_bundle
-from tmd_export.graphs import graph as graphs
+from tmd_export.families.build import build
+from tmd_export.graphs import text as graphs
 from tmd_export.weights import int8
-from tmd_export.weights.weights import build
 from tmd_ref.umt5 import UMT5Config
 from tmd_runtime.text.embedding import TokenEmbedding
 
@@ -93,7 +94,7 @@ def test_a_pipeline_reads_rows_where_the_bundle_has_a_table(tmp_path: Path, synt
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 30], ids=["block by block", "at once"])
 def test_int8_values_are_the_nearest_of_each_block(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "CHUNK_BYTES", chunk_bytes)
-    source = RandomSource("wide", 0, wan=WAN, head_blocks=1, vae=VAE, text=WIDE)
+    source = RandomSource("wide", 0, wan=replace(WAN, text_dim=128), head_blocks=1, vae=VAE, text=WIDE)
     name, block = "blocks.0.ffn.fc2.weight.T", 64
     weights = int8.Int8Weights(build(source, "text_encoder")[1], {name: block})
     exact = source.tensor("text_encoder", "blocks.0.ffn.fc2.weight").double().numpy().T  # [K, N]
@@ -110,7 +111,7 @@ def test_int8_values_are_the_nearest_of_each_block(chunk_bytes: int, monkeypatch
 
 @pytest.fixture(scope="module")
 def int8_export(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    source = RandomSource("wide", 0, wan=WAN, head_blocks=1, vae=VAE, text=WIDE)
+    source = RandomSource("wide", 0, wan=replace(WAN, text_dim=128), head_blocks=1, vae=VAE, text=WIDE)
     folder = tmp_path_factory.mktemp("int8") / "bundle"
     return export_bundle(source, folder, ("text_encoder",), text_encoder_weights="int8", precision="bf16")
 
@@ -142,7 +143,7 @@ def test_openvino_runs_int8_weights_as_onnx_runtime_does(int8_export: ExportResu
 
 
 def test_a_result_too_far_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = RandomSource("wide", 0, wan=WAN, head_blocks=1, vae=VAE, text=WIDE)
+    source = RandomSource("wide", 0, wan=replace(WAN, text_dim=128), head_blocks=1, vae=VAE, text=WIDE)
     chunks = int8.Int8Weights.chunks
 
     def without_scales(self, name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +9,35 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from tests.unit.ref import test_tim
-from tmd_engines import Bundle, load
+from tests.helpers.tim_models import CLASSES_16, PARTS, TEXT_16, network, run
+from tmd_engines import Bundle
 from tmd_export import ExportError, ExportResult, export_bundle, open_source
 from tmd_export.sources.tim import RandomTiM, TiMFolder
 from tmd_ref.tim import model as reference
-from tmd_ref.tim.model import TiM, TiMConfig
+from tmd_ref.tim.model import TiMConfig
 from tmd_ref.tim.sampling import tim_sample
 from tmd_ref.tim.split import uncut
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.pipeline import Pipeline
 from tmd_runtime.sampling.schedule import tim_rope_tables
 
-PARTS = ("backbone", "flow_head")
-TEXT = replace(test_tim.TEXT, in_channels=16)
-CLASSES = replace(test_tim.CLASSES, in_channels=16, num_layers=1)
-
-
-def network(source: RandomTiM) -> TiM:
-    """The reference with the weights of the source."""
-    names = [name for name, _ in source.module("student").named_parameters()]
-    with torch.device("meta"):
-        model = TiM(source.config)
-    model.load_state_dict({uncut(name): source.tensor("student", name) for name in names}, assign=True)
-    return model.eval().requires_grad_(False)
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[RandomTiM, ExportResult]:
-    source = RandomTiM("small-text", 3, TEXT)
+    source = RandomTiM("small-text", 3, TEXT_16)
     return source, export_bundle(source, tmp_path_factory.mktemp("tim") / "text", PARTS)
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> tuple[RandomTiM, ExportResult]:
-    source = RandomTiM("small-classes", 3, CLASSES)
+    source = RandomTiM("small-classes", 3, CLASSES_16)
     return source, export_bundle(source, tmp_path_factory.mktemp("tim") / "classes", PARTS, precision="bf16")
-
-
-def run(bundle: Bundle, graph: str, given: dict[str, Tensor], dims: dict[str, int], engine: str) -> np.ndarray:
-    with load(bundle, graph, engine) as loaded:
-        outputs = {name: loaded.empty(name, **dims) for name in loaded.outputs}
-        loaded.run({name: value.numpy() for name, value in given.items()}, outputs)
-        (result,) = outputs.values()
-        return result
 
 
 def test_manifest_says_what_the_graphs_are(text: Any, classes: Any) -> None:
     manifest = text[1].bundle.manifest
-    assert (manifest.model.kind, manifest.model.rope, manifest.model.classes) == ("tim", "index", None)
+    assert (manifest.model.family, manifest.model.rope, manifest.model.classes) == ("tim", "index", None)
     assert manifest.sampler.rule == "flow_map" and manifest.video.frames == 1
     assert [spec.name for spec in manifest.graphs["flow_head"].inputs] == [
         "x", "t", "r", "guidance", "context", "rope_cos", "rope_sin",
@@ -172,19 +149,19 @@ def test_guidance_without_a_step_that_takes_it_is_said(text: Any, classes: Any) 
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
-    tensors = {name: weight.bfloat16() for name, weight in network(RandomTiM("x", 0, TEXT)).state_dict().items()}
+    tensors = {name: weight.bfloat16() for name, weight in network(RandomTiM("x", 0, TEXT_16)).state_dict().items()}
     torch.save({**tensors, "projector.0.weight": torch.zeros(2, 2)}, tmp_path / "t2i_model.bin")
-    tensors = {name: weight.half() for name, weight in network(RandomTiM("x", 0, CLASSES)).state_dict().items()}
+    tensors = {name: weight.half() for name, weight in network(RandomTiM("x", 0, CLASSES_16)).state_dict().items()}
     save_file(tensors, tmp_path / "c2i_model_256.safetensors")
     return tmp_path
 
 
-@pytest.mark.parametrize(("model", "config"), [("tim-t2i", TEXT), ("tim-c2i-256", CLASSES)])
+@pytest.mark.parametrize(("model", "config"), [("tim-t2i", TEXT_16), ("tim-c2i-256", CLASSES_16)])
 def test_released_files_are_a_source(released: Path, model: str, config: TiMConfig) -> None:
     source = TiMFolder(released, model, config)
     source.check(PARTS)
     weights = dict(network(RandomTiM("x", 0, config)).named_parameters())
-    dtype = torch.bfloat16 if config is TEXT else torch.float16
+    dtype = torch.bfloat16 if config is TEXT_16 else torch.float16
     for name, _ in source.module("student").named_parameters():
         assert torch.equal(source.tensor("student", name), weights[uncut(name)].to(dtype))
     assert source.default_parts == PARTS and list(source.sha256(PARTS)) == [source._file.name]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.export.test_tim_bundle import CLASSES, PARTS, network
-from tests.unit.ref import test_tim
+from tests.helpers.tim_models import CLASSES_16 as CLASSES
+from tests.helpers.tim_models import PARTS, TEXT_16, network
 from tmd_engines import load
 from tmd_export import ExportError, ExportResult, export_bundle
+from tmd_export.families import ExportFamily
+from tmd_export.families.tim import TIM
+from tmd_export.families.tmd import TMD
 from tmd_export.quantization.calibration import FILE, read_calibration
-from tmd_export.quantization.inputs import latent_size, rope
-from tmd_export.quantization.rollout import rollout, step_counts
+from tmd_export.quantization.observe import Observed
+from tmd_export.quantization.samplings import Samplings, latent_size
 from tmd_export.sources.tim import RandomTiM, TiMFolder
-from tmd_ref.tim.sampling import tim_sample, uniform_times
-from tmd_ref.tim.split import SplitTiM
+from tmd_ref.tim.model import TiMConfig
 
-TEXT = replace(test_tim.TEXT, in_channels=16, num_layers=1)
+TEXT = replace(TEXT_16, num_layers=1)
 BLOCK = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
 
 
@@ -37,7 +40,9 @@ def test_the_products_of_the_blocks_are_quantized_and_no_others(quantized: Expor
     attentions = {"blocks.0.attn.attention", "blocks.0.cross_attn.attention"}
     assert set(found.sensitivity["fp8"]["flow_head"].layers) == {f"blocks.0.{name}" for name in BLOCK} | attentions
     assert found.steps == ((1, 1), (4, 1), (8, 1), (16, 1)) and found.latents == (1, 16, 16)
-    assert all(graph.accuracy and 0.99 < graph.accuracy.cosine < 0.99999 for graph in quantized.graphs)
+    rounded = [graph for graph in quantized.graphs if graph.precision != "fp32"]
+    assert [graph.name for graph in rounded] == list(PARTS)
+    assert all(graph.accuracy and 0.99 < graph.accuracy.cosine < 0.99999 for graph in rounded)
 
 
 def test_openvino_computes_the_integer_products_too(quantized: ExportResult) -> None:
@@ -54,62 +59,61 @@ def test_openvino_computes_the_integer_products_too(quantized: ExportResult) -> 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("config", [TEXT, CLASSES], ids=["text", "classes"])
-def test_the_loop_that_is_calibrated_on_is_the_sampler(config: Any, guidance: float) -> None:
-    model = network(RandomTiM("small", 3, config))
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((2, 16, 1, 4, 6), np.float32)
-    if config is CLASSES:
-        condition, null = np.array([1, 4]), np.array([5, 5])
-    else:
-        condition, null = (rng.standard_normal((2, 5, 20), np.float32) for _ in range(2))
-    document = {"kind": "tim", "rope": "index", "head_dim": config.head_dim, "patch_size": (1, *[config.patch] * 2)}
-    tables = rope({"model": document}, noise.shape[2:])
-    times, given = uniform_times(4), (torch.from_numpy(part) for part in (noise.squeeze(2), condition))
-    expected = tim_sample(model, *given, times, torch.from_numpy(null), guidance)
-    split = SplitTiM(network(RandomTiM("small", 3, config)))
-    asked: list[tuple[float, float, int]] = []
+def test_calibration_watches_a_run_and_the_jumps_that_end_one_early(
+    config: TiMConfig, guidance: float, tmp_path: Path
+) -> None:
+    bundle = export_bundle(RandomTiM("small", 3, config), tmp_path / "b", PARTS, verify=False).bundle
+    sampler = bundle.manifest.sampler.model_copy(update={"guidance": guidance})
+    graphs = {part: Observed(bundle, part, TIM.products) for part in PARTS}
+    seen: list[tuple[float, float, int]] = []
 
-    def head(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        asked.append((float(inputs["t"][0]), float(inputs["r"][0]), len(inputs["x"])))
-        names = ("x", "t", "r", "guidance", "context", "rope_cos", "rope_sin")
-        return {"x_next": split.transition(*(torch.from_numpy(inputs[name]) for name in names)).numpy()}
+    def watch(inputs: dict[str, np.ndarray], _: dict[str, np.ndarray]) -> None:
+        for given in (inputs, *TIM.beside("flow_head", inputs)):
+            seen.append((float(given["t"][0]), float(given["r"][0]), len(given["x"])))
+            whole = graphs["flow_head"](TIM.compared("flow_head", given))["x_next"]
+            part = graphs["flow_head"](given)["x_next"]
+            length = (given["t"] - given["r"])[:, None, None, None, None]
+            assert np.abs(given["x"] + length * (whole - given["x"]) - part).max() < 1e-5
 
-    def backbone(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"context": split.prompt(torch.from_numpy(*inputs.values())).numpy()}
-
-    sampler = {"rule": "flow_map", "steps": 4, "guidance": guidance, "guidance_interval": [0.0, 1.0]}
-    found = rollout(backbone, head, sampler, rng, noise, condition, null, tables, 4)
-    assert np.abs(found.squeeze(2) - expected.numpy()).max() < 1e-4
-    both = 2 if guidance == 1 else 4
-    jumps = [(0.75, 0.0, both), (0.5, 0.0, both)]  # 0.25 to 0 is the last step
-    assert asked == [(1.0, 0.75, 2), (0.75, 0.5, both), (0.5, 0.25, both), (0.25, 0.0, both), *jumps]
-    assert step_counts(sampler) == [(1, 1), (4, 1), (16, 1)]
+    graphs["flow_head"].watch = watch
+    with load(bundle, "update") as update:
+        manifest = bundle.manifest.model_copy(update={"sampler": sampler})
+        runs = Samplings(manifest, TIM, {**graphs, "update": update})
+        (condition,) = runs.conditions(["unread"], None, 0)
+        assert (condition.negative is None) == (guidance == 1) or config is CLASSES
+        runs.run(condition, 5, 4, 1)
+    both = 1 if guidance == 1 else 2
+    assert seen == [
+        (1.0, 0.75, 1), (0.75, 0.5, both), (0.75, 0.0, both), (0.5, 0.25, both), (0.5, 0.0, both), (0.25, 0.0, both),
+    ]  # fmt: skip
+    assert runs.counts == [(1, 1), (4, 1), (8, 1), (16, 1)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "patch", "frames", "side", "size"),
+    ("family", "patch", "frames", "side", "size"),
     [
-        ("tim", 2, 1, 64, (1, 8, 8)),
-        ("tim", 2, 1, 1024, (1, 32, 32)),
-        ("tim", 1, 1, 1024, (1, 16, 16)),
-        ("tmd", 2, 81, 832, (2, 20, 20)),
+        (TIM, 2, 1, 64, (1, 8, 8)),
+        (TIM, 2, 1, 1024, (1, 32, 32)),
+        (TIM, 1, 1, 1024, (1, 16, 16)),
+        (TMD, 2, 81, 832, (2, 20, 20)),
     ],
 )
 def test_large_pictures_are_calibrated_on_small_ones(
-    kind: str, patch: int, frames: int, side: int, size: tuple[int, int, int]
+    family: ExportFamily, patch: int, frames: int, side: int, size: tuple[int, int, int]
 ) -> None:
-    assert latent_size({
-        "model": {"kind": kind, "patch_size": (1, patch, patch)},
-        "latents": {"spatial_stride": 8, "temporal_stride": 4},
-        "video": {"frames": frames, "height": side, "width": side},
-    }) == size  # fmt: skip
+    manifest: Any = SimpleNamespace(
+        model=SimpleNamespace(patch_size=(1, patch, patch)),
+        latents=SimpleNamespace(spatial_stride=8, temporal_stride=4),
+        video=SimpleNamespace(frames=frames, height=side, width=side),
+    )
+    assert latent_size(manifest, family) == size
 
 
 def test_the_table_of_classes_is_not_quantized(tmp_path: Any) -> None:
     source = RandomTiM("small", 0, CLASSES)
     bundle = export_bundle(source, tmp_path / "b", PARTS, precision="int8", keep_layers=False).bundle
     assert {name: graph.precision for name, graph in bundle.manifest.graphs.items()} == {
-        "backbone": "bf16", "flow_head": "int8",
+        "backbone": "bf16", "flow_head": "int8", "update": "fp32",
     }  # fmt: skip
 
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from tmd_export.graphs.graph import BUILDERS
+from tmd_export import RandomSource
+from tmd_export.families.build import interface_of
+from tmd_export.graphs.wan import backbone as backbone_graph
+from tmd_export.graphs.wan import flow_head as flow_head_graph
 from tmd_ref.split import SplitWan
 from tmd_ref.student import TMDStudent
 from tmd_ref.wan import WanConfig, WanTransformer
@@ -53,9 +56,10 @@ def test_both_parts_need_a_block(head_blocks):
         SplitWan(random_wan(), head_blocks)
 
 
-def test_graphs_of_the_parts_have_the_interface_of_kind_wan():
+def test_graphs_of_the_parts_have_the_interface_of_family_wan():
     split = SplitWan(random_wan(), 1)
-    backbone, head = BUILDERS["backbone"](split), BUILDERS["flow_head"](split)
+    interface = interface_of(RandomSource("tiny", 0, wan=split.config, head_blocks=1, fusion=None))
+    backbone, head = backbone_graph(split, interface), flow_head_graph(split, interface)
     assert [spec.name for spec in backbone.outputs] == ["features", "context"]
     assert [spec.name for spec in head.inputs] == ["x", "t", "features", "context", "rope_cos", "rope_sin"]
     assert [(spec.name, spec.shape) for spec in head.outputs] == [

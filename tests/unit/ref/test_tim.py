@@ -10,30 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers.tim_models import CLASSES, SIZES, TEXT, condition_of, randomised
 from tmd_ref.tim.model import TIM_CONFIGS, TiM, TiMConfig, rope_tables
 from tmd_ref.tim.released import load_released
 from tmd_ref.tim.sampling import tim_sample, uniform_times
 from tmd_ref.tim.split import SplitTiM, uncut
-
-SIZES = {"dim": 48, "num_heads": 2, "num_layers": 2, "in_channels": 3, "modulation_dim": 16, "freq_dim": 12}
-TEXT = TiMConfig(**SIZES, patch=1, text_dim=20, text_len=8)
-CLASSES = TiMConfig(**SIZES, patch=2, num_classes=5)
-
-
-def randomised(config: TiMConfig, dtype: torch.dtype = torch.float32) -> TiM:
-    """No weight at its initial zero or one: each must matter."""
-    torch.manual_seed(0)
-    model = TiM(config).to(dtype).eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
-        spread = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.2
-        weight.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, spread)
-    return model
-
-
-def condition_of(config: TiMConfig, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    if config.text_dim is None:
-        return torch.tensor([5, 2, 0][:batch])
-    return torch.randn(batch, 6, config.text_dim, dtype=dtype)
 
 
 def plain(weights: dict[str, Tensor], c: TiMConfig, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:

@@ -13,33 +13,15 @@ import torch
 from scipy.stats import kstest, norm
 from torch import Tensor
 
-from tests.unit.ref.test_tim import randomised
+from tests.helpers.tim_models import randomised
+from tests.helpers.tim_training import CONFIG, Data, settings
 from tmd_ref.distill.config import ConfigError
 from tmd_ref.distill.draws import Draws, like, mix
 from tmd_ref.distill.tim import distance, interval_weight, sample_times, tim_loss, transition_target
-from tmd_ref.distill.tim_config import TiMRun, Training, load_any
+from tmd_ref.distill.tim_config import TiMRun, load_any
 from tmd_ref.distill.trainer import AveragedWeights, Run, Schedule, train
-from tmd_ref.tim.model import TiM, TiMConfig
+from tmd_ref.tim.model import TiM
 from tmd_ref.tim.sampling import tim_sample, uniform_times
-
-CONFIG = TiMConfig(
-    dim=24, num_heads=2, num_layers=2, in_channels=2, patch=1, modulation_dim=8, text_dim=8, text_len=4, freq_dim=16
-)
-
-
-class Data:
-    """Random stills and embeddings in place of prepared shards; the stills are N(0, `spread`²)."""
-
-    def __init__(self, spread: float = 1.0, size: int = 2) -> None:
-        self.spread, self.size = spread, size
-        self.null_embeds = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-
-    def sample(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        return self.spread * draws.normal((2, 1, self.size, self.size)), draws.normal((4, 8))
-
-
-def settings(**changes: Any) -> Training:
-    return Training.model_validate({"steps": 4, "batch": 4, "optimizer": {"lr": 1e-3, "ema": 0.5}, **changes})
 
 
 def test_times_are_the_ends_of_two_logit_normal_draws() -> None:

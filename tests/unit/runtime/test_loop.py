@@ -1,4 +1,4 @@
-"""The loop itself, with engines that do nothing: who runs when, on which buffers, and at what cost to the host."""
+"""The loop of TMD with engines that do nothing: who runs when, on which buffers, and at what cost to the host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from tmd_engines import Bundle
 from tmd_runtime.clock import Timings
+from tmd_runtime.sampling import resolve_settings
 from tmd_runtime.sampling.schedule import shift_grid
-from tmd_runtime.sampling.tmd import DenoiseLoop
-from tmd_runtime.settings import resolve_settings
+from tmd_runtime.sampling.tmd import TmdLoop
 
 
 class NullEngine:
-    """An engine that only remembers: who ran, with which scalars, reading and writing which y."""
+    """An engine that only remembers: who ran, with which scalars, reading and writing which buffers."""
 
     records = False
 
@@ -30,62 +30,65 @@ class NullEngine:
 
     def bind(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> Callable[[], None]:
         self._log.append(("bind", self._name))
-        if self._name == "backbone":
-            return lambda: self._log.append(("backbone", float(inputs["t"][0])))
-        return lambda: self._log.append(
-            (
-                "flow_head",
-                float(inputs["s"][0]),
-                float(inputs["r"][0]),
-                id(inputs["y"]),
-                id(outputs["y_next"]),
-                id(inputs["noise"]),
-            )
-        )
+        scalars = [inputs[name] for name in ("t", "s", "r", "coefficients") if name in inputs]
+
+        def run() -> None:
+            values = [tuple(scalar.tolist()) for scalar in scalars]
+            self._log.append((self._name, values, {**inputs, **outputs}))
+
+        return run
 
 
-def null_loop(bundle: Path, shape: tuple[int, ...]) -> tuple[DenoiseLoop, Any, list[tuple[Any, ...]]]:
+def null_loop(bundle: Path, shape: tuple[int, ...]) -> tuple[TmdLoop, Any, list[tuple[Any, ...]]]:
     manifest = Bundle.open(bundle).manifest
-    latents = dict.fromkeys(("x", "y_next", "noise"), shape)
-    others = {
-        "t": (1,),
-        "s": (1,),
-        "r": (1,),
-        "prompt_embeds": (1, 4, 64),
-        "features": (1, 80, 32),
-        "context": (1, 4, 32),
-    }
-    rope = dict.fromkeys(("rope_cos", "rope_sin"), (shape[2] * shape[3] * shape[4] // 4, 8))
+    shapes = dict.fromkeys(("x", "y_next", "noise", "x_next", "data"), shape)
+    shapes |= {"t": (1,), "s": (1,), "r": (1,), "coefficients": (7,), "magnitude": (1,)}
+    shapes |= {"prompt_embeds": (1, 4, 64), "features": (1, 80, 32), "context": (1, 4, 32)}
+    shapes |= dict.fromkeys(("rope_cos", "rope_sin"), (shape[2] * shape[3] * shape[4] // 4, 8))
     log: list[tuple[Any, ...]] = []
-    engines = [NullEngine({**latents, **others, **rope}, log, name) for name in ("backbone", "flow_head")]
-    return DenoiseLoop(*engines, manifest, shape, 4), manifest, log  # type: ignore[arg-type]
+    engines: Any = [NullEngine(shapes, log, name) for name in ("backbone", "flow_head", "update")]
+    return TmdLoop(*engines, manifest, shape, 4), manifest, log  # type: ignore[arg-type]
 
 
-def test_loop_binds_once_and_passes_y_back_and_forth(synthetic_bundle: Path) -> None:
+def test_loop_runs_the_algorithm_on_buffers_that_pass_y_back_and_forth(synthetic_bundle: Path) -> None:
     loop, manifest, log = null_loop(synthetic_bundle, (1, 16, 5, 8, 8))
     settings = resolve_settings(manifest, seed=0, steps=2, inner_steps=4)
     for _ in range(2):
         loop.run(np.zeros((1, 4, 64), np.float32), settings, Timings())
-    assert [entry[0] for entry in log].count("bind") == 4, "one backbone; y from noise, there and back again"
-    runs = [entry for entry in log if entry[0] != "bind"][:10]
-    t, s = np.float32(shift_grid(2, 10)), np.float32(shift_grid(4, 10))
-    assert [entry[1] for entry in runs if entry[0] == "backbone"] == [t[2], t[1]]
-    heads = [entry for entry in runs if entry[0] == "flow_head"]
-    assert [entry[1:3] for entry in heads] == [(s[j], s[j - 1]) for j in (4, 3, 2, 1)] * 2
-    for transition in (heads[:4], heads[4:]):
-        assert transition[0][3] == transition[0][5], "starts from the noise"
-        assert all(before[4] == after[3] for before, after in pairwise(transition))
-        assert all(step[3] != step[4] for step in transition)
+    bound = [entry[1] for entry in log if entry[0] == "bind"]
+    assert sorted(bound) == ["backbone", "flow_head", "flow_head", "flow_head", "update"]
+    runs = [entry for entry in log if entry[0] != "bind"]
+    assert [entry[0] for entry in runs] == ["backbone", *["flow_head"] * 4, "update"] * 4
+    t, s = shift_grid(2, 10), np.float32(shift_grid(4, 10))
+    for i, outer in ((2, runs[:6]), (1, runs[6:12])):
+        (_, times, backbone), *heads, (_, factors, update) = outer
+        assert times == [(np.float32(t[i]),)]
+        assert [head[1] for head in heads] == [[(s[j],), (s[j - 1],)] for j in (4, 3, 2, 1)]
+        buffers = [head[2] for head in heads]
+        assert buffers[0]["y"] is buffers[0]["noise"], "starts from the noise"
+        assert all(before["y_next"] is after["y"] for before, after in pairwise(buffers))
+        assert all(each["y"] is not each["y_next"] for each in buffers)
+        assert update["velocity"] is update["negative"] is buffers[-1]["y_next"] and update["x"] is backbone["x"]
+        assert factors == [tuple(np.float32([1, t[i], 1, t[i - 1] - t[i], 0, 0, 0]).tolist())]
 
 
-def test_inner_steps_allocate_nothing_of_size(synthetic_bundle: Path) -> None:
+def test_steps_allocate_nothing_of_size(synthetic_bundle: Path) -> None:
     shape = (1, 16, 21, 60, 104)
-    loop, _, _ = null_loop(synthetic_bundle, shape)
-    timings, s = Timings(), shift_grid(4, 10)
-    loop._transition(s, 0, 4, timings)
+    loop, _, log = null_loop(synthetic_bundle, shape)
+    s = shift_grid(4, 10)
+
+    def transition() -> None:
+        for j in (4, 3, 2, 1):
+            loop._inner.step(s, j)()
+        loop._updater.set(loop._rule([0.9, 0.0], 0), 0.9)
+        loop._update()
+        loop._updater.check(loop._bound.features)
+        log.clear()
+
+    transition()
     tracemalloc.start()
     try:
-        loop._transition(s, 0, 4, timings)
+        transition()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -14,8 +14,9 @@ from onnx.reference import ReferenceEvaluator
 import tmd_engines
 import tmd_runtime
 from tests.helpers.synthetic import TEXT_LENGTH, write_synthetic_bundle
-from tmd_engines import Bundle
+from tmd_engines import Bundle, BundleError
 from tmd_runtime import Cancelled, NoiseStream, Pipeline, RuntimeFailure, StepInfo, UsageFailure
+from tmd_runtime.memory import DENOISER
 from tmd_runtime.sampling.schedule import rope_tables, shift_grid
 from tmd_runtime.text.tokenizer import Tokenizer
 
@@ -136,15 +137,15 @@ def test_graphs_are_loaded_by_the_stage_that_needs_them(pipeline: Pipeline, monk
     prompt_embeds = pipeline.encode(PROMPT)
     assert loaded == ["text_encoder"]
     latents = pipeline.denoise(prompt_embeds, frames=1)
-    assert loaded == ["text_encoder", "backbone", "flow_head"]
+    assert loaded == ["text_encoder", "backbone", "flow_head", "update"]
     pipeline.decode(latents)
-    assert loaded[3:] == ["decoder_first"], "one picture needs no step"
+    assert loaded[4:] == ["decoder_first"], "one picture needs no step"
     pipeline(PROMPT)
     pipeline(PROMPT)
-    assert loaded[4:] == ["decoder_step"], "each graph is loaded once"
+    assert loaded[5:] == ["decoder_step"], "each graph is loaded once"
     pipeline.close()
     pipeline(PROMPT)
-    assert len(loaded) == 10, "a closed pipeline loads again"
+    assert len(loaded) == 12, "a closed pipeline loads again"
 
 
 def test_callback_hears_of_every_step_in_order(pipeline: Pipeline) -> None:
@@ -160,7 +161,7 @@ def test_callback_hears_of_every_step_in_order(pipeline: Pipeline) -> None:
         *inner[1],
         *[("decode", k, 3) for k in (1, 2, 3)],
     ]
-    assert [step.done for step in steps if step.stage == "load"] == [1, 2, 3, 4, 5]
+    assert [step.done for step in steps if step.stage == "load"] == [1, 2, 3, 4, 5, 6]
     assert all(step.seconds >= 0 for step in steps)
 
 
@@ -238,6 +239,7 @@ class Poisoned:
     [
         ("text_encoder", "prompt_embeds", "text"),
         ("backbone", "features", "backbone"),
+        ("update", "magnitude", "flow_head"),
         ("flow_head", "y_next", "flow_head"),
         ("decoder_first", "cache_31", "decode"),
         ("decoder_step", "cache_31_next", "decode"),
@@ -272,7 +274,8 @@ def test_nan_and_inf_name_their_stage(
         ({"size": (64, 8)}, "height of 8 pixels cannot be made: choose a multiple of 16, such as 16 or 32"),
         ({"size": (64, 0)}, "height of 0 pixels"),
         ({"size": (16400, 64)}, "choose at most 16384"),
-        ({"seed": -1}, "seed -1 is out of range: choose a whole number from 0 to 18446744073709551615"),
+        ({"seed": -1}, "seed -1 is out of range: give a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "which reads 32 bits of a seed, so a larger one would give the video of another"),
         ({"seed": 2**64}, "out of range"),
     ],
 )
@@ -300,12 +303,19 @@ def test_an_empty_prompt_is_refused(pipeline: Pipeline) -> None:
 
 
 def test_a_bundle_without_text_encoder_denoises_and_says_what_it_lacks(tmp_path: Path) -> None:
-    bundle = write_synthetic_bundle(tmp_path / "b", ("backbone", "flow_head", "decoder_first", "decoder_step"))
+    bundle = write_synthetic_bundle(tmp_path / "b", (*DENOISER, "decoder_first", "decoder_step"))
     pipeline = tmd_runtime.load(bundle, threads=1)
     with pytest.raises(RuntimeFailure, match=r"no graph text_encoder, so it cannot read a prompt.*--parts"):
         pipeline(PROMPT)
     prompt_embeds = np.zeros((1, 7, 64), np.float32)
     assert pipeline.decode(pipeline.denoise(prompt_embeds, seed=0)).shape == (17, 64, 64, 3)
+
+
+def test_a_bundle_without_update_says_how_to_get_one(tmp_path: Path) -> None:
+    parts = ("text_encoder", "backbone", "flow_head")
+    pipeline = tmd_runtime.load(write_synthetic_bundle(tmp_path / "b", parts), threads=1)
+    with pytest.raises(RuntimeFailure, match=r"no graph update, so it cannot denoise.*flow_head among --parts"):
+        pipeline(PROMPT, on_latents=lambda latents: None)
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (2, 7, 64), (1, 7, 32)])
@@ -329,7 +339,7 @@ def test_a_size_beyond_memory_is_one_sentence(pipeline: Pipeline, monkeypatch: p
     def too_much(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tmd_runtime.pipeline.DenoiseLoop", too_much)
+    monkeypatch.setattr("tmd_runtime.sampling.tmd.TmdLoop", too_much)
     with pytest.raises(RuntimeFailure, match="not enough memory for 17 frames of 64x64"):
         pipeline(PROMPT)
 
@@ -353,10 +363,9 @@ def test_decoder_graphs_of_different_exports_are_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(synthetic, "decoder_first", lambda: synthetic._decoder("decoder_first", 1))
     monkeypatch.setattr(synthetic, "decoder_step", other_step)
     # decoder_step is written first, with 32 caches; decoder_first then has 31.
-    graphs = ("text_encoder", "backbone", "flow_head", "decoder_step", "decoder_first")
-    pipeline = tmd_runtime.load(write_synthetic_bundle(tmp_path / "b", graphs), threads=1)
-    with pytest.raises(RuntimeFailure, match="do not pass the same caches"):
-        pipeline(PROMPT)
+    graphs = ("text_encoder", *DENOISER, "decoder_step", "decoder_first")
+    with pytest.raises(BundleError, match="do not pass the same caches"):
+        write_synthetic_bundle(tmp_path / "b", graphs)
 
 
 def test_nothing_goes_over_a_network(synthetic_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,21 @@
-"""Update rules against diffusers' schedulers and closed forms, and the times that go with them."""
+"""Velocity rules against diffusers' schedulers and closed forms, in the sum of the graph `update`, and their times."""
 
 from __future__ import annotations
 
-import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tmd_engines import Bundle, load
+from tmd_engines.bundle.families.rules import RULES, Coefficients
 from tmd_ref.samplers import wan_sigmas, wan_time
 from tmd_runtime import NoiseStream
-from tmd_runtime.sampling.rules import RULES
 from tmd_runtime.sampling.schedule import told_time, wan_grid
+from tmd_runtime.sampling.update import Updater
 
 SHAPE = (1, 16, 3, 4, 6)
 GRIDS = {
@@ -29,13 +32,21 @@ def velocity(x: np.ndarray, t: float) -> np.ndarray:
     return np.tanh(0.7 * x + 0.3 * np.roll(x, 1, -1) + t) + 0.2 * x
 
 
-def sample(rule: str, times: list[float], seed: int = 3) -> np.ndarray:
+Field = Callable[[np.ndarray, float], np.ndarray]
+
+
+def sample(rule: str, times: list[float], seed: int = 3, field: Field = velocity) -> np.ndarray:
+    """The sum of the graph `update`, in numpy."""
     stream = NoiseStream(seed)
     x = stream.normal(SHAPE)
-    solver = RULES[rule](SHAPE)
-    solver.start(times, stream)
+    before_1 = before_2 = x
     for i, t in enumerate(times[:-1]):
-        solver.step(i, x, velocity(x, np.float32(t)))
+        c = Coefficients(*map(np.float32, RULES[rule](times, i)))
+        v = field(x, np.float32(t))
+        noise = stream.normal(SHAPE) if c.noise else x
+        data = x - np.float32(t) * v
+        x = c.x * x + c.velocity * v + c.noise * noise + c.before_1 * before_1 + c.before_2 * before_2
+        before_1, before_2 = data, before_1
     assert x.dtype == np.float32
     return x
 
@@ -96,58 +107,48 @@ def test_renoise_of_rcm_in_float64() -> None:
 def test_every_rule_lands_on_the_data_of_a_straight_path(rule: str, grid: str) -> None:
     """With v = (x - data)/t, which is noise - data all along the path, each rule must end in the data."""
     data = NoiseStream(8).normal(SHAPE)
-    stream, times = NoiseStream(3), GRIDS[grid]
-    x = stream.normal(SHAPE)
-    solver = RULES[rule](SHAPE)
-    solver.start(times, stream)
-    for i, t in enumerate(times[:-1]):
-        solver.step(i, x, (x - data) / np.float32(t))
-    np.testing.assert_allclose(x, data, rtol=0, atol=2e-5)
+    found = sample(rule, GRIDS[grid], field=lambda x, t: (x - data) / np.float32(t))
+    np.testing.assert_allclose(found, data, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("rule", "draws"), [("euler", 0), ("renoise", 3), ("unipc", 0)])
 def test_noise_is_drawn_between_steps_and_not_after_the_last(rule: str, draws: int) -> None:
     """Another host of the same stream must know how much of it a run uses."""
-    stream, expected = NoiseStream(3), NoiseStream(3)
-    x = stream.normal(SHAPE)
-    solver = RULES[rule](SHAPE)
-    solver.start(GRIDS["rcm"], stream)
-    for i in range(4):
-        solver.step(i, x, np.zeros(SHAPE, np.float32))
-    for _ in range(draws + 1):
-        expected.normal(SHAPE)
-    assert np.array_equal(stream.normal(20), expected.normal(20))
+    noises = [RULES[rule](GRIDS["rcm"], i).noise for i in range(4)]
+    assert [bool(noise) for noise in noises] == [True] * draws + [False] * (4 - draws)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_second_run_forgets_the_first(rule: str) -> None:
-    times = GRIDS["rcm"]
-    solver = RULES[rule](SHAPE)
-    results = []
-    for seed in (1, 3):
-        stream = NoiseStream(seed)
-        x = stream.normal(SHAPE)
-        solver.start(times, stream)
-        for i, t in enumerate(times[:-1]):
-            solver.step(i, x, velocity(x, np.float32(t)))
-        results.append(x)
-    assert np.array_equal(results[1], sample(rule, times)) and not np.array_equal(*results)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_rule_looks_back_no_further_than_its_run(rule: str, grid: str) -> None:
+    """The first step has no data prediction before it, the second one."""
+    times = GRIDS[grid]
+    steps = [RULES[rule](times, i) for i in range(len(times) - 1)]
+    assert not any(steps[0][3:]) and not any(step.before_2 for step in steps[:2])
+    assert all(np.isfinite(step).all() for step in steps)
 
 
-@pytest.mark.parametrize("rule", ["euler", "unipc"])
-def test_steps_allocate_nothing_of_size(rule: str) -> None:
-    shape = (1, 16, 5, 60, 104)
-    x, v = np.ones(shape, np.float32), np.ones(shape, np.float32)
-    solver = RULES[rule](shape)
-    solver.start(GRIDS["rcm"], NoiseStream(0))
-    tracemalloc.start()
-    try:
-        for i in range(4):
-            solver.step(i, x, v)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 20_000, f"{peak} bytes, and one latent tensor has {x.nbytes}"
+def test_the_updater_sums_what_a_rule_says(synthetic_bundle: Path) -> None:
+    """On buffers of numpy, with every slot and with none, against float64."""
+    dims = {"batch": 1, "frames": 3, "height": 4, "width": 6}
+    with load(Bundle.open(synthetic_bundle), "update", "onnxruntime", "cpu", 1) as engine:
+        buffers = [NoiseStream(seed).normal(SHAPE) for seed in range(6)]
+        x, v, negative, noise, before_1, before_2 = (each.astype(np.float64) for each in buffers)
+        updater = Updater(engine, buffers[0], dims)
+        others = dict(zip(("negative", "noise", "before_1", "before_2"), buffers[2:], strict=True))
+        everything, alone = updater.bind(buffers[1], **others), updater.bind(buffers[1])
+        factors = Coefficients(0.7, -0.4, 0.3, -1.25, 0.5)
+        updater.set(factors, 0.6, guidance=4.0)
+        everything()
+        mixed = negative + 4.0 * (v - negative)
+        expected = 0.7 * x - 0.4 * mixed + 0.3 * noise - 1.25 * before_1 + 0.5 * before_2
+        np.testing.assert_allclose(buffers[0], expected, rtol=0, atol=3e-6)
+        np.testing.assert_allclose(updater.preview(), x - 0.6 * mixed, rtol=0, atol=3e-6)
+        x = buffers[0].copy()
+        updater.set(Coefficients(1.0, -0.25))
+        alone()
+        assert np.array_equal(buffers[0], x - np.float32(0.25) * buffers[1]), "unused slots change no bit"
+        updater.check(buffers[3])
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (4, 3.0), (50, 5.0), (1000, 12.0)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from tmd_runtime.sampling.schedule import effective_nfe, rope_tables, shift_grid
+from tmd_engines.bundle.families import FAMILIES
+from tmd_runtime.sampling.schedule import rope_tables, shift_grid
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,8 @@ def test_impossible_grids_are_refused(steps: int, shift: float, t_max: float) ->
 def test_nfe_has_the_numbers_of_the_paper(
     steps: int, inner_steps: int, head_blocks: int, layers: int, nfe: float
 ) -> None:
-    assert effective_nfe(steps, inner_steps, head_blocks, layers) == pytest.approx(nfe, abs=5e-5)
+    model = SimpleNamespace(head_blocks=head_blocks, num_layers=layers)
+    assert FAMILIES["tmd"].nfe(model, steps, inner_steps, 1) == pytest.approx(nfe, abs=5e-5)
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (5, 4, 4), (3, 2, 7)])

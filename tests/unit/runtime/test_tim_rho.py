@@ -19,7 +19,7 @@ from tmd_engines import Bundle
 from tmd_ref.tim.sampling import tim_sample, uniform_times
 from tmd_runtime import NoiseStream, Pipeline, UsageFailure
 from tmd_runtime.command.cli import command
-from tmd_runtime.sampling.tim import TransitionLoop, renewed
+from tmd_runtime.sampling.tim import TimLoop, renewal
 
 PROMPT = "a red circle moving right"
 MEAN, SPREAD = 1.5, 0.4
@@ -61,8 +61,9 @@ def test_a_short_step_loses_nothing_to_float32() -> None:
     x, f, noise = rng.standard_normal((3, 1000))
     for t, r in ((0.5, 0.496), (0.008, 0.004), (0.9, 0.1)):
         expected = x - (t - r) * f - 0.2 * (x + (1 - t) * f) * (t - r) + (2 * 0.2 * t * (t - r)) ** 0.5 * noise
-        given = (part.astype(np.float32) for part in (x, x - (t - r) * f))
-        found = renewed(*given, t, r, 0.2, noise.astype(np.float32))
+        parts = [part.astype(np.float32) for part in (x, x - (t - r) * f)]
+        a, b, c = np.float32(renewal(t, r, 0.2)[:3])
+        found = sum(factor * part for factor, part in zip((a, b, c), (*parts, noise.astype(np.float32)), strict=True))
         assert found.dtype == np.float32 and np.abs(found - expected).max() < 6e-7
 
 
@@ -117,9 +118,9 @@ def test_previews_change_nothing_and_a_bundle_may_ask_for_noise(pipeline: Pipeli
 def test_a_deadline_draws_noise_in_the_steps_that_it_takes(
     pipeline: Pipeline, drawn: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways = iter([(1.0, 0.8), (0.8, 0.3), (0.3, 0.1), (0.1, 0.0)])
-    monkeypatch.setattr("tmd_runtime.sampling.tim.steps_in_time", lambda *_: ways)
-    monkeypatch.setattr(TransitionLoop, "_measure", lambda *_: 0.0)
+    jumps = iter([(1.0, 0.8), (0.8, 0.3), (0.3, 0.1), (0.1, 0.0)])
+    monkeypatch.setattr("tmd_runtime.sampling.tim.steps_in_time", lambda *_: jumps)
+    monkeypatch.setattr(TimLoop, "_measure", lambda *_: 0.0)
     result = pipeline(PROMPT, seed=3, deadline=1.0, rho=0.2)
     assert len(drawn) == 1 + 2 and result.times == (1.0, 0.8, 0.3, 0.1, 0.0)
     drawn.clear()

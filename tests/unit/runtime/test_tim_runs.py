@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,9 @@ from PIL import Image
 import tmd_runtime
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
-from tmd_runtime import NoiseStream, Pipeline, RuntimeFailure, StepInfo, UsageFailure
-from tmd_runtime.clock import Timings
+from tmd_runtime import NoiseStream, Pipeline, RuntimeFailure, UsageFailure
 from tmd_runtime.command.cli import command
 from tmd_runtime.files.tensor_files import Latents, save_latents
-from tmd_runtime.sampling.deadline import StepTimes, steps_in_time
-from tmd_runtime.sampling.tim import TransitionLoop
-from tmd_runtime.settings import Settings
 
 PROMPT = "a red circle moving right"
 
@@ -48,153 +43,7 @@ def pipelines(folders: dict[str, Path]) -> dict[str, Pipeline]:
     return {name: tmd_runtime.load(folder, threads=1) for name, folder in folders.items()}
 
 
-# Deadlines
-
-
-class Clock:
-    """A clock that only steps move on, by what `cost` says of the number of rows and of the steps so far."""
-
-    def __init__(self, cost: Callable[[int, int], float]) -> None:
-        self.now, self.steps, self._cost = 100.0, 0, cost
-
-    def __call__(self) -> float:
-        return self.now
-
-    def step(self, rows: int) -> None:
-        self.now += self._cost(rows, self.steps)
-        self.steps += 1
-
-
-class StillEngine:
-    """An engine that does nothing but move the clock on."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self.inputs = clock, {"prompt_embeds": None}
-
-    def empty(self, name: str, *, batch: int = 1, **_: int) -> np.ndarray:
-        shapes = {"x": (batch, 4, 1, 2, 2), "x_next": (batch, 4, 1, 2, 2), "guidance": (batch, batch)}
-        shapes |= {"prompt_embeds": (batch, 3, 8), "context": (batch, 1), "t": (batch,), "r": (batch,)}
-        return np.zeros(shapes.get(name, (4, 4)), np.float32)
-
-    def bind(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> Callable[[], None]:
-        self._clock.now += 7.0  # as an engine that compiles for a shape
-        rows = len(outputs["x_next"]) if "x_next" in outputs else 0
-        return lambda: self._clock.step(rows) if rows else None
-
-
-def still_loop(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> TransitionLoop:
-    for module in ("loop", "transition_loop"):
-        monkeypatch.setattr(f"tmd_runtime.{module}.perf_counter", clock)
-    model = SimpleNamespace(patch_size=(1, 1, 1), head_dim=8, rope="index")
-    engine: Any = StillEngine(clock)
-    manifest: Any = SimpleNamespace(model=model)
-    return TransitionLoop(engine, engine, manifest, (1, 4, 1, 2, 2), 3)
-
-
-def limited(
-    seconds: float, times: tuple[float, ...] | None = None, guidance: float = 1.0, most: int = 1000
-) -> Settings:
-    grid = tuple(1 - k / most for k in range(most + 1))
-    return Settings(
-        0, most, 1, 1, 16, 16, 1, 0.0, (1, 4, 1, 2, 2), rule="flow_map", guidance=guidance, deadline=seconds,
-        times=times or grid, scheduled=times is not None,
-    )  # fmt: skip
-
-
-def spend(loop: TransitionLoop, clock: Clock, settings: Settings) -> tuple[float, list[StepInfo]]:
-    """Seconds that a run took apart from measuring, and what its callback heard."""
-    embeds = np.zeros((1, 3, 8), np.float32)
-    heard: list[StepInfo] = []
-    timings = Timings(heard.append)
-    before = clock.now
-    loop.run(embeds, settings, timings, None if settings.guidance == 1 else embeds)
-    return clock.now - before - timings.seconds["load"], heard
-
-
-@pytest.mark.parametrize(
-    ("seconds", "steps"), [(0.25, 1), (1.0, 1), (1.9, 1), (2.0, 2), (7.75, 7), (8.0, 8), (5000.0, 1000)]
-)
-def test_as_many_equal_steps_as_fit(monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
-    clock = Clock(lambda rows, step: 1.0)
-    loop = still_loop(clock, monkeypatch)
-    took, heard = spend(loop, clock, limited(seconds))
-    assert took == steps and len(loop.times) == steps + 1
-    np.testing.assert_allclose(loop.times, np.linspace(1, 0, steps + 1), atol=1e-12)
-    heads = [(info.done, info.total) for info in heard if info.stage == "flow_head"]
-    assert heads == [(k, steps) for k in range(1, steps + 1)], "the steps to come are told right"
-    measured = 1 if seconds > 10 else 2
-    assert clock.steps == steps + measured, "before the first run, to know what a step takes"
-    spend(loop, clock, limited(seconds))
-    assert clock.steps == 2 * steps + measured
-
-
-def test_a_slow_first_step_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines allocate, and some compile, in their very first step."""
-    clock = Clock(lambda rows, step: 30.0 if step == 0 else 1.0)
-    loop = still_loop(clock, monkeypatch)
-    took, _ = spend(loop, clock, limited(8.0))
-    assert took == 8 and len(loop.times) == 9
-
-
-class Load:
-    """A load that comes and goes: a step takes at most twice the slower of the two before it, one of two rows twice."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng, self.taken = np.random.default_rng(seed), [1.0, 1.0]
-
-    def __call__(self, rows: int, step: int) -> float:
-        wanted = self.taken[-1] * self._rng.uniform(0.5, 2.5)
-        self.taken.append(float(np.clip(wanted, 0.1, min(10.0, 2 * max(self.taken[-2:])))))
-        return self.taken[-1] * rows
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("deadline", [0.5, 2.0, 10.0, 60.0])
-def test_a_deadline_is_kept_within_a_step_whatever_the_load_does(
-    monkeypatch: pytest.MonkeyPatch, deadline: float, guidance: float
-) -> None:
-    load = Load(round(deadline))
-    clock = Clock(load)
-    loop = still_loop(clock, monkeypatch)
-    counts = []
-    for _ in range(20):
-        took, _ = spend(loop, clock, limited(deadline, guidance=guidance))
-        rows = 2 if len(loop.times) > 2 and guidance != 1 else 1
-        assert took <= deadline + rows * load.taken[-1] + 1e-9, "late by the jump at most"
-        assert loop.times[0] == 1 and loop.times[-1] == 0
-        assert all(later < earlier for earlier, later in pairwise(loop.times))
-        counts.append(len(loop.times) - 1)
-    assert deadline < 60 or np.mean(counts) > 3
-
-
-def test_a_schedule_is_followed_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = (1.0, 0.9, 0.7, 0.4, 0.0)
-    clock = Clock(lambda rows, step: 1.0)
-    loop = still_loop(clock, monkeypatch)
-    for seconds, times in ((3.5, (1.0, 0.9, 0.7, 0.0)), (4.0, schedule), (99.0, schedule), (0.1, (1.0, 0.0))):
-        spend(loop, clock, limited(seconds, schedule))
-        assert loop.times == times
-
-
-def test_steps_are_the_most_that_a_deadline_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(lambda rows, step: 0.0)
-    loop = still_loop(clock, monkeypatch)
-    spend(loop, clock, limited(5.0, most=6))
-    np.testing.assert_allclose(loop.times, np.linspace(1, 0, 7), atol=1e-12)
-
-
-def test_the_slower_of_two_steps_counts_and_old_ones_are_forgotten() -> None:
-    seen = StepTimes()
-    assert not seen.knows(1)
-    for seconds in (9.0, 1.0, 2.0):
-        seen.add(1, seconds)
-    assert seen[1] == 2.0 and seen.knows(1) and not seen.knows(2)
-    # A step that takes all the time there is: the next one is the jump.
-    left = iter([10.0, -3.0])
-    assert list(steps_in_time((1.0, 0.5, 0.0), False, lambda: next(left), lambda t: (1.0, 1.0))) == [
-        (1.0, 0.5),
-        (0.5, 0.0),
-    ]
+# Deadlines (which steps they take: test_tim_deadline.py)
 
 
 def test_a_deadline_says_what_it_came_to(pipelines: dict[str, Pipeline]) -> None:
@@ -223,9 +72,9 @@ def test_a_preview_is_what_the_run_would_give_if_its_step_were_the_last(
     shown = pipeline(prompt, **wishes, on_preview=seen.append)
     assert np.array_equal(plain.latents, shown.latents) and np.array_equal(plain.frames, shown.frames)
     assert len(seen) == 2 and all(each.shape == plain.frames.shape for each in seen)
-    if pipeline.manifest.model.kind == "tim":
-        expected = [pipeline(prompt, label=wishes.get("label"), seed=5, schedule=way).frames
-                    for way in ((1.0, 0.0), (1.0, plain.times[1], 0.0))]  # fmt: skip
+    if pipeline.manifest.model.family == "tim":
+        expected = [pipeline(prompt, label=wishes.get("label"), seed=5, schedule=jumps).frames
+                    for jumps in ((1.0, 0.0), (1.0, plain.times[1], 0.0))]  # fmt: skip
     elif name == "tmd":
         expected = [pipeline(prompt, seed=5, steps=1).frames]
     else:
@@ -265,15 +114,14 @@ def test_a_run_from_a_picture_begins_at_its_strength(
     assert found.times == (schedule or (0.5, 0.25, 0.0)) and found.frames.shape == (1, 32, 48, 3)
     # The same from parts: noise mixed in by hand, as the time at which a run over the same times would stand.
     noise = NoiseStream(2).normal((1, 16, 1, 4, 6))
-    x = (0.5 * noise + 0.5 * picture).astype(np.float32)
     loop: Any = pipeline._loop
     embeds = pipeline.encode(PROMPT)
+    rows = loop[1]._rows[1]
+    rows.read([embeds], 1.0)
+    rows.x[...] = 0.5 * noise + 0.5 * picture
     for t, r in pairwise(found.times):
-        rows = loop[1]._bound[1]
-        rows.asked[...] = embeds
-        rows.make_context()
-        x = loop[1]._step(x, t, r, 1).copy()
-    np.testing.assert_allclose(found.latents, x, atol=1e-5)
+        rows.x[...] = rows.look(t, r)
+    np.testing.assert_allclose(found.latents, rows.x, atol=1e-5)
     everything = pipeline(PROMPT, seed=2, init_latents=picture, strength=1.0)
     assert np.array_equal(everything.latents, pipeline(PROMPT, seed=2, size=(48, 32)).latents)
     alone = pipeline.denoise(embeds, seed=2, init_latents=picture, strength=0.5, **wishes)
@@ -292,7 +140,7 @@ def test_a_run_from_a_picture_begins_at_its_strength(
         ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
         ("text", {"label": 1}, "no numbered classes"),
         ("text", {"deadline": 0.0}, "a deadline of 0 s is out of range"),
-        ("text", {"deadline": float("nan")}, "a deadline of nan s is out of range"),
+        ("text", {"deadline": float("nan")}, "deadline must be a finite number, not nan"),
         ("text", {"strength": 0.0}, "a strength of 0 is out of range"),
         ("text", {"strength": 1.5}, "a strength of 1.5 is out of range"),
         ("text", {"strength": 0.5, "schedule": (1.0, 0.0)}, "must fall from 0.5 .the strength. to 0.*0.5,0.3,0.1,0"),

@@ -1,4 +1,4 @@
-"""Models without inner flow (kind "wan") in the pipeline: rules, guidance, memory, and stages that can be left out."""
+"""Models without inner flow (family wan) in the pipeline: rules, guidance, memory, and stages that can be left out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-import tmd_engines
 import tmd_runtime
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
-from tmd_engines import Bundle
+from tests.helpers.watch import Watch
 from tmd_engines.cost import sizing as engine_sizing
+from tmd_engines.cost import system_memory
 from tmd_ref.samplers import unipc_sample
 from tmd_runtime import NoiseStream, RuntimeFailure, StepInfo, UsageFailure
+from tmd_runtime.memory import DENOISER
 from tmd_runtime.sampling.schedule import rope_tables, told_time
 
 PROMPT, NEGATIVE = "a red circle moving right", "a blue square"
@@ -118,7 +119,7 @@ def test_negative_prompt_is_encoded_once_for_many_prompts(bundles: dict[str, Pat
         ("unipc", {"steps": 0}, "0 steps cannot be done"),
         ("unipc", {"shift": 0.5}, "shift of 0.5 is out of range"),
         ("unipc", {"guidance": -1.0}, "guidance of -1 is out of range"),
-        ("unipc", {"guidance": float("nan")}, "guidance of nan is out of range"),
+        ("unipc", {"guidance": float("nan")}, "guidance must be a finite number, not nan"),
         ("unipc", {"guidance": 1.0, "negative_prompt": "x"}, "a negative prompt needs guidance"),
         ("renoise", {"negative_prompt": "x"}, "a negative prompt needs guidance"),
         ("renoise", {"shift": 3.0}, "fixed times, which have no shift"),
@@ -153,7 +154,7 @@ def test_embeddings_take_the_place_of_prompts(bundles: dict[str, Path], tmp_path
     positive, negative, latents = kept
     assert np.array_equal(positive, full.encode(PROMPT)) and np.array_equal(latents, expected.latents)
 
-    graphs = ("backbone", "flow_head", "decoder_first", "decoder_step")
+    graphs = (*DENOISER, "decoder_first", "decoder_step")
     lean = tmd_runtime.load(write_synthetic_bundle(tmp_path / "lean", graphs, SAMPLERS["unipc"]), threads=1)
     result = lean("", seed=1, prompt_embeds=positive, negative_embeds=negative)
     assert np.array_equal(result.frames, expected.frames) and result.stage_seconds["text"] == 0
@@ -174,36 +175,12 @@ def test_a_bundle_may_end_where_its_parts_end(tmp_path: Path) -> None:
     assert len(kept) == 1 and result.latents is None and result.frames.shape == (0, 64, 64, 3)
     with pytest.raises(RuntimeFailure, match=r"no graph backbone, so it cannot denoise.*--save-embeds"):
         reader(PROMPT)
-    parts = ("text_encoder", "backbone", "flow_head")
+    parts = ("text_encoder", *DENOISER)
     denoiser = tmd_runtime.load(write_synthetic_bundle(tmp_path / "dit", parts, sampler), threads=1)
     result = denoiser(PROMPT, on_latents=kept.append)
     assert np.array_equal(kept[1], result.latents) and len(result.frames) == 0
     with pytest.raises(RuntimeFailure, match=r"no graph decoder_first.*--save-latents"):
         denoiser(PROMPT)
-
-
-class Watch:
-    """Counts which graphs are loaded at the same time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.loaded: set[str] = set()
-        self.together: list[set[str]] = []
-        original = tmd_engines.load
-
-        def load(bundle: Bundle, graph: str, **options: Any) -> Any:
-            engine = original(bundle, graph, **options)
-            close = engine.close
-
-            def watched() -> None:
-                self.loaded.discard(graph)
-                close()
-
-            engine.close = watched  # type: ignore[method-assign]
-            self.loaded.add(graph)
-            self.together.append(set(self.loaded))
-            return engine
-
-        monkeypatch.setattr(tmd_engines, "load", load)
 
 
 def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +191,7 @@ def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monk
         result = pipeline(PROMPT, seed=1)
         assert np.array_equal(result.frames, expected.frames) and result.memory == "low"
         assert not watch.loaded, "nothing stays"
-    stages = [{"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {"decoder_first"}]
+    stages = [{"text_encoder"}, {"backbone"}, {"backbone", "flow_head"}, {*DENOISER}, {"decoder_first"}]
     one_run = [*stages, {"decoder_first", "decoder_step"}]
     # The negative prompt is remembered, the prompt is not.
     assert watch.together == one_run * 2
@@ -225,7 +202,7 @@ def test_low_memory_has_one_stage_after_the_other(bundles: dict[str, Path], monk
     assert not watch.loaded
     watch.together.clear()
     tmd_runtime.load(bundles["unipc"], threads=1, memory="all")(PROMPT)
-    assert len(watch.together[-1]) == 5
+    assert len(watch.together[-1]) == 6
 
 
 @pytest.mark.parametrize(
@@ -239,6 +216,7 @@ def test_auto_memory_takes_what_fits(
     between = (need.peak("all") + need.peak("low")) // 2
     assert need.peak("low") < between
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: between if free == "between" else free)
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 0)
     if memory is RuntimeFailure:
         with pytest.raises(RuntimeFailure, match=r"not enough memory for 17 frames of 64x64.*GB are free.*--memory"):
             pipeline(PROMPT)
@@ -252,6 +230,7 @@ def test_graphs_that_are_loaded_need_no_memory_again(bundles: dict[str, Path], m
     pipeline = tmd_runtime.load(bundles["unipc"], threads=1)
     found = engine_sizing.estimate(pipeline.bundle, width=64, height=64, frames=17)
     weights = sum(stage.weight_bytes for stage in found.stages.values())
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 0)
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all"))
     assert pipeline(PROMPT).memory == "all"
     monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all") - weights)
@@ -263,6 +242,16 @@ def test_graphs_that_are_loaded_need_no_memory_again(bundles: dict[str, Path], m
     lean = tmd_runtime.load(bundles["unipc"], threads=1)
     embeds = np.ones((1, 32, 64), np.float32)
     assert lean("", prompt_embeds=embeds, negative_embeds=embeds).memory == "all"
+
+
+def test_what_the_process_holds_already_is_not_needed_twice(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tmd_runtime.load(bundles["unipc"], threads=1)
+    found = engine_sizing.estimate(pipeline.bundle, width=64, height=64, frames=17, guidance_passes=2)
+    monkeypatch.setattr(engine_sizing, "available_bytes", lambda: found.peak("all") - engine_sizing.BASE_BYTES)
+    monkeypatch.setattr(system_memory, "resident_bytes", lambda: 10 * engine_sizing.BASE_BYTES)
+    assert pipeline(PROMPT).memory == "all"
 
 
 def test_unknown_memory_mode_is_refused(bundles: dict[str, Path]) -> None:

@@ -1,0 +1,113 @@
+"""What a graph of a bundle may be made of: operators that tmd-export writes, with their attributes, and plain tensors.
+
+All of them are of the standard domain and known to every engine (ONNX Runtime, OpenVINO, TensorRT 10.15 and newer), and
+none is control flow: what a graph asks of memory and time can be told before it runs. The C++ library has the same
+table (`runtime/cpp/tools/make_onnx_schema.py` writes it).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..errors import quote
+
+if TYPE_CHECKING:
+    import onnx
+
+_CONVOLUTION = "auto_pad dilations group kernel_shape pads strides"
+
+OPERATORS: dict[str, frozenset[str]] = {
+    name: frozenset(attributes.split())
+    for name, attributes in {
+        "Abs": "",
+        "Add": "",
+        "Attention": "kv_num_heads q_num_heads scale softmax_precision",
+        "Cast": "to",
+        "Clip": "",
+        "Concat": "axis",
+        "Conv": _CONVOLUTION,
+        "ConvTranspose": _CONVOLUTION,
+        "Cos": "",
+        "DequantizeLinear": "axis block_size output_dtype",
+        "Div": "",
+        "Expand": "",
+        "Gather": "axis",
+        "Gelu": "approximate",
+        "Gemm": "alpha beta transA transB",
+        "Identity": "",
+        "LayerNormalization": "axis epsilon stash_type",
+        "MatMul": "",
+        "Mul": "",
+        "Pad": "mode",
+        "Pow": "",
+        "QuantizeLinear": "axis block_size output_dtype saturate",
+        "RMSNormalization": "axis epsilon stash_type",
+        "Range": "",
+        "Reciprocal": "",
+        "ReduceMean": "keepdims noop_with_empty_axes",
+        "ReduceSum": "keepdims noop_with_empty_axes",
+        "Relu": "",
+        "Reshape": "allowzero",
+        "RotaryEmbedding": "interleaved num_heads rotary_embedding_dim",
+        "Round": "",
+        "Shape": "end start",
+        "Sigmoid": "",
+        "Sin": "",
+        "Slice": "",
+        "Softmax": "axis",
+        "Split": "axis num_outputs",
+        "Sqrt": "",
+        "Squeeze": "",
+        "Sub": "",
+        "Sum": "",
+        "Tanh": "",
+        "Transpose": "perm",
+        "Unsqueeze": "",
+    }.items()
+}
+"""Operator -> attributes that it may have."""
+
+TENSOR_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2, 17: 1}
+"""TensorProto's number of a type of weights -> bytes of a value: float32, uint8, int8, int32, int64, bool, float16,
+bfloat16, float8 (E4M3FN)."""
+
+_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}  # AttributeProto's types that such attributes have
+
+
+def check_operators(model: onnx.ModelProto) -> str | None:
+    """Why the graph may not be run; None: it is made of nothing else."""
+    graph = model.graph
+    if [entry.domain for entry in model.opset_import] not in ([""], ["ai.onnx"]):
+        return "it imports other operators than the standard ones"
+    if graph.sparse_initializer or graph.quantization_annotation or model.training_info:
+        return "it has sparse weights or training information"
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+            shown = ".".join(filter(None, (node.domain, node.op_type)))
+            return f"node {quote(node.name)} is {quote(shown)}, which no graph of a bundle needs"
+        names = [attribute.name for attribute in node.attribute]
+        if len(set(names)) != len(names) or not OPERATORS[node.op_type].issuperset(names):
+            return f"node {quote(node.name)} ({node.op_type}) has an attribute that no graph of a bundle needs"
+        if any(attribute.type not in _TYPES or attribute.ref_attr_name for attribute in node.attribute):
+            return f"node {quote(node.name)} ({node.op_type}) has an attribute that is not a number, a word or numbers"
+    for tensor in graph.initializer:
+        problem = _weight_problem(tensor)
+        if problem:
+            return f"weight {quote(tensor.name)} {problem}"
+    return None
+
+
+def _weight_problem(tensor: onnx.TensorProto) -> str | None:
+    itemsize = TENSOR_BYTES.get(tensor.data_type)
+    if itemsize is None:
+        return f"has the type {tensor.data_type}, which no graph of a bundle has"
+    if any(size < 0 for size in tensor.dims) or len(tensor.dims) > 8:
+        return "has an impossible shape"
+    if tensor.HasField("segment"):
+        return "is a piece of another"
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    have = int(entries.get("length", "0")) if entries else len(tensor.raw_data)
+    if have != prod(tensor.dims) * itemsize:
+        return f"has {have} bytes, and its shape and type take {prod(tensor.dims) * itemsize}"
+    return None

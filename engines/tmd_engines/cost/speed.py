@@ -1,0 +1,126 @@
+"""How long a run will take: its operations over a speed that was measured on this machine, once, and kept.
+
+The first estimate of a bundle rests on a product of matrices, of which a model reaches a share. From then on it rests
+on the speed of the latest run of that bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ..device import unfinished
+from ..device.cpu import describe_cpu
+from ..device.plan_cache import cache_folder, distrust
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..bundle.reader import Bundle
+
+SHARE = 0.4
+"""What graphs reach of the speed of a large product (docs/reliability.md)."""
+_FILE = "speed.json"
+_MAX_BYTES, _MAX_ENTRIES = 1 << 20, 200
+_SIDE, _RUNS = 1024, 3
+
+
+def speed_of(bundle: Bundle, engine: str, threads: int | None) -> float:
+    """Operations per second that runs of this bundle reach here: measured in a run, or a share of the machine's."""
+    known = _read()
+    own = known.get(_key(bundle, engine, threads))
+    if own is not None:
+        return own
+    machine = _machine_key(threads)
+    if machine not in known:
+        _write({machine: _measure(threads)})
+        known = {machine: _measured, **_read()}
+    return SHARE * known[machine]
+
+
+def learn(bundle: Bundle, engine: str, threads: int | None, speed: float) -> None:
+    """Keeps what a run of this bundle reached, for the estimates to come."""
+    if speed > 0:
+        _write({_key(bundle, engine, threads): speed})
+
+
+_measured = 1e10  # the latest measurement of this process, where there is no cache; until then a slow core's
+
+
+def _measure(threads: int | None) -> float:
+    """Operations per second of a float32 product of 1024 x 1024 matrices on ONNX Runtime: the best of a few runs."""
+    global _measured
+    try:
+        import numpy as np
+        import onnxruntime
+        from onnx import TensorProto, helper
+
+        shape = [_SIDE, _SIDE]
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "abc"]
+        graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "g", values[:2], values[2:])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        inputs = {name: np.ones(shape, np.float32) for name in "ab"}
+        seconds = []
+        for _ in range(_RUNS):
+            start = perf_counter()
+            session.run(None, inputs)
+            seconds.append(perf_counter() - start)
+        _measured = 2 * _SIDE**3 / min(seconds)
+    except Exception:  # no ONNX Runtime, no memory: an estimate may be rough, and must not end a run
+        pass
+    return _measured
+
+
+def _key(bundle: Bundle, engine: str, threads: int | None) -> str:
+    files = sorted(f"{name} {file.sha256}" for name, file in bundle.manifest.files.items())
+    return hashlib.sha256("\n".join([_machine_key(threads), engine, *files]).encode()).hexdigest()
+
+
+def _machine_key(threads: int | None) -> str:
+    cpu = describe_cpu()
+    text = f"{cpu['name']}, {cpu['cores']} cores, {threads or 'all'} threads"
+    return f"matmul {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _folder() -> Path | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return None if distrust(folder) else folder
+
+
+def _read() -> dict[str, float]:
+    """The figures that are kept; a file that is damaged holds none."""
+    folder = _folder()
+    found: Any = None
+    if folder is not None:
+        with suppress(OSError, ValueError), open(folder / _FILE, "rb") as file:
+            found = json.loads(file.read(_MAX_BYTES))
+    if not isinstance(found, dict):
+        return {}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if 1e3 < value < 1e18}
+
+
+def _write(news: dict[str, float]) -> None:
+    folder = _folder()
+    if folder is None:
+        return
+    known = {name: value for name, value in _read().items() if name not in news} | news
+    latest = dict(list(known.items())[-_MAX_ENTRIES:])
+    with suppress(OSError):
+        path = unfinished.begin(folder)
+        try:
+            path.write_text(json.dumps(latest), encoding="utf-8")
+            os.replace(path, folder / _FILE)
+        finally:
+            unfinished.discard(path)

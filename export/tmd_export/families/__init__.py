@@ -1,0 +1,51 @@
+"""The families of models, as an export speaks of them: where their weights come from, which modules make their graphs,
+how their checkpoints are sampled, what stays in float32 and how they are calibrated. One module per family; no other
+part of the export knows one by its name.
+
+What a family's graphs take and give, and what its manifest says, is in `tmd_engines.bundle.families`. No torch is
+imported here: the command line reads the names.
+"""
+
+from __future__ import annotations
+
+from ..errors import ExportError
+from ..presets import Preset
+from .family import ExportFamily, Request
+from .tim import TIM
+from .tmd import TMD
+from .wan import WAN
+
+FAMILIES: dict[str, ExportFamily] = {family.name: family for family in (TMD, WAN, TIM)}
+"""`model.family` of a manifest -> the family. A new one is added here, or put in by a program of its own."""
+
+__all__ = ["FAMILIES", "ExportFamily", "Request", "built_in", "find_preset", "models", "presets"]
+
+
+def models() -> tuple[str, ...]:
+    """What `--model` can be."""
+    return tuple(dict.fromkeys(model for family in FAMILIES.values() for model in family.models))
+
+
+def built_in() -> frozenset[str]:
+    """The models whose weights come with the package."""
+    return frozenset(model for family in FAMILIES.values() for model in family.built_in)
+
+
+def presets() -> dict[str, Preset]:
+    """The presets of all families, by their names."""
+    return {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+
+
+def find_preset(family: ExportFamily, name: str | None = None) -> Preset:
+    """The preset `name`, or the default of `family` if None. Raises ExportError if it is for another family."""
+    if name is None:
+        return next(iter(family.presets.values()))
+    if name in family.presets:
+        return family.presets[name]
+    known = presets()
+    if name not in known:
+        raise ExportError(f"there is no preset {name!r}: choose one of {', '.join(known)}.")
+    raise ExportError(
+        f"the preset {name} is for {known[name].about}, and this checkpoint {family.known_by}: choose among "
+        f"{', '.join(family.presets)}."
+    )

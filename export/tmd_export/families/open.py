@@ -1,0 +1,39 @@
+"""The source of weights that a command line means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ExportError
+from ..sources.source import Source
+from . import FAMILIES, Request, find_preset, models, presets
+
+
+def open_source(
+    model: str,
+    checkpoint: str | Path | Sequence[str | Path] | None = None,
+    random_seed: int | None = None,
+    decoder: str | Path | None = None,
+    preset: str | None = None,
+    text_encoder: str | Path | None = None,
+) -> Source:
+    """Raises ExportError if there are no such weights.
+
+    `checkpoint`: a folder as tmd-distill leaves it (see `FolderSource`), or one or more published checkpoints (see
+    `WanSource`); the transformer must have the sizes of `model`. `random_seed`: weights from this seed, for a model of
+    the family that `preset` is for. Neither: the weights that come with the package. `decoder`: a file with another
+    decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `still_vae.VAEFolder`). `text_encoder`:
+    for tim-t2i the folder of its text encoder (see `gemma.GemmaFolder`).
+    """
+    candidates = [family for family in FAMILIES.values() if model in family.models]
+    if not candidates:
+        raise ExportError(f"there is no model {model!r}: choose one of {', '.join(models())}.")
+    fitting = [family for family in candidates if preset is None or preset in family.presets]
+    if not fitting:
+        found = presets().get(preset or "") or find_preset(candidates[0], preset)  # which says that there is none
+        possible = ", ".join(name for family in candidates for name in family.presets)
+        raise ExportError(f"the preset {preset} is for {found.about}, and {model} is not: choose among {possible}.")
+    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint or ())
+    others = [None if path is None else Path(path) for path in (decoder, text_encoder)]
+    return fitting[0].open(Request(model, tuple(map(Path, paths)), random_seed, *others))

@@ -1,0 +1,84 @@
+"""Wan transformers without inner flow, and what they share with the students that are made from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ExportError
+from ..presets.wan import PRESETS
+from .family import ExportFamily, Request
+
+if TYPE_CHECKING:
+    from ..sources.source import Source
+    from .family import Builder
+
+
+class Wan21(ExportFamily):
+    """Of the models of Wan2.1's architecture. Whether a checkpoint has an inner flow, its tensors say."""
+
+    models = ("tiny", "wan1.3b", "wan14b")
+    built_in = ("tiny",)
+    videos = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}  # noqa: RUF012
+    # Wan itself computes its time embedding and its output layer in float32.
+    exact = r"(time|interval)_(embedding|projection)|patch_embedding|head\.head"
+    products = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"
+    fusion: str | None  # of random weights
+
+    def open(self, request: Request) -> Source:
+        from ..sources.decoders import WithDecoder
+
+        source = self._open(request)
+        return source if request.decoder is None else WithDecoder(source, request.decoder)
+
+    def _open(self, request: Request) -> Source:
+        from tmd_ref.wan import WAN_CONFIGS
+
+        from ..sources.folder import FolderSource
+        from ..sources.random_wan import RandomSource
+        from ..sources.source import FILE_OF, built_in_folder
+        from ..sources.wan import WanSource
+        from ..sources.wan21 import check_architecture
+
+        model, paths = request.model, request.checkpoints
+        if request.text_encoder is not None:
+            raise ExportError(
+                f"--text-encoder is for tim-t2i: the text encoder of {model} comes with its --checkpoint, so leave it "
+                "out."
+            )
+        if request.seed is not None:
+            if paths:
+                raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
+            return RandomSource(model, request.seed, fusion=self.fusion)
+        if len(paths) == 1 and (paths[0] / FILE_OF["student"]).is_file():
+            source = FolderSource(paths[0], model)
+            check_architecture(source.wan, WAN_CONFIGS[model], model, paths[0])
+            return source
+        if paths:
+            return WanSource(paths, model)
+        if model not in self.built_in:
+            raise ExportError(f"{model} has no built-in weights: give --checkpoint PATH, or --random-weights SEED.")
+        if not built_in_folder().is_dir():
+            raise ExportError(
+                f"the built-in weights are missing from this installation ({built_in_folder()}): install tmd again, or "
+                "give --checkpoint PATH or --random-weights SEED."
+            )
+        return FolderSource(built_in_folder(), model, "built-in weights")
+
+
+class _Wan(Wan21):
+    name = "wan"
+    presets = PRESETS
+    known_by = "has not a flow head with inner steps"
+    fusion = None
+
+    def samplings(self, sampler: Any) -> list[tuple[int, int]]:
+        """Every number of steps that the model is made for; of one for any number its default."""
+        return [(steps, 1) for steps in sampler.allowed_steps or (sampler.steps,)]
+
+    def builders(self) -> dict[str, Builder]:
+        from ..graphs.wan import backbone, flow_head
+
+        return {**super().builders(), "backbone": backbone, "flow_head": flow_head}
+
+
+WAN = _Wan()

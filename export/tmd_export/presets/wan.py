@@ -1,0 +1,105 @@
+"""Checkpoints without inner flow: Wan2.1 itself, and few-step models distilled from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from . import Preset
+
+# Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+VIDEO_480P: Mapping[str, int] = {"frames": 81, "width": 832, "height": 480, "fps": 16}
+RCM_SIGMA_MAX = 80.0
+DMD_STEPS = [1000, 757, 522]
+
+
+def _velocity(rule: str, steps: int, *, times: list[float] | None = None, **others: Any) -> dict[str, Any]:
+    """A `sampler` of family "wan": one pass, exact times, noise as drawn, and as many steps as times unless said."""
+    return {
+        "rule": rule,
+        "steps": steps,
+        "allowed_steps": [steps],
+        "shift": 1.0,
+        "times": times,
+        "time_rounding": "none",
+        "init_scale": 1.0,
+        "guidance": 1.0,
+        "negative_prompt": None,
+        **others,
+    }
+
+
+def _warped(times: list[float], shift: float) -> list[float]:
+    return [shift * t / (1 + (shift - 1) * t) for t in times]
+
+
+def _looked_up(listed: list[int], shift: float) -> list[float]:
+    """The times nearest to `listed`/1000 in a table of 1000 warped ones: what steps by such a list go through."""
+    table = _warped([k / 1000 for k in range(1, 1001)], shift)
+    return [min(table, key=lambda t: abs(1000 * t - thousandths)) for thousandths in listed]
+
+
+def _rcm_times() -> list[float]:
+    """TrigFlow angles as rectified-flow times sin/(sin + cos); the first angle belongs to sigma_max."""
+    angles = (math.atan(RCM_SIGMA_MAX), 1.5, 1.4, 1.0)
+    return [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
+
+
+PRESETS: Mapping[str, Preset] = {
+    # Wan2.1, generate.py and README: 50 steps of UniPC, whole time steps. The shift is that of 480p; 5 suits 720p.
+    "wan": Preset(
+        "Wan2.1 itself, 50 steps with guidance",
+        _velocity(
+            "unipc",
+            50,
+            allowed_steps=None,
+            shift=3.0,
+            time_rounding="integer",
+            guidance=5.0,
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+        ),
+        VIDEO_480P,
+    ),
+    # NVlabs/rcm, wan2pt1_t2v_rcm_infer.py: the first noise is scaled by the first time; the network gets times in bf16.
+    "rcm": Preset(
+        "rCM, 1 to 4 steps, 77 frames",
+        _velocity(
+            "renoise",
+            4,
+            times=_rcm_times(),
+            allowed_steps=[1, 2, 3, 4],
+            time_rounding="bfloat16",
+            init_scale=_rcm_times()[0],
+        ),
+        {**VIDEO_480P, "frames": 77},
+    ),
+    # ModelTC/LightX2V, schedulers/wan/step_distill: deterministic although trained with fresh noise.
+    "lightx2v": Preset(
+        "LightX2V step distillation, 4 steps",
+        _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
+        VIDEO_480P,
+    ),
+    # hao-ai-lab/FastVideo, DmdDenoisingStage: the network gets whole numbers, the steps what the table has for them.
+    "fastwan-qad": Preset(
+        "FastWan-QAD, 3 steps",
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
+    ),
+    # tianweiy/CausVid, bidirectional_inference.py and configs/wan_bidirectional_dmd.yaml: the same list and table.
+    "causvid": Preset(
+        "CausVid, the bidirectional checkpoints, 3 steps",
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
+    ),
+    # aejion/AccVideo, README for WanXT2V: UniPC, 10 steps on Wan's grid with its default shift, without guidance.
+    "accvideo": Preset(
+        "AccVideo-WanX, 10 steps",
+        _velocity("unipc", 10, shift=5.0, time_rounding="integer"),
+        VIDEO_480P,
+    ),
+}

@@ -1,0 +1,71 @@
+"""What the sources of Wan2.1's transformer have in common, with an inner flow or without."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tmd_ref.text import EOS_ID, PAD_ID
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAEConfig
+from tmd_ref.wan import WanConfig
+
+from ..errors import ExportError
+from .source import Source, vae_latents
+
+HEAD_BLOCKS = {"tiny": 2, "wan1.3b": 5, "wan14b": 5}  # of students with random weights; TMD's own choice for Wan is 5
+
+
+class Wan21Source(Source):
+    """A transformer with the sizes `wan`, whose last `head_blocks` blocks are in the flow head.
+
+    `fusion` is how the flow head of a student takes in the features; None: there is no inner flow.
+    """
+
+    wan: WanConfig
+    head_blocks: int
+    fusion: str | None
+
+    @property
+    def family(self) -> str:  # type: ignore[override]  # it follows from the fusion
+        return "wan" if self.fusion is None else "tmd"
+
+    @property
+    def vae(self) -> WanVAEConfig:
+        """Sizes and latent statistics of the VAE whose latents the transformer makes."""
+        return WAN_VAE_CONFIGS["wan2.1"]
+
+    def model_entry(self) -> dict[str, Any]:
+        wan = self.wan
+        return {
+            "architecture": "wan2.1-t2v",
+            "dim": wan.dim,
+            "num_layers": wan.num_layers,
+            "head_blocks": self.head_blocks,
+            "num_heads": wan.num_heads,
+            "head_dim": wan.head_dim,
+            "patch_size": list(wan.patch_size),
+            **({} if self.fusion is None else {"fusion": self.fusion}),
+        }
+
+    def latents_entry(self) -> dict[str, Any]:
+        return vae_latents(self.vae)
+
+    def text_entry(self) -> dict[str, Any]:
+        return {"max_length": self.wan.text_len, "dim": self.wan.text_dim, "pad_id": PAD_ID, "eos_id": EOS_ID}
+
+
+def check_architecture(found: WanConfig, wanted: WanConfig, model: str, where: Path) -> None:
+    """Raises ExportError if the student in `where` has other sizes than `model`, which has those of `wanted`."""
+    for name in (field.name for field in fields(found)):
+        have, want = getattr(found, name), getattr(wanted, name)
+        if have != want:
+            raise ExportError(
+                f"the student in {where} has {name} {have}, and {model} has {want}: this is another model. "
+                "Choose its own --model, or export it from Python with tmd_export.FolderSource and a name of its own."
+            )
+
+
+def vae_name(model: str) -> str:
+    """Which of `WAN_VAE_CONFIGS` makes the latents of `model`."""
+    return "tiny" if model == "tiny" else "wan2.1"

@@ -1,0 +1,47 @@
+"""How long the runs of a bundle will take, told before they start, and corrected by those that are over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tmd_engines import Bundle
+
+    from .memory import MemoryChooser
+    from .settings import Settings
+
+_SHORTEST = 0.01  # seconds of a run that says something of the machine's speed
+_WORK = ("text", "backbone", "flow_head", "decode", "encode")
+
+
+class Forecast:
+    """The seconds of runs of one bundle on one engine, with so many threads."""
+
+    def __init__(self, bundle: Bundle, chooser: MemoryChooser, engine: str, threads: int | None) -> None:
+        self._bundle, self._chooser, self._engine, self._threads = bundle, chooser, engine, threads
+
+    def seconds(self, settings: Settings) -> float | None:
+        """Of a run with these settings, without loading; None where it has a deadline or cannot be counted."""
+        from tmd_engines.cost.speed import speed_of
+
+        flops = self._flops(settings)
+        return None if flops is None else flops / speed_of(self._bundle, self._engine, self._threads)
+
+    def learn(self, settings: Settings, stage_seconds: Mapping[str, float]) -> None:
+        """Takes note of a whole run that is over."""
+        from tmd_engines.cost.speed import learn
+
+        flops = self._flops(settings)
+        took = sum(stage_seconds.get(stage, 0.0) for stage in _WORK)
+        if flops is not None and took > _SHORTEST:
+            learn(self._bundle, self._engine, self._threads, flops / took)
+
+    def _flops(self, settings: Settings) -> int | None:
+        found = None if settings.deadline is not None else self._chooser.estimate(settings)
+        if found is None:
+            return None
+        calls = self._bundle.manifest.family.calls(settings.steps, settings.inner_steps, settings.passes)
+        counts = {"backbone": calls.backbone, "flow_head": calls.flow_head, "update": settings.steps}
+        return sum(stage.flops * counts.get(name, stage.calls) for name, stage in found.stages.items())

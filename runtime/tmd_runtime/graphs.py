@@ -1,0 +1,152 @@
+"""The engines of a pipeline: each graph is loaded when a stage first needs it, and kept while there is memory."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+from tmd_engines.device.cpu import resolve_threads
+
+from .checks import missing_graph
+from .errors import UsageFailure
+from .forecast import Forecast
+from .memory import MODES, TOGETHER, MemoryChooser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from tmd_engines import Bundle, Engine, Manifest
+    from tmd_engines.cost.sizing import Memory
+
+    from .clock import Timings
+    from .settings import Settings
+
+
+LastStage = Literal["text", "denoise", "decode"]
+
+
+def last_stage(manifest: Manifest, keeps_embeds: bool, keeps_latents: bool) -> LastStage:
+    """Where a run ends that keeps its embeddings or its latents: a bundle without the graphs to go on ends there.
+
+    A run that keeps neither goes on, and the missing graph is an error.
+    """
+    if keeps_embeds and "backbone" not in manifest.graphs:
+        return "text"
+    return "denoise" if keeps_latents and "decoder_first" not in manifest.graphs else "decode"
+
+
+class Engines:
+    """The loaded engines of a pipeline and its clones; each is closed when nobody uses it any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: dict[str, tuple[Engine, int]] = {}  # and how many use it
+
+    def take(self, name: str, load: Callable[[], Engine]) -> Engine:
+        """The engine of a graph, loaded if nobody has it or if it serves one user alone."""
+        with self._lock:
+            engine, users = self._loaded.get(name, (None, 0))
+            if engine is None:
+                engine = load()
+            elif not engine.shares:
+                return load()
+            self._loaded[name] = engine, users + 1
+            return engine
+
+    def leave(self, name: str, engine: Engine) -> None:
+        """Gives back what `take` gave."""
+        with self._lock:
+            shared, users = self._loaded.get(name, (None, 0))
+            if shared is engine and users > 1:
+                self._loaded[name] = engine, users - 1
+                return
+            if shared is engine:
+                del self._loaded[name]
+        engine.close()
+
+    def names(self) -> set[str]:
+        return set(self._loaded)
+
+
+class Graphs:
+    """The graphs of one bundle on one engine and device. `forget(graphs)` is called before engines are closed."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str,
+        threads: int | None,
+        device: str,
+        memory: str,
+        forget: Callable[[set[str]], object],
+        engines: Engines | None = None,
+    ) -> None:
+        if memory not in MODES:
+            raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
+        from tmd_engines import EngineError
+        from tmd_engines.registry import check_engine
+
+        try:
+            check_engine(engine, device)
+        except EngineError as error:
+            raise UsageFailure(str(error)) from None
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise UsageFailure(f"threads is {threads!r}: give a whole number from 1 to 1024, or None.")
+        self.asked = engine, threads, device, memory
+        self.threads, self.note = resolve_threads(bundle, threads)
+        self._bundle, self._engine, self._device = bundle, engine, device
+        self._wanted, self._chooser, self._forget = memory, MemoryChooser(bundle), forget
+        self.forecast = Forecast(bundle, self._chooser, f"{engine} {device}", self.threads)
+        self.shared = Engines() if engines is None else engines
+        self.memory: Memory = "low" if memory == "low" else "all"
+        self._engines: dict[str, Engine] = {}
+        self.remarks: list[str] = []  # of the engines that were loaded
+
+    def choose_memory(self, settings: Settings, unused: Collection[str]) -> Memory:
+        """See `Pipeline.choose_memory`."""
+        if self._wanted == "auto":
+            self.memory = self._chooser.choose(settings, unused, self.shared.names())
+        return self.memory
+
+    def load(self, name: str, timings: Timings) -> Engine:
+        """The engine of a graph. Loading it is timed as `load`. Raises RuntimeFailure if the bundle lacks the graph."""
+        if name in self._engines:
+            return self._engines[name]
+        graphs = self._bundle.manifest.graphs
+        if name not in graphs:
+            raise missing_graph(name)
+        from tmd_engines import load as load_engine
+
+        start = perf_counter()
+        wanted = {"engine": self._engine, "device": self._device, "threads": self.threads}
+        engine = self.shared.take(name, lambda: load_engine(self._bundle, name, **wanted))  # type: ignore[arg-type]
+        seconds = perf_counter() - start
+        self._engines[name] = engine
+        if engine.remark is not None and engine.remark not in self.remarks:
+            self.remarks.append(engine.remark)
+        timings.add("load", seconds)
+        timings.report("load", len(self._engines), len(graphs), seconds)
+        return engine
+
+    @contextmanager
+    def stage(self, graph: str) -> Iterator[None]:
+        """Around the stage of `graph`: with memory "low" no other stage is loaded, and none when it is over."""
+        own = next(set(stage) for stage in TOGETHER if graph in stage)
+        if self.memory == "low":
+            self._free(set(self._engines) - own)
+        try:
+            yield
+        finally:
+            if self.memory == "low":
+                self._free(own)
+
+    def close(self) -> None:
+        """Closes every engine. A later stage loads them again."""
+        self._free(set(self._engines))
+
+    def _free(self, graphs: set[str]) -> None:
+        self._forget(graphs)
+        for name in graphs & set(self._engines):
+            self.shared.leave(name, self._engines.pop(name))
