@@ -10,6 +10,7 @@ from ..bundle.reader import Bundle, format_size
 from ..cost.fused import scratch_bytes
 from ..cost.shapes import infer_shapes
 from ..cost.sizing import STAGES, TOGETHER, estimate
+from ..tensorrt.lowering import CANONICAL_SINCE, lower
 from .sizes import input_shapes, run_sizes
 
 
@@ -82,7 +83,9 @@ def predicted(bundle: Bundle, size: tuple[int, int, int]) -> dict[str, dict[str,
     for graph in bundle.manifest.graphs:
         where = str(bundle.graph_path(graph))
         shapes = input_shapes(bundle, graph, run_sizes(bundle, graph, *size)[-1])
-        shaped = infer_shapes(parse_graph(bundle.read_graph(graph), where), shapes, where)
+        model = parse_graph(bundle.read_graph(graph), where)
+        lower(model, CANONICAL_SINCE, shapes)
+        shaped = infer_shapes(model, shapes, where)
         weights = sum(shaped.tensors[name].elements * shaped.tensors[name].itemsize for name in shaped.weights)
         found[graph] = {"weights": weights, "scratch": scratch_bytes(shaped)}
     return found

@@ -132,7 +132,7 @@ class TensorRtForRtx(TensorRt):
             rtx.EngineInvalidityDiagnostics.CUDA_ERROR: "CUDA does not work",
         }
         found = [text for flag, text in names.items() if int(diagnostics) & int(flag)]
-        return " and ".join(found) or "the library does not say why"
+        return " and ".join(found) or None  # without a driver it names no reason, and loading the plan does
 
 
 TENSORRT, FOR_RTX = TensorRt(), TensorRtForRtx()

@@ -148,6 +148,14 @@ def test_doctor_reads_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "driver 580.65.06: NVIDIA H200 (compute capability 9.0); NVIDIA RTX A1, Mobile (compute" in output
 
 
+def test_inspect_tells_the_memory_of_the_engine_that_is_asked_for(synthetic_bundle: Path) -> None:
+    names = ("onnxruntime", "tensorrt-rtx")
+    told = {name: invoke("inspect", synthetic_bundle, "--engine", name).output for name in names}
+    assert "GPU memory" in told["tensorrt-rtx"] and "by tensorrt-rtx (predicted)" in told["tensorrt-rtx"]
+    assert "GPU memory" not in told["onnxruntime"] and "memory     " in told["onnxruntime"]
+    assert invoke("inspect", synthetic_bundle, "--engine", "abacus").exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [

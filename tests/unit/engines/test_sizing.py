@@ -14,6 +14,8 @@ from tests.helpers.bundle_tools import edit_graph, impossible_transpose
 from tests.helpers.synthetic_tim import write_tim_bundle
 from tests.helpers.system_files import FREE_MEMORY
 from tmd_engines import Bundle, BundleError
+from tmd_engines.command.device_memory import device_memory, predicted
+from tmd_engines.cost.fused import MARGIN, WORKSPACE, scratch_bytes
 from tmd_engines.cost.operations import ARENA, flops, peak_activation_bytes, weight_bytes
 from tmd_engines.cost.shapes import ShapedGraph, infer_shapes
 from tmd_engines.cost.sizing import BASE_BYTES, StageEstimate, estimate
@@ -230,3 +232,40 @@ def test_free_memory_is_the_least_that_machine_and_container_leave(tmp_path: Pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     assert available_bytes(tmp_path) == expected
+
+
+def test_scratch_of_a_transformer_is_what_lies_between_its_nodes_but_for_the_scores_of_attention() -> None:
+    rows, width = 1000, 64
+    nodes = [
+        node("MatMul", "x w", "q"),
+        node("Add", "q b", "biased"),  # two at once
+        node("Transpose", "biased", "keys", perm=[1, 0]),
+        node("MatMul", "biased keys", "scores"),
+        node("Softmax", "scores", "weights", axis=-1),
+        node("MatMul", "weights biased", "mixed"),
+        node("MatMul", "mixed w", "out"),
+    ]
+    graph = shaped(nodes, {"x": [rows, width]}, {"w": ((width, width), F32), "b": ((width,), F32)})
+    assert scratch_bytes(graph) == int(MARGIN * 2 * rows * width * 4) + WORKSPACE  # and not rows² of scores
+
+
+def test_scratch_of_an_autoencoder_leaves_out_what_is_computed_inside_a_convolution() -> None:
+    nodes = [
+        node("Conv", "x w", "a", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", "a", "b"),
+        node("Conv", "b w", "c", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", "c", "out"),
+    ]
+    graph = shaped(nodes, {"x": [1, 8, 32, 32]}, {"w": ((8, 8, 3, 3), F32)})
+    assert scratch_bytes(graph) == int(MARGIN * 8 * 32 * 32 * 4) + WORKSPACE  # b alone
+
+
+def test_memory_on_a_gpu_shares_scratch_and_takes_the_stages_in_turn() -> None:
+    bundle = Bundle.open(BUILT_IN)
+    figures = {graph: {"weights": 10, "scratch": size} for size, graph in enumerate(bundle.manifest.graphs, 100)}
+    memory = device_memory(bundle, (64, 64, 17), figures)
+    assert memory.every.weights == 10 * len(figures) and memory.every.scratch == 99 + len(figures)
+    assert memory.low.weights == 20 and sum(memory.low) < sum(memory.every)
+    # One frame needs no decoder_step.
+    assert device_memory(bundle, (64, 64, 1), figures).stages["decoder"].weights == 10
+    assert set(predicted(bundle, (64, 64, 17))) == set(figures)

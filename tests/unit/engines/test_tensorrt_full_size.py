@@ -20,6 +20,7 @@ import pytest
 
 from tests.helpers.nvidia_builder import CANONICAL, PRIMITIVES, build_graph, figures_of, nvidia_builder
 from tmd_engines import Bundle
+from tmd_engines.command.device_memory import predicted
 from tmd_export import RandomSource, export_bundle
 from tmd_ref.wan import WAN_CONFIGS
 
@@ -60,3 +61,6 @@ def test_scratch_memory_has_no_room_for_the_scores_of_attention(model: str, prec
             print(f"{model} {graph} {precision} {version} {target}: {figures}")
             assert figures["scratch"] < BOUND[model]
             assert figures["weights"] < UNPACKED * weights
+            told = predicted(bundle, SIZE)[graph]
+            assert abs(told["weights"] - figures["weights"]) < 0.01 * figures["weights"]
+            assert abs(told["scratch"] - figures["scratch"]) < 0.25 * figures["scratch"]
