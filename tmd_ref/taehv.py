@@ -99,14 +99,15 @@ class TAEHV(nn.Module):
         for k in range(1, latents.shape[2]):
             video, caches = self.decode_step(latents[:, :, k : k + 1], caches)
             chunks.append(video)
-        return torch.cat(chunks, dim=2)
+        return torch.cat(chunks, dim=2).clamp(-1, 1)
 
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]` and the caches for `decode_step`."""
+        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]`, about -1..1 and not clamped, and the
+        caches for `decode_step`."""
         return self._decode_chunk(latents, None)
 
     def decode_step(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A later latent frame -> 4 video frames `[B,3,4,8h,8w]` and the next caches (`[B,C,1,H,W]` each)."""
+        """Later latent frame -> 4 video frames `[B,3,4,8h,8w]`, unclamped, and the next caches (`[B,C,1,H,W]` each)."""
         return self._decode_chunk(latents, caches)
 
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
@@ -129,7 +130,7 @@ class TAEHV(nn.Module):
             x = per_frame(self.upsample, x[:, -1:] if only_last else x)
             x = per_frame(self.decoder[str(place + BLOCKS + 2)], x)
         video = at_least_float32(per_frame(conv_out, cast_for(conv_out, x.relu()))).transpose(1, 2)
-        return video.clamp(0, 1) * 2 - 1, kept
+        return video * 2 - 1, kept
 
 
 def _place(stage: int) -> int:

@@ -303,17 +303,18 @@ class WanVAE(nn.Module):
         return self.decoder(self._unpack(latents)).clamp(-1, 1)
 
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]` and the caches for `decode_step`."""
+        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]`, about -1..1 and not clamped, and the
+        caches for `decode_step`."""
         return self._decode_chunk(latents, None)
 
     def decode_step(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A later latent frame -> 4 video frames `[B,3,4,8h,8w]` and the next caches (`[B,C,2,H,W]` each)."""
+        """Later latent frame -> 4 video frames `[B,3,4,8h,8w]`, unclamped, and the next caches (`[B,C,2,H,W]` each)."""
         return self._decode_chunk(latents, caches)
 
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         history = History(caches)
         video = self.decoder(self._unpack(latents), history)
-        return video.clamp(-1, 1), [at_least_float32(cache) for cache in history.kept]
+        return video, [at_least_float32(cache) for cache in history.kept]
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """conv2(denormalise(latents)) as one convolution: W(std·z + mean) + b = (W·std)z + (W·mean + b), exactly.

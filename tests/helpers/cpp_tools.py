@@ -72,9 +72,14 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
 class Twin:
     """`runtime/cpp/tests/twin.cpp` at the other end of two pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self._process = subprocess.Popen(
-            [program("tmd_twin")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            [program("tmd_twin")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **environment},
         )
 
     def ask(self, do: str, **question: Any) -> dict[str, Any]:

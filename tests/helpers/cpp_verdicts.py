@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.helpers import documents
 from tests.helpers.cpp_tools import BUNDLE, twin
 from tmd_engines import Bundle, BundleError, Manifest
 from tmd_engines.bundle.manifest import parse_manifest
@@ -64,8 +65,9 @@ def both_sides(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Bundle, "open", staticmethod(open_both)))
-        if hasattr(request.module, "parse_manifest"):
-            stack.enter_context(patch.object(request.module, "parse_manifest", parse_both))
+        for module in (request.module, documents):
+            if hasattr(module, "parse_manifest"):
+                stack.enter_context(patch.object(module, "parse_manifest", parse_both))
         yield
 
 

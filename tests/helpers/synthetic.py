@@ -227,9 +227,12 @@ def _decoder(name: str, frames: int) -> GraphBuilder:
     kernel = [frames, 8, 8]
     pixels = g.op("ConvTranspose", z, g.weight(CHANNELS, 3, *kernel), kernel_shape=kernel, strides=kernel)
     scaled = g.op("Add", g.op("Mul", g.op("Tanh", pixels), g.constant(127.5)), g.constant(127.5))
+    size = g.op("ReduceMean", g.op("Abs", pixels), keepdims=0)
+    g.op("Reshape", size, g.constant([1], np.int64), out="magnitude")
     bytes_ = g.op("Cast", g.op("Round", scaled), to=TensorProto.UINT8)
     g.op("Transpose", bytes_, perm=[0, 2, 3, 4, 1], out="frames")
     g.output("frames", ["batch", frames, "8*height", "8*width", 3], "uint8")
+    g.output("magnitude", [1])
     for k in range(CACHES):
         g.output(f"cache_{k:02d}_next" if old else f"cache_{k:02d}", cache_shape)
     return g

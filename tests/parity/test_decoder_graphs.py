@@ -62,6 +62,7 @@ def frame_by_frame(bundle: Bundle, latents: torch.Tensor) -> tuple[np.ndarray, n
             zip(names, session.run(None, {"latents": latents[:, :, k : k + 1].numpy(), **caches}), strict=True)
         )
         frames.append(outputs.pop("frames")[0])
+        assert np.isfinite(outputs.pop("magnitude")).all()
         values.append(np.moveaxis(outputs.pop(exact)[0], 0, -1))
         caches = outputs
     return np.concatenate(frames), np.concatenate(values)

@@ -60,6 +60,6 @@ def test_in_low_precision_pictures_and_caches_stay_float32(precision: str, toler
     video, caches = model.decode_first(latents[:, :, :1])
     video, caches = model.decode_step(latents[:, :, 1:], caches)
     assert {tensor.dtype for tensor in (video, *caches)} == {torch.float32}
-    error = (video - expected[:, :, 1:]).abs().max()
+    error = (video.clamp(-1, 1) - expected[:, :, 1:]).abs().max()
     assert 0 < error <= tolerance
     assert len(video.unique()) > 256  # bfloat16 alone would leave steps that can be seen

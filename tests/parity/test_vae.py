@@ -76,7 +76,7 @@ def test_video_equals_diffusers_and_is_the_same_frame_by_frame(models, shape):
     for k in range(1, latents.shape[2]):
         chunk, caches = ours.decode_step(latents[:, :, k : k + 1], caches)
         chunks.append(chunk)
-    assert (torch.cat(chunks, dim=2) - video).abs().max() <= 1e-5
+    assert (torch.cat(chunks, dim=2).clamp(-1, 1) - video).abs().max() <= 1e-5
 
 
 def test_the_official_size_has_its_parameter_count_and_statistics():

@@ -24,7 +24,7 @@ class DecoderFirst(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
         video, caches = self.vae.decode_first(latents)
-        return (to_frames(video), *caches)
+        return (*to_frames(video), *caches)
 
 
 class DecoderStep(nn.Module):
@@ -36,7 +36,7 @@ class DecoderStep(nn.Module):
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         video, caches_next = self.vae.decode_step(latents, caches)
-        return (to_frames(video), *caches_next)
+        return (*to_frames(video), *caches_next)
 
 
 class StillDecoder(nn.Module):
@@ -48,7 +48,7 @@ class StillDecoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         return to_frames(self.vae.decode(latents))
 
 
@@ -63,9 +63,13 @@ class PictureEncoder(nn.Module):
         return self.vae.encode(frames.float().permute(0, 4, 1, 2, 3) / 127.5 - 1)
 
 
-def to_frames(video: Tensor) -> Tensor:
-    """Video `[B,3,F,H,W]`, already clamped to -1..1 by the decoder -> uint8 `[B,F,H,W,3]`, rounded to nearest."""
-    return torch.round(video * 127.5 + 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
+def to_frames(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Video `[B,3,F,H,W]` about -1..1 -> uint8 `[B,F,H,W,3]`, clamped and rounded to nearest, and its mean size `[1]`.
+
+    NaN and Inf cannot be told from pixels in uint8; the mean is NaN or Inf exactly if a value of the video is.
+    """
+    frames = torch.round(video.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return frames, video.abs().reshape(-1).mean(0, keepdim=True)
 
 
 def encoder(vae: WanVAE | StillVAE, interface: Interface) -> Graph:

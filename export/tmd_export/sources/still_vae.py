@@ -67,8 +67,9 @@ class StillVAE(nn.Module):
         return (encoded[:, : self.latent_channels] * self.scaling_factor).unsqueeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Pictures `[B,3,1,H,W]`, about -1..1 and not clamped."""
         pictures: Tensor = self.decoder(self.post_quant_conv(latents.squeeze(2) / self.scaling_factor))
-        return pictures.clamp(-1, 1).unsqueeze(2)
+        return pictures.unsqueeze(2)
 
 
 class VAEFolder:

@@ -1,8 +1,8 @@
 // Any bytes as an ONNX file: accepted or Error(BUNDLE), nothing else. What an engine might get is lowered, and stays
 // ONNX as we know it.
-#include "error.hpp"
-#include "graph_file.hpp"
-#include "onnxruntime_lowering.hpp"
+#include "base/error.hpp"
+#include "bundle/graph_file.hpp"
+#include "engines/onnxruntime_lowering.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   using namespace tmd::internal;

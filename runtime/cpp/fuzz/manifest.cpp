@@ -1,6 +1,6 @@
 // Any bytes as manifest.json: a manifest or Error(BUNDLE), nothing else.
-#include "manifest.hpp"
-#include "error.hpp"
+#include "base/error.hpp"
+#include "bundle/manifest.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   try {

@@ -1,7 +1,7 @@
 // Any bytes as a prompt: clean UTF-8 or Error(USAGE); what is clean stays as it is where nothing can be undone twice.
-#include "clean_prompt.hpp"
-#include "error.hpp"
-#include "utf8.hpp"
+#include "base/error.hpp"
+#include "base/utf8.hpp"
+#include "text/clean_prompt.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   using namespace tmd::internal;

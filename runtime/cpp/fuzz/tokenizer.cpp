@@ -1,8 +1,8 @@
 // Any bytes as a sentencepiece model, and a prompt read with it: tokens or an Error.
 //
 // Sentencepiece's own library is not built with the sanitizers here: what it does wrong shows as a crash only.
-#include "tokenizer.hpp"
-#include "error.hpp"
+#include "base/error.hpp"
+#include "text/tokenizer.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   using namespace tmd::internal;

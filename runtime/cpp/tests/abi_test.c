@@ -19,7 +19,7 @@ SIZE(tmd_open_options, 48);
 
 AT(tmd_description, name, 8);
 AT(tmd_description, family, 16);
-AT(tmd_description, kind, 24);
+AT(tmd_description, architecture, 24);
 AT(tmd_description, rule, 32);
 AT(tmd_description, source, 40);
 AT(tmd_description, engine, 48);
@@ -95,12 +95,11 @@ SIZE(tmd_plan, 80);
 
 AT(tmd_result, seed, 8);
 AT(tmd_result, seconds, 16);
-AT(tmd_result, dropped_tokens, 64);
-AT(tmd_result, tokens, 68);
-AT(tmd_result, steps, 72);
-AT(tmd_result, times_count, 76);
-AT(tmd_result, times, 80);
-AT(tmd_result, encode_seconds, 88);
+AT(tmd_result, dropped_tokens, 72);
+AT(tmd_result, tokens, 76);
+AT(tmd_result, steps, 80);
+AT(tmd_result, times_count, 84);
+AT(tmd_result, times, 88);
 SIZE(tmd_result, 96);
 #endif
 
@@ -128,7 +127,7 @@ IS(TMD_STAGE_BACKBONE, 3);
 IS(TMD_STAGE_FLOW_HEAD, 4);
 IS(TMD_STAGE_DECODE, 5);
 IS(TMD_STAGE_ENCODE, 6);
-IS(TMD_STAGES, 6);
+IS(TMD_STAGES, TMD_STAGE_ENCODE + 1);
 IS(TMD_DEFAULT, -1);
 IS(TMD_RANDOM_SEED, -1);
 _Static_assert(sizeof(tmd_status) == 4 && sizeof(tmd_stage) == 4, "enumerations are 4 bytes");
@@ -152,10 +151,13 @@ int main(void) {
   tmd_description description;
   unsigned char frame[3] = {7, 7, 7};
   float number = 7;
+  int stage;
 
   CHECK(strcmp(tmd_version(), "0.1.0") == 0);
   CHECK(strstr(tmd_build_info(), tmd_version()) != NULL);
   CHECK(strcmp(tmd_status_name(TMD_CANCELLED), "TMD_CANCELLED") == 0);
+  for (stage = 0; stage < TMD_STAGES; ++stage) CHECK(strcmp(tmd_stage_name(stage), tmd_stage_name(99)) != 0);
+  CHECK(strcmp(tmd_stage_name(TMD_STAGES), tmd_stage_name(99)) == 0);
   CHECK(strlen(tmd_status_name(99)) > 0 && strlen(tmd_stage_name(99)) > 0);
   CHECK(tmd_create(NULL) == TMD_ERROR_USAGE);
   CHECK(tmd_create(&tmd) == TMD_OK && tmd != NULL);

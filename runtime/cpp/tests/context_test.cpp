@@ -74,7 +74,9 @@ const tmd::Video& expected() {
 TEST_CASE("a bundle describes itself") {
   const tmd::Description d = shared().describe();
   CHECK(std::string(d.name) == "tiny");
-  CHECK(std::string(d.kind) == "tmd");
+  CHECK(std::string(d.family) == "tmd");
+  CHECK(std::string(d.architecture) != d.family);
+  CHECK(std::string(d.rule) == "euler");
   CHECK(std::string(d.engine) == tested_engine());
   CHECK(std::string(d.engine_version).size() > 3);
   CHECK((d.can_encode && d.can_denoise && d.can_decode));
@@ -227,7 +229,7 @@ TEST_CASE("the order of freeing does not matter, and a clone keeps what it needs
 TEST_CASE("a Transition Model: a still in any number of steps, seen on the way, from noise or from a picture") {
   tmd::Context context(TMD_TEST_STILLS, one_thread());
   const tmd::Description d = context.describe();
-  CHECK(std::string(d.kind) == "tim");
+  CHECK(std::string(d.family) == "tim");
   CHECK((d.can_encode_image && d.allowed_steps == nullptr && d.classes == 0));
   tmd::RunOptions options = seeded();
   options.steps = 3;

@@ -14,8 +14,8 @@
 #include <mutex>
 #include <vector>
 
-#include "bundle.hpp"
-#include "engine.hpp"
+#include "bundle/reader.hpp"
+#include "engines/engine.hpp"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include "tensorrt_stubs.inc"  // made by tools/make_tensorrt_stubs.py
@@ -101,9 +101,9 @@ class ContextImpl : public nvinfer1::StubContext {
     if (addresses_.size() != inputs_.size() + outputs_.size()) return false;
     // What was asked for keeps the addresses of its time, as the launch of a kernel does.
     const auto work = [this, addresses = addresses_] {
-      for (const auto& [name, buffer] : inputs_) std::memcpy(buffer.data(), addresses.at(name), buffer.bytes());
+      for (const auto& [name, buffer] : inputs_) std::memcpy(buffer.address(), addresses.at(name), buffer.bytes());
       step_->run();
-      for (const auto& [name, buffer] : outputs_) std::memcpy(addresses.at(name), buffer.data(), buffer.bytes());
+      for (const auto& [name, buffer] : outputs_) std::memcpy(addresses.at(name), buffer.address(), buffer.bytes());
     };
     if (stream->recording)
       stream->recorded.emplace_back(work);
@@ -272,6 +272,15 @@ cudaError_t cudaFreeHost(void* address) {
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDeviceToDevice) {
+    if (!on_device(to, size) || !on_device(from, size)) return cudaErrorInvalidValue;
+    const auto work = [=] { std::memcpy(to, from, size); };
+    if (stream->recording)
+      stream->recorded.emplace_back(work);
+    else
+      work();
+    return cudaSuccess;
+  }
   if (stream->recording) return cudaErrorStreamCaptureUnsupported;
   if (!on_device(kind == cudaMemcpyHostToDevice ? to : from, size)) return cudaErrorInvalidValue;
   if (on_device(kind == cudaMemcpyHostToDevice ? from : to, 0)) return cudaErrorInvalidMemcpyDirection;

@@ -2,9 +2,9 @@
 // says of damaged graphs is compared in tests/unit/cpp/test_cpp_verdicts.py.
 #include <doctest/doctest.h>
 
-#include "error.hpp"
-#include "graph_file.hpp"
-#include "protobuf_wire.hpp"
+#include "base/error.hpp"
+#include "bundle/graph_file.hpp"
+#include "bundle/protobuf_wire.hpp"
 
 using namespace tmd::internal;
 

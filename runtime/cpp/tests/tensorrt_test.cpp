@@ -12,8 +12,8 @@
 #include <fstream>
 #include <future>
 
-#include "files.hpp"
-#include "plan_cache.hpp"
+#include "bundle/files.hpp"
+#include "engines/plan_cache.hpp"
 #include "tmd/tmd.hpp"
 
 namespace fs = std::filesystem;
@@ -48,7 +48,7 @@ struct Cache {
                        {"height", height},
                        {"width", width},
                        {"text", m.text.max_length},
-                       {"tokens", frames * (height / m.model.patch_size[1]) * (width / m.model.patch_size[2])}};
+                       {"tokens", frames * (height / m.model->patch_size[1]) * (width / m.model->patch_size[2])}};
     std::map<std::string, Shape> shapes;
     for (const TensorSpec& spec : bundle.graph(graph, "be run").inputs) shapes[spec.name] = spec.resolve(dims);
     PlanKey key = plan_key(bundle, bundle.graph(graph, "be run"), shapes, {kVersion, device, "9.0", false});
@@ -61,7 +61,8 @@ struct Cache {
         << plan;
   }
   void put_all() const {
-    for (const char* graph : {"text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step"}) put(graph);
+    for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step"})
+      put(graph);
   }
 };
 
@@ -155,7 +156,7 @@ TEST_CASE("clones take turns on one stream and give the same frames") {
 
 TEST_CASE("stills of a Transition Model, without and with guidance, previews and a picture to start from") {
   const Cache cache;
-  for (const char* graph : {"text_encoder", "backbone", "flow_head", "decoder_first", "encoder"})
+  for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "encoder"})
     for (const std::int64_t rows : {1, 2}) cache.put(graph, nullptr, "Fake GPU", TMD_TEST_STILLS, rows);
   tmd::Context context(TMD_TEST_STILLS, Options(cache));
   const std::vector<std::uint8_t> plain = on_the_cpu(seeded(3), TMD_TEST_STILLS);

@@ -8,20 +8,21 @@
 
 #include <nlohmann/json.hpp>
 
-#include "bundle.hpp"
-#include "clean_prompt.hpp"
-#include "context.hpp"
-#include "cpu.hpp"
-#include "deadline.hpp"
-#include "memory.hpp"
-#include "mojibake.hpp"
-#include "noise.hpp"
-#include "onnxruntime_lowering.hpp"
-#include "plan_cache.hpp"
-#include "rules.hpp"
-#include "schedule.hpp"
-#include "tokenizer.hpp"
-#include "utf8.hpp"
+#include "api/context.hpp"
+#include "base/utf8.hpp"
+#include "bundle/reader.hpp"
+#include "engines/cpu.hpp"
+#include "engines/onnxruntime_lowering.hpp"
+#include "engines/plan_cache.hpp"
+#include "run/memory.hpp"
+#include "sampling/deadline.hpp"
+#include "sampling/noise.hpp"
+#include "sampling/rules.hpp"
+#include "sampling/schedule.hpp"
+#include "text/clean_prompt.hpp"
+#include "text/embedding.hpp"
+#include "text/mojibake.hpp"
+#include "text/tokenizer.hpp"
 
 namespace {
 
@@ -92,7 +93,8 @@ void check(tmd_context* context, tmd_status status) {
 tmd_context* opened_for(const json& question) {
   static std::unique_ptr<tmd_context, void (*)(tmd_context*)> context(nullptr, tmd_free);
   static json key;
-  const json wanted = {question.at("bundle"), question.at("engine"), question.value("memory", 0)};
+  const json wanted = {question.at("bundle"), question.at("engine"), question.value("memory", 0),
+                       question.value("plan_cache", "")};
   if (context && key == wanted) return context.get();
   tmd_context* made = nullptr;
   tmd_create(&made);
@@ -100,9 +102,10 @@ tmd_context* opened_for(const json& question) {
   key = nullptr;
   tmd_open_options options;
   tmd_open_options_init(&options);
-  const std::string path = wanted[0], engine = wanted[1], library = question.value("library", "");
+  const std::string path = wanted[0], engine = wanted[1], cache = wanted[3], library = question.value("library", "");
   options.engine = engine.c_str();
   options.engine_library = library.empty() ? nullptr : library.c_str();
+  options.plan_cache = cache.empty() ? nullptr : cache.c_str();
   options.threads = 1;
   options.memory = wanted[2];
   check(made, tmd_open(made, path.c_str(), &options));
@@ -180,6 +183,25 @@ json stages(const json& question) {
   return {{"ok", to_hex(frames.data(), frames.size())}, {"latents", hex(latents)}, {"tokens", result.tokens}};
 }
 
+json describe(const json& question) {
+  tmd_context* context = opened_for(question);
+  tmd_description of;
+  tmd_description_init(&of);
+  check(context, tmd_describe(context, &of));
+  return {{"ok",
+           {{"family", of.family},
+            {"architecture", of.architecture},
+            {"rule", of.rule},
+            {"engine_version", of.engine_version},
+            {"steps", of.steps},
+            {"inner_steps", of.inner_steps},
+            {"allowed_steps", std::vector<std::int32_t>(of.allowed_steps, of.allowed_steps + of.allowed_steps_count)},
+            {"allowed_inner_steps",
+             std::vector<std::int32_t>(of.allowed_inner_steps, of.allowed_inner_steps + of.allowed_inner_steps_count)},
+            {"can_denoise", of.can_denoise},
+            {"classes", of.classes}}}};
+}
+
 json encode_image(const json& question) {
   tmd_context* context = opened_for(question);
   tmd_description of;
@@ -193,7 +215,7 @@ json encode_image(const json& question) {
   tmd_result_init(&result);
   check(context, tmd_encode_image(context, reinterpret_cast<const std::uint8_t*>(rgb.data()), width, height,
                                   latents.data(), latents.size(), &result));
-  return {{"ok", hex(latents)}, {"seconds", result.encode_seconds}};
+  return {{"ok", hex(latents)}, {"seconds", result.seconds[TMD_STAGE_ENCODE]}};
 }
 
 // Every step that a deadline lets a run take, with the seconds left and the costs that a test says.
@@ -210,6 +232,7 @@ json steps_in_time(const json& question) {
 json answer(const json& question) {
   if (question.at("do") == "run") return run(question);
   if (question.at("do") == "stages") return stages(question);
+  if (question.at("do") == "describe") return describe(question);
   if (question.at("do") == "encode_image") return encode_image(question);
   if (question.at("do") == "steps_in_time") return steps_in_time(question);
   const std::string what = question.at("do");
@@ -296,17 +319,15 @@ json answer(const json& question) {
   if (what == "grid") return {{"ok", shift_grid(question.at("steps"), question.at("shift"), question.at("t_max"))}};
   if (what == "wan_grid") return {{"ok", wan_grid(question.at("steps"), question.at("shift"))}};
   if (what == "told") return {{"ok", told_time(question.at("t"), question.at("rounding"))}};
-  if (what == "rule") {  // a run of a rule on given velocities
-    std::vector<float> x = floats(question.at("x"));
-    NoiseStream stream(question.at("seed"));
-    const std::unique_ptr<Rule> rule = make_rule(question.at("rule"));
-    rule->start(question.at("times"), x.size(), &stream);
-    std::size_t i = 0;
-    for (const json& velocity : question.at("velocities")) {
-      std::vector<float> v = floats(velocity);
-      rule->step(i++, x.data(), v.data());
+  if (what == "rule") {  // the coefficients of every step
+    const Rule rule = find_rule(question.at("rule"));
+    const std::vector<double> times = question.at("times");
+    json steps = json::array();
+    for (std::size_t i = 0; i + 1 < times.size(); ++i) {
+      const Coefficients c = rule(times, i);
+      steps.push_back({c.x, c.velocity, c.noise, c.before_1, c.before_2});
     }
-    return {{"ok", hex(x)}};
+    return {{"ok", steps}};
   }
   if (what == "settings") {
     const Wishes wishes(question.at("wishes"));

@@ -8,14 +8,16 @@
 #include <fstream>
 #include <sstream>
 
-#include "clean_prompt.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "json_fields.hpp"
-#include "mojibake.hpp"
-#include "noise.hpp"
-#include "schedule.hpp"
-#include "utf8.hpp"
+#include "base/error.hpp"
+#include "base/utf8.hpp"
+#include "bundle/files.hpp"
+#include "bundle/json_fields.hpp"
+#include "engines/buffer.hpp"
+#include "sampling/noise.hpp"
+#include "sampling/rules.hpp"
+#include "sampling/schedule.hpp"
+#include "text/clean_prompt.hpp"
+#include "text/mojibake.hpp"
 
 using namespace tmd::internal;
 
@@ -144,4 +146,35 @@ TEST_CASE("time grids have their ends") {
   CHECK(wan_grid(2, 1.0) == std::vector<double>{0.999, 0.4995, 0.0});
   CHECK(told_time(0.98765, "bfloat16") == 0.988);
   CHECK(told_time(0.9876, "integer") == 0.987);
+}
+
+TEST_CASE("a buffer takes and gives exactly what it holds") {
+  const Buffer buffer(DType::f32, {2, 3}), same(DType::f32, {6}), other(DType::f32, {5}), bytes(DType::u8, {24});
+  const float values[6] = {1, 2, 3, 4, 5, 6};
+  buffer.write(values, 6);
+  CHECK(buffer.read<float>(6) == std::vector<float>(values, values + 6));
+  same.copy(buffer);
+  CHECK(same.read<float>(6) == buffer.read<float>(6));
+  buffer.write(values, 3, 2);
+  CHECK(buffer.read<float>(6) == std::vector<float>{1, 2, 3, 1, 2, 3});
+  for (const std::size_t count : {std::size_t{0}, std::size_t{5}, std::size_t{7}, SIZE_MAX}) {
+    CHECK(status_of([&] { buffer.write(values, count); }) == TMD_ERROR_RUN);
+    CHECK(status_of([&] { buffer.read<float>(count); }) == TMD_ERROR_RUN);
+  }
+  CHECK(status_of([&] { buffer.write(values, 6, 2); }) == TMD_ERROR_RUN);
+  CHECK(status_of([&] { buffer.values<std::int64_t>(6); }) == TMD_ERROR_RUN);
+  CHECK(status_of([&] { buffer.copy(other); }) == TMD_ERROR_RUN);
+  CHECK(status_of([&] { buffer.copy(bytes); }) == TMD_ERROR_RUN);  // as many bytes, of another type
+  CHECK(status_of([&] { bytes.fill(0); }) == TMD_ERROR_RUN);
+}
+
+TEST_CASE("rules return the predicted data in their last step") {
+  for (const char* name : {"renoise", "unipc"}) {
+    const Coefficients last = find_rule(name)({1.0, 0.6, 0.3, 0.0}, 2);
+    CHECK(last.noise == 0);
+    if (name == std::string("renoise")) CHECK((last.x == 1 && last.velocity == -0.3));
+  }
+  const Coefficients step = find_rule("euler")({1.0, 0.6, 0.0}, 0);
+  CHECK((step.x == 1 && step.velocity == 0.6 - 1.0 && step.noise == 0 && step.before_1 == 0));
+  CHECK(!find_rule("magic"));
 }

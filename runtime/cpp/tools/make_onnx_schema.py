@@ -1,7 +1,7 @@
-"""Writes `src/onnx_schema.inc`: every field of ONNX's messages, as the graph check needs it (run by hand).
+"""Writes `src/bundle/onnx_schema.inc`: every field of ONNX's messages, as the graph check needs it (run by hand).
 
-The check reads graphs without protobuf (src/protobuf_wire.hpp says why), so it must know which fields are messages and
-how scalars are coded. A test compares the file with the `onnx` package in use.
+The check reads graphs without protobuf (src/bundle/protobuf_wire.hpp says why), so it must know which fields are
+messages and how scalars are coded. A test compares the file with the `onnx` package in use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-FILE = Path(__file__).parents[1] / "src" / "onnx_schema.inc"
+FILE = Path(__file__).parents[1] / "src" / "bundle" / "onnx_schema.inc"
 
 _KINDS = {
     FieldDescriptor.TYPE_DOUBLE: "kFixed64",

@@ -1,4 +1,4 @@
-"""Writes `src/html_entities.inc` and `src/mojibake_classes.inc`: the tables of prompt cleaning (run by hand).
+"""Writes `src/text/html_entities.inc` and `src/text/mojibake_classes.inc`: the tables of prompt cleaning (run by hand).
 
 HTML's named references come from Python's `html.entities` (W3C's list), the classes of characters that give wrongly
 decoded text away from ftfy (https://github.com/rspeer/python-ftfy, Apache-2.0): both implementations must agree on them
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
-FOLDER = Path(__file__).parents[1] / "src"
+FOLDER = Path(__file__).parents[1] / "src" / "text"
 NOTE = "// Written by tools/make_text_tables.py; do not edit.\n"
 
 

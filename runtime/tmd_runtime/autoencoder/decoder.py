@@ -30,18 +30,19 @@ class ChunkDecoder:
         self._first_frames = first.empty("frames", **self._dims)
         names = [name for name in first.outputs if name.startswith("cache_")]
         self._caches = [{name: first.empty(name, **self._dims) for name in names}]
-        self._first = first.bind({"latents": self._latents}, {"frames": self._first_frames, **self._caches[0]})
+        self._magnitude = first.empty("magnitude", **self._dims)
+        made = {"frames": self._first_frames, "magnitude": self._magnitude}
+        self._first = first.bind({"latents": self._latents}, {**made, **self._caches[0]})
         self._turns: list[Callable[[], object]] = []
         self._step_frames = self._first_frames
 
     def _bind_step(self, step: Engine) -> None:
         self._caches.append({name: step.empty(name, **self._dims) for name in self._caches[0]})
         self._step_frames = step.empty("frames", **self._dims)
+        made = {"frames": self._step_frames, "magnitude": self._magnitude}
         for now, after in ((0, 1), (1, 0)):
             outputs = {f"{name}_next": buffer for name, buffer in self._caches[after].items()}
-            self._turns.append(
-                step.bind({"latents": self._latents, **self._caches[now]}, {"frames": self._step_frames, **outputs})
-            )
+            self._turns.append(step.bind({"latents": self._latents, **self._caches[now]}, {**made, **outputs}))
 
     def chunks(
         self, latents: NDArray[Any], load_step: Callable[[], Engine], timings: Timings
@@ -62,11 +63,7 @@ class ChunkDecoder:
                 self._turns[(k - 1) % 2]()
             else:
                 self._first()
-            # A NaN is lost when frames become uint8. The last cache is the input of the last convolution, so it holds
-            # what went wrong before.
-            caches = self._caches[k % 2]
-            if caches:
-                check_finite("decode", caches[max(caches)])
+            check_finite("decode", np.asarray(self._magnitude))  # in uint8 a NaN could not be seen any more
             frames = np.array(self._step_frames if k else self._first_frames)[0]
             seconds = perf_counter() - start
             timings.add("decode", seconds)

@@ -33,8 +33,8 @@ class Gpu(NamedTuple):
 def settings() -> Any:
     """`BuildSettings`, from its module over a TensorRT that has two names: the rest of it is not asked for."""
     base = type("Base", (), {"Severity": None})
-    source = Path(tmd_engines.__file__).parent / "tensorrt_build.py"
-    spec = importlib.util.spec_from_file_location("tmd_engines._only_settings", source)
+    source = Path(tmd_engines.__file__).parent / "tensorrt" / "build.py"
+    spec = importlib.util.spec_from_file_location("tmd_engines.tensorrt._only_settings", source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     known = sys.modules.get("tensorrt")

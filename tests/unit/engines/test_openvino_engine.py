@@ -158,9 +158,9 @@ def test_prompts_of_any_length_share_one_compiled_graph(tmp_path: Path, cache: P
 def test_a_prompt_of_another_length_compiles_nothing(tmp_path: Path, cache: Path, done: list[str]) -> None:
     with tmd_runtime.load(write_plain_bundle(tmp_path / "plain"), engine="openvino", threads=1) as pipeline:
         pipeline("a red circle", seed=1, steps=2)
-        # text encoder and decoder; backbone and flow head for steps without guidance and with
-        assert done.count("compile_model") == 6
-        assert len(list(cache.glob("*.plan"))) == 1, "the decoder's"
+        # text encoder and decoder; backbone, flow head and update for steps without guidance and with
+        assert done.count("compile_model") == 8
+        assert len(list(cache.glob("*.plan"))) == 3, "the decoder's, and those of the update"
         done.clear()
         for prompt in ("a small blue square growing slowly", "star", "a red circle"):
             assert pipeline(prompt, seed=1, steps=2).frames.std() > 1

@@ -55,6 +55,7 @@ ROPE = {name: Tensor(("tokens", "half_head")) for name in ("rope_cos", "rope_sin
 FEATURES = Tensor(("batch", "tokens", "dim"))
 CONTEXT = Tensor(("batch", "text", "dim"))
 PICTURE = Tensor(("batch", 1, "stride*height", "stride*width", 3), "uint8")
+MAGNITUDE = Tensor((1,))  # a mean of absolute values: NaN or Inf exactly if one of them is
 PROMPT = Tensor(("batch", "text", "text_dim"))
 
 
@@ -62,7 +63,7 @@ def update_signature(latents: Tensor) -> Signature:
     """The graph `update`, which makes the next x of the model's velocity: see docs/bundle.md."""
     names = ("x", "velocity", "negative", "noise", "before_1", "before_2")
     inputs = {**dict.fromkeys(names, latents), "coefficients": Tensor((7,))}
-    return Signature(inputs, {"x_next": latents, "data": latents, "magnitude": Tensor((1,))})
+    return Signature(inputs, {"x_next": latents, "data": latents, "magnitude": MAGNITUDE})
 
 
 TEXT_ENCODER = Signature(
@@ -77,12 +78,15 @@ AUTOENCODER = {
     "encoder": Signature({"frames": PICTURE}, {"latents": STILL}),
     "decoder_first": Signature(
         {"latents": STILL},
-        {"frames": PICTURE},
+        {"frames": PICTURE, "magnitude": MAGNITUDE},
         caches="write",
     ),
     "decoder_step": Signature(
         {"latents": STILL},
-        {"frames": Tensor(("batch", "frame_stride", "stride*height", "stride*width", 3), "uint8")},
+        {
+            "frames": Tensor(("batch", "frame_stride", "stride*height", "stride*width", 3), "uint8"),
+            "magnitude": MAGNITUDE,
+        },
         caches="step",
     ),
 }

@@ -41,8 +41,8 @@
  *
  * Numbers: lengths in bytes are size_t; counts are int32_t; TMD_DEFAULT (-1) means "what the bundle says".
  * Layout: row-major, no padding. Frames uint8 [F, H, W, 3], RGB. Latents float32 [C, T, h, w]. Embeddings float32
- * [tokens, dim]. T is (F - 1) / temporal_stride + 1; h and w are H and W over spatial_stride. A Transition Model (kind
- * "tim") makes stills: F and T are 1.
+ * [tokens, dim]. T is (F - 1) / temporal_stride + 1; h and w are H and W over spatial_stride. A Transition Model
+ * (family "tim") makes stills: F and T are 1.
  */
 #ifndef TMD_TMD_H
 #define TMD_TMD_H
@@ -162,13 +162,13 @@ TMD_API tmd_status tmd_clone(tmd_context* context, tmd_context** clone);
 typedef struct tmd_description {
   size_t struct_size;
   const char* name;               /* of the model, "tiny" */
-  const char* family;             /* its architecture, "wan2.1-t2v" */
-  const char* kind;               /* "tmd": with inner steps; "wan": without; "tim": stills, in jumps of any length */
-  const char* rule;               /* update rule: "transition", "euler", "renoise", "unipc", "flow_map" */
+  const char* family;             /* "tmd": with inner steps; "wan": without; "tim": stills, in jumps of any length */
+  const char* architecture;       /* the network it was made from, "wan2.1-t2v" */
+  const char* rule;               /* update rule: "euler", "renoise", "unipc", "flow_map" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
   const char* engine;             /* "openvino", "onnxruntime" or "tensorrt" */
   const char* engine_version;     /* as the engine's library names itself */
-  int32_t steps, inner_steps;     /* defaults; inner_steps is 1 except for kind "tmd" */
+  int32_t steps, inner_steps;     /* defaults; inner_steps is 1 except for family "tmd" */
   const int32_t* allowed_steps;   /* allowed_steps_count of them, ascending; NULL: any from 1 to 1000 */
   int32_t allowed_steps_count;
   const int32_t* allowed_inner_steps;
@@ -194,13 +194,13 @@ typedef enum tmd_stage {
   TMD_STAGE_LOAD = 0,      /* a graph was loaded by the engine */
   TMD_STAGE_TEXT = 1,
   TMD_STAGE_NOISE = 2,     /* has a time, and no progress of its own */
-  TMD_STAGE_BACKBONE = 3,  /* outer steps; for kind "tim" once, what depends on the prompt alone */
-  TMD_STAGE_FLOW_HEAD = 4, /* inner steps; for kind "wan" the second half of a step, for kind "tim" the whole */
+  TMD_STAGE_BACKBONE = 3,  /* outer steps; for family "tim" once, what depends on the prompt alone */
+  TMD_STAGE_FLOW_HEAD = 4, /* inner steps; for family "wan" the second half of a step, for "tim" the whole */
   TMD_STAGE_DECODE = 5,    /* latent frames, or tiles of a large still */
-  TMD_STAGE_ENCODE = 6     /* a picture to latents; in errors only */
+  TMD_STAGE_ENCODE = 6     /* a picture to latents; has a time, and no progress of its own */
 } tmd_stage;
 
-#define TMD_STAGES 6 /* that have a place in tmd_result.seconds */
+#define TMD_STAGES 7 /* how many stages there are */
 
 /* "load", "text", "noise", "backbone", "flow_head", "decode", "encode"; static, never NULL. */
 TMD_API const char* tmd_stage_name(int stage);
@@ -231,13 +231,13 @@ typedef struct tmd_run_options {
   int32_t inner_steps;   /* inner steps of each, or TMD_DEFAULT */
   int32_t frames;        /* or TMD_DEFAULT */
   int32_t width, height; /* pixels; both or neither TMD_DEFAULT */
-  double guidance;       /* kinds "wan", "tim": weight of classifier-free guidance, 1: none; below 0: the bundle's */
-  double shift;          /* kind "wan" with a free time grid: its warp, 1 or more; below 0: the bundle's */
-  const char* negative_prompt; /* kinds "wan", "tim" with guidance; NULL: the bundle's */
+  double guidance;       /* families "wan", "tim": weight of classifier-free guidance, 1: none; below 0: the bundle's */
+  double shift;          /* family "wan" with a free time grid: its warp, 1 or more; below 0: the bundle's */
+  const char* negative_prompt; /* families "wan", "tim" with guidance; NULL: the bundle's */
   tmd_progress_fn on_progress; /* NULL: none */
   tmd_frames_fn on_frames;     /* NULL: none; called by tmd_generate and tmd_decode */
   void* user;                  /* handed to all three */
-  /* for kind "tim" only */
+  /* for family "tim" only */
   int32_t label;               /* the class to draw, of a model of classes; else TMD_DEFAULT */
   int32_t schedule_count;      /* of schedule */
   const double* schedule;      /* times that fall from 1 (or strength) to 0, in the place of steps; NULL: equal steps */
@@ -248,11 +248,11 @@ typedef struct tmd_run_options {
   double strength;             /* with init_latents: the time at which a run from a picture begins, 0.3 changes little
                                 * of it, 1 everything; below 0: none */
   const float* init_latents;   /* the picture, plan.latents_count floats from tmd_encode_image; NULL: from noise alone */
-  /* for all kinds */
+  /* for all families */
   tmd_frames_fn on_preview;    /* gets in each step but the last what the run would give if it ended there, in pieces that
-                                * begin at picture 0 anew; costs a decoding, and for kind "tim" an evaluation. Needs the
-                                * decoder beside the model, so not TMD_MEMORY_LOW, and no deadline. NULL: none; called by
-                                * tmd_generate and tmd_denoise */
+                                * begin at picture 0 anew; costs a decoding, and for family "tim" an evaluation. Needs
+                                * the decoder beside the model, so not TMD_MEMORY_LOW, and no deadline. NULL: none;
+                                * called by tmd_generate and tmd_denoise */
 } tmd_run_options;
 
 TMD_API void tmd_run_options_init(tmd_run_options* options);
@@ -281,9 +281,8 @@ typedef struct tmd_result {
   int32_t tokens;             /* rows that tmd_encode wrote; else 0 */
   int32_t steps;              /* steps that were taken: with a deadline, as many as there was time for */
   int32_t times_count;        /* of times */
-  const double* times;        /* kind "tim": the way of the run, as a schedule that repeats it; valid until the next call
-                               * on the context. NULL: of another kind */
-  double encode_seconds;      /* of tmd_encode_image */
+  const double* times;        /* family "tim": the times that the run went through, as a schedule that repeats it; valid
+                               * until the next call on the context. NULL: of another family */
 } tmd_result;
 
 TMD_API void tmd_result_init(tmd_result* result);

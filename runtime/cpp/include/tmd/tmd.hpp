@@ -77,14 +77,14 @@ struct Video {
   std::vector<std::uint8_t> frames;  // RGB [plan.frames, plan.height, plan.width, 3]; empty if nobody wanted them whole
   Plan plan;
   Result result;
-  std::vector<double> times;  // kind "tim": the way of the run
+  std::vector<double> times;  // family "tim": the times that the run went through
 };
 
 struct Latents {
   std::vector<float> values;  // [plan.channels, plan.latent_frames, plan.latent_height, plan.latent_width]
   Plan plan;
   Result result;
-  std::vector<double> times;  // kind "tim": the way of the run
+  std::vector<double> times;  // family "tim": the times that the run went through
 };
 
 // One thread at a time; move-only.

@@ -1,0 +1,145 @@
+#include "run/memory.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <vector>
+
+#include "autoencoder/tiles.hpp"
+#include "engines/buffer.hpp"
+
+namespace tmd::internal {
+namespace {
+
+constexpr std::uint64_t kProcess = 100'000'000;  // libraries before any graph
+
+// Sizes come from an untrusted manifest: what does not fit into 64 bits counts as very large.
+std::uint64_t plus(std::uint64_t a, std::uint64_t b) {
+  std::uint64_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
+}
+
+std::uint64_t times(std::uint64_t a, std::uint64_t b) {
+  std::uint64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
+std::uint64_t stage_bytes(const Manifest& manifest, const std::vector<const char*>& names, const Dims& dims,
+                          bool one_frame) {
+  std::uint64_t weights = 0, buffers = 0, largest = 0;
+  for (const char* name : names) {
+    const auto found = manifest.graphs.find(name);
+    if (found == manifest.graphs.end() || (one_frame && std::string(name) == "decoder_step")) continue;
+    weights = plus(weights, weight_bytes(manifest, found->second));
+    for (const auto* tensors : {&found->second.inputs, &found->second.outputs})
+      for (const TensorSpec& spec : *tensors) {
+        std::uint64_t bytes = item_size(spec.dtype);
+        for (const std::int64_t length : spec.resolve(dims)) bytes = times(bytes, static_cast<std::uint64_t>(length));
+        buffers = plus(buffers, bytes);
+        largest = std::max(largest, bytes);
+      }
+  }
+  return plus(plus(weights, buffers), times(kActivations, largest));
+}
+
+std::vector<std::string> lines_of(const std::string& path) {
+  std::vector<std::string> lines;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  return lines;
+}
+
+// The number that is all of `text`, or follows `name` at the beginning of a line.
+std::optional<std::uint64_t> number_in(const std::string& text, const std::string& name = "") {
+  if (text.compare(0, name.size(), name) != 0) return std::nullopt;
+  std::istringstream rest(text.substr(name.size()));
+  std::uint64_t value = 0;
+  if (!(rest >> value)) return std::nullopt;
+  return value;
+}
+
+// What one control group leaves; absent without a limit.
+std::optional<std::uint64_t> left(const std::string& group, const char* limit_name, const char* usage_name,
+                                  const std::string& cache_name) {
+  const auto only_number = [&](const char* name) -> std::optional<std::uint64_t> {
+    const std::vector<std::string> lines = lines_of(group + "/" + name);
+    return lines.empty() ? std::nullopt : number_in(lines.front());
+  };
+  const auto limit = only_number(limit_name), usage = only_number(usage_name);
+  if (!limit || !usage) return std::nullopt;
+  std::uint64_t cache = 0;
+  for (const std::string& line : lines_of(group + "/memory.stat"))
+    cache = number_in(line, cache_name + " ").value_or(cache);
+  const std::uint64_t room = plus(*limit, cache);
+  return room > *usage ? room - *usage : 0;
+}
+
+}  // namespace
+
+std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
+  std::uint64_t bytes = 0;
+  for (const std::string& file : {graph.file, graph.data.value_or("")})
+    if (const auto found = manifest.files.find(file); found != manifest.files.end())
+      bytes = plus(bytes, found->second.size);
+  const std::string& stored = graph.storage.empty() ? graph.precision : graph.storage;
+  if (stored == "fp8") return times(4, bytes);
+  // Of int8 the large weights stay as they are, and the rest is bf16.
+  return stored == "fp16" || stored == "bf16" ? times(2, bytes) : bytes;
+}
+
+Need estimate_need(const Manifest& manifest, const LatentSize& size) {
+  const auto& patch = manifest.model->patch_size;
+  const Dims dims = {{"batch", 1},
+                     {"frames", size.frames},
+                     {"height", size.height},
+                     {"width", size.width},
+                     {"tokens", size.frames / patch[0] * (size.height / patch[1]) * (size.width / patch[2])},
+                     {"text", manifest.text.max_length}};
+  Dims denoised = dims, decoded = dims;
+  denoised["batch"] = size.rows;
+  if (manifest.family->makes_stills()) {
+    decoded["height"] = Tiling(size.height, manifest.latents.spatial_stride).tile;
+    decoded["width"] = Tiling(size.width, manifest.latents.spatial_stride).tile;
+  }
+  Need need;
+  const std::pair<std::vector<const char*>, const Dims&> stages[] = {{{"text_encoder"}, dims},
+                                                                     {{"backbone", "flow_head", "update"}, denoised},
+                                                                     {{"decoder_first", "decoder_step"}, decoded}};
+  for (const auto& [together, sizes] : stages) {
+    const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);
+    need.all = plus(need.all, bytes);
+    need.low = std::max(need.low, bytes);
+  }
+  return {plus(need.all, kProcess), plus(need.low, kProcess)};
+}
+
+std::optional<std::uint64_t> available_bytes(const std::string& root) {
+  std::optional<std::uint64_t> least;
+  const auto consider = [&](std::optional<std::uint64_t> bytes) {
+    if (bytes) least = std::min(least.value_or(UINT64_MAX), *bytes);
+  };
+  for (const std::string& line : lines_of(root + "/proc/meminfo"))
+    if (const auto kilobytes = number_in(line, "MemAvailable:")) consider(times(*kilobytes, 1024));
+  for (const std::string& line : lines_of(root + "/proc/self/cgroup")) {
+    // number:controllers:path
+    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool unified = controllers == ",,";
+    if (!unified && controllers.find(",memory,") == std::string::npos) continue;
+    const std::string mount = root + (unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
+    // From the process's own group up to the root. Inside a container the path may be the host's, which is not there;
+    // the limit then stands at the mount itself.
+    std::string path = line.substr(second + 1);
+    for (;;) {
+      while (!path.empty() && path.back() == '/') path.pop_back();
+      consider(unified ? left(mount + path, "memory.max", "memory.current", "inactive_file")
+                       : left(mount + path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"));
+      if (path.empty()) break;
+      path.resize(std::min(path.rfind('/'), path.size() - 1));
+    }
+  }
+  return least;
+}
+
+}  // namespace tmd::internal

@@ -1,0 +1,24 @@
+// The graph `backbone` of a model that runs it once per step (tmd, wan), and the buffers that its graphs share; the
+// twin of tmd_runtime.sampling.backbone.
+#pragma once
+
+#include <memory>
+
+#include "engines/engine.hpp"
+#include "sampling/settings.hpp"
+
+namespace tmd::internal {
+
+// Tied to buffers for latents of the settings' shape and prompts of `tokens` tokens. `step` runs it on x, t and
+// prompt_embeds; `passed` (features, context) and `rope` are for the flow head; `dims` are the sizes behind the symbols
+// of all graphs.
+struct BoundBackbone {
+  BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, const Settings& settings, std::int64_t tokens);
+
+  Dims dims;
+  Buffer x, t, prompt_embeds;
+  Buffers rope, passed;
+  std::unique_ptr<Step> step;
+};
+
+}  // namespace tmd::internal

@@ -1,0 +1,110 @@
+"""Whole runs of the C++ library on made-up bundles: what they are called, what fails in them, and their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.bundle_tools import reseal
+from tests.helpers.cpp_tools import RUN, Twin, engine_options, onnxruntime_library, program, twin
+from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
+from tmd_engines import Bundle
+from tmd_engines.device.plan_cache import PlanCache
+
+PROMPT = "a red circle moving right"
+BUNDLES: dict[str, Callable[[Path], Path]] = {
+    "tmd": write_synthetic_bundle,
+    "euler": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(rule="euler")),
+    "renoise": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(rule="renoise")),
+    "unipc, guided": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(steps=5, guidance=3.0)),
+    "tim": write_tim_bundle,
+    "tim, guided": lambda folder: write_tim_bundle(folder, guidance=3.0),
+}
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request: pytest.FixtureRequest) -> str:
+    engine_options(request.param)
+    name: str = request.param
+    return name
+
+
+def ask(do: str, bundle: Path, engine: str, **more: Any) -> dict[str, Any]:
+    library = str(onnxruntime_library()) if engine == "onnxruntime" else ""
+    return twin().ask(do, bundle=str(bundle), engine=engine, library=library, **more)
+
+
+def test_a_description_names_family_architecture_and_rule(tmp_path: Path, engine: str) -> None:
+    student = ask("describe", write_synthetic_bundle(tmp_path / "student"), engine)["ok"]
+    assert (student["family"], student["architecture"], student["rule"]) == ("tmd", "wan2.1-t2v", "euler")
+    assert (student["allowed_steps"], student["allowed_inner_steps"]) == ([1, 2, 3, 4], [1, 2, 4])
+    stills = ask("describe", write_tim_bundle(tmp_path / "stills", classes=True), engine)["ok"]
+    assert (stills["family"], stills["rule"], stills["allowed_steps"]) == ("tim", "flow_map", [])
+    assert (stills["inner_steps"], stills["classes"], stills["can_denoise"]) == (1, CLASSES, 1)
+
+
+@pytest.mark.parametrize("stage", ["backbone", "flow_head"])
+@pytest.mark.parametrize("name", ["tmd", "unipc, guided", "tim"])
+def test_nan_is_an_error_that_names_its_stage(tmp_path: Path, engine: str, name: str, stage: str) -> None:
+    bundle = BUNDLES[name](tmp_path / "bundle")
+    weights = bundle / f"{stage}.onnx.data"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
+    reseal(bundle)
+    answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1})
+    assert answer.get("status") == RUN and f"the stage {stage} gave NaN" in answer["error"], answer
+
+
+def test_a_bundle_without_the_update_says_so(tmp_path: Path, engine: str) -> None:
+    bundle = write_synthetic_bundle(tmp_path / "bundle", ("text_encoder", "backbone", "flow_head", "decoder_first"))
+    assert ask("describe", bundle, engine)["ok"]["can_denoise"] == 0
+    answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1, "frames": 1})
+    assert answer.get("status") == RUN and "no graph update" in answer["error"], answer
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> tuple[Twin, str]:
+    """A twin that finds the stand-in for NVIDIA's libraries, and that stand-in."""
+    found = list((program("tmd_twin").parent / "fake_cuda").glob("libcudart.so.*"))
+    if not found:
+        pytest.skip("the engine tensorrt was built without NVIDIA's headers")
+    engine_options("onnxruntime")
+    return Twin(LD_LIBRARY_PATH=str(found[0].parent)), str(found[0])
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_steps_as_launches_give_the_same_frames(tmp_path: Path, stand_in: tuple[Twin, str], name: str) -> None:
+    """The first step runs call by call, the others as one launch each. Two runs: the second finds what was recorded."""
+    there, library = stand_in
+    bundle = BUNDLES[name](tmp_path / "bundle")
+    device = {"bundle": str(bundle), "engine": "tensorrt", "library": library, "plan_cache": str(tmp_path / "cache")}
+    version = there.ask("describe", **device)["ok"]["engine_version"]
+    put_plans(there, bundle, tmp_path / "cache", version)
+    wishes = {"seed": 5, "rho": 0.5} if name.startswith("tim") else {"seed": 5}
+    expected = ask("run", bundle, "onnxruntime", prompt=PROMPT, wishes=wishes, previews=True)
+    for _ in range(2):
+        found = there.ask("run", **device, prompt=PROMPT, wishes=wishes, previews=True)
+        assert "ok" in found, found
+        assert (found["ok"], found["previews"]) == (expected["ok"], expected["previews"])
+        assert found["fractions"][-1] == 1
+
+
+def put_plans(there: Twin, bundle: Path, cache: Path, version: str) -> None:
+    """The entries that `tmd-engine build` would leave, of plans that the stand-in reads."""
+    manifest = Bundle.open(bundle).manifest
+    video, patch = manifest.video, manifest.model.patch_size
+    frames = (video.frames - 1) // manifest.latents.temporal_stride + 1
+    height, width = (side // manifest.latents.spatial_stride for side in (video.height, video.width))
+    tokens = frames * (height // patch[1]) * (width // patch[2])
+    dims = {"frames": frames, "height": height, "width": width, "tokens": tokens, "text": manifest.text.max_length}
+    (cache / "tensorrt").mkdir(parents=True, mode=0o700)
+    for name, graph in manifest.graphs.items():
+        for rows in (1, 2):
+            shapes = {spec.name: spec.resolve(batch=rows, **dims) for spec in graph.inputs}
+            target = {"version": version, "device": "Fake GPU", "capability": "9.0", "streaming": False}
+            key = there.ask("plan_key", bundle=str(bundle), graph=name, shapes=shapes, **target)["ok"]
+            PlanCache(cache / "tensorrt").store(key | {"lowered": "a" * 64}, f"{bundle}\n{name}".encode())
