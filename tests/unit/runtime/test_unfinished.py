@@ -199,7 +199,7 @@ def test_a_slash_behind_a_name_makes_a_folder(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", [".mp4", ".PNG", ".webm", ".gif"])
 def test_an_ending_alone_is_no_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageFailure, match="an ending without a name. Write video"):
+    with pytest.raises(UsageFailure, match=r"an ending without a name\. Write video"):
         check_target(tmp_path / name)
     with pytest.raises(UsageFailure), open_video(tmp_path / name, 8):
         pass
