@@ -67,6 +67,7 @@ time.
 \b
 Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C.""",
 )
+@click.version_option(package_name="tmd-runtime", message="tmd-bench %(version)s")
 @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Measure this bundle.")
 @click.option("--model", type=click.Choice(MODELS), help="Export a bundle of this model first (and give rivals it).")
 @click.option("--checkpoint", multiple=True, metavar="PATH", help="Weights of --model, as in tmd-export.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,22 @@ except SystemExit as stop:
     assert not stop.code
 """
     assert not loaded_modules(help_text) & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("tmd_runtime.command.cli", "tmd-run"),
+        ("tmd_engines.command.cli", "tmd-engine"),
+        ("tmd_export.cli", "tmd-export"),
+        ("tmd_ref.distill.cli", "tmd-distill"),
+        ("tmd_bench.cli", "tmd-bench"),
+    ],
+)
+def test_every_command_prints_its_version(module: str, name: str) -> None:
+    run = f"import sys\nfrom {module} import main\nsys.argv = ['{name}', '--version']\nmain()"
+    path = os.pathsep.join(str(folder.parent) for folder in FOLDERS.values())
+    done = subprocess.run(
+        [sys.executable, "-c", run], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout == f"{name} {version('tmd-runtime')}\n", done.stderr

@@ -22,6 +22,7 @@ _ENGINES = f"{', '.join(engine_names()[:-1])} or {engine_names()[-1]}."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tmd-runtime", message="tmd-engine %(version)s")
 def main() -> None:
     """Inspect and build bundles, and see which engines this machine has."""
 

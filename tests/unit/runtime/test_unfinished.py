@@ -65,9 +65,7 @@ def test_only_what_no_process_owns_is_removed(tmp_path: Path, is_folder: bool) -
     assert not mine.exists()
 
 
-def test_a_maker_whose_file_was_swept_in_between_makes_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_maker_whose_file_was_swept_in_between_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, first = unfinished._lock, []
 
     def late(path: Path) -> int | None:
@@ -113,9 +111,7 @@ def test_a_cache_entry_in_the_making_counts_and_is_cleaned(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_folder_of_frames_changes_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
-) -> None:
+def test_a_folder_of_frames_changes_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
         monkeypatch.setattr(target_module, "_rename_exchange", lambda *_: False)
     out = tmp_path / "frames"
