@@ -79,11 +79,13 @@ def test_graphs_have_the_documented_names_in_order_and_sizes(part: str) -> None:
 
 def test_decoders_pass_the_same_caches_and_give_frames() -> None:
     first, step = (small_export().bundle.manifest.graphs[name] for name in ("decoder_first", "decoder_step"))
-    caches = {f"cache_{k:02d}": spec.shape for k, spec in enumerate(first.outputs[1:])}
+    for graph in (first, step):
+        assert [spec.name for spec in graph.outputs[:2]] == ["frames", "magnitude"]
+    caches = {f"cache_{k:02d}": spec.shape for k, spec in enumerate(first.outputs[2:])}
     assert len(caches) == 11
-    assert {spec.name: spec.shape for spec in first.outputs[1:]} == caches
+    assert {spec.name: spec.shape for spec in first.outputs[2:]} == caches
     assert {spec.name: spec.shape for spec in step.inputs[1:]} == caches
-    assert {spec.name.removesuffix("_next"): spec.shape for spec in step.outputs[1:]} == caches
+    assert {spec.name.removesuffix("_next"): spec.shape for spec in step.outputs[2:]} == caches
     assert step.outputs[0].shape == ("batch", 2, "2*height", "2*width", 3)
     assert first.outputs[0].shape == ("batch", 1, "2*height", "2*width", 3)
     assert first.outputs[0].dtype == step.outputs[0].dtype == "uint8"
