@@ -224,10 +224,11 @@ def plot(run: Path, found: dict[str, list[dict[str, Any]]], folder: Path) -> Non
 @click.option("--plots", type=click.Path(path_type=Path, exists=True), help="Folder for distillation.png.")
 def main(inputs: Path | None, run: Path, seeds: int, threads: int, plots: Path | None) -> None:
     torch.set_num_threads(threads)
-    for seed in range(1, seeds + 1) if inputs else ():
-        for key in ROWS:
-            train(key, run, inputs, seed)
-        measure(run, inputs, seed, teacher=seed == 1)
+    if inputs:
+        for seed in range(1, seeds + 1):
+            for key in ROWS:
+                train(key, run, inputs, seed)
+            measure(run, inputs, seed, teacher=seed == 1)
     found = collect(run)
     report(found)
     if plots:

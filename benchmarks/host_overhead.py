@@ -133,12 +133,12 @@ def main(bundle: Path | None, repetitions: int) -> None:
         engines: list[Any] = [TimedEngine(load(pipeline.bundle, graph, threads=1)) for graph in DENOISER]
         manifest = pipeline.manifest
         shape = pipeline.settings().latent_shape
-        loop = TmdLoop(*engines, manifest, shape, TEXT)
+        backbone, head, update = engines
+        loop = TmdLoop(backbone, head, update, manifest, shape, TEXT)
         result = measure(
             loop, settings_for(shape), manifest.text.dim, repetitions, lambda: sum(each.seconds for each in engines)
         )
         print(f"onnxruntime, 1 thread, {manifest.model.name}: {result}")
-        head = engines[1]
         print(f"for comparison, one call of the flow head takes {head.seconds / head.calls * 1e6:.0f} µs (mean)")
     print(f"gate: {GATE_MICROSECONDS} µs per inner step")
 

@@ -125,7 +125,8 @@ def export(folder: Path, model: str, checkpoint: Path | None) -> dict[str, Bundl
     """Bundle by precision; int8 on the calibration of fp8."""
     found = {}
     for precision in PRECISIONS:
-        path, options = folder / precision, {}
+        path = folder / precision
+        options: dict[str, Any] = {}
         if precision == "int8":
             options["calibration"] = read_calibration(folder / "fp8" / FILE)
         if not path.exists():

@@ -70,6 +70,9 @@ def prompt_embeds() -> np.ndarray:
 class Meter:
     """What the stages of this process take, one after the other."""
 
+    _stage: str
+    _began: tuple[float, float]
+
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
         self._anonymous, self._over = 0, threading.Event()
@@ -308,8 +311,8 @@ def main(
                 setting = Setting("tmd", str(bundle), "", kind, engine, width, height, frames, steps, threads)
                 for _ in range(repetitions):
                     for side, model in (("tmd", bundle), ("diffusers", checkpoint)):
-                        latents = str(folder / f"{side}.npy")
-                        stages = measured(replace(setting, side=side, model=str(model), latents=latents))
+                        file = str(folder / f"{side}.npy")
+                        stages = measured(replace(setting, side=side, model=str(model), latents=file))
                         found.setdefault((kind, side), []).append(stages)
                         print(f"{kind} {SIDES[side]}: {json.dumps(stages)}", file=sys.stderr, flush=True)
             ours, theirs = (np.load(folder / f"{side}.npy").astype(np.float64) for side in SIDES)

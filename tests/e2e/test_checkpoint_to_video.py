@@ -36,7 +36,7 @@ from tmd_export.graphs.trace import trace
 from tmd_export.sources.wan import WanSource
 from tmd_export.weights.weights import Weights
 from tmd_ref.samplers import tmd_sample
-from tmd_ref.student import TMDStudent, save_student
+from tmd_ref.student import GatedFusion, TMDStudent, save_student
 from tmd_ref.text import Tokenizer
 from tmd_runtime import NoiseStream
 from tmd_runtime.command.cli import command as tmd_run
@@ -152,7 +152,9 @@ def test_a_layout_with_a_preset_gives_the_latents_of_diffusers(layout: list[Path
 def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tmp_path: Path) -> None:
     torch.manual_seed(1)
     student = TMDStudent.from_teacher(made.models().transformer, 1)
-    student.head.fusion.gate.data.zero_()  # so that the flow head's own weights tell
+    fusion = student.head.fusion
+    assert isinstance(fusion, GatedFusion)
+    fusion.gate.data.zero_()  # so that the flow head's own weights tell
     save_student(tmp_path / "student.safetensors", student)
     paths = [tmp_path / "student.safetensors", made.write_original(tmp_path / "Wan2.1-T2V-small")]
     assert export(paths, tmp_path / "b", "--no-verify").exit_code == 0

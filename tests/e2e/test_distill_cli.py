@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_all_stages_run_and_give_a_checkpoint_for_export(made):
     assert [row["nfe"] for row in rows.values()] == [0, 4, 2.5]
     assert all(row["frechet"] > 0 for row in rows.values()) and "diversity" in list(rows.values())[-1]
     assert (run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert open_source("tiny", checkpoint=run / "weights").head_blocks == 2
+    source: Any = open_source("tiny", checkpoint=run / "weights")
+    assert source.head_blocks == 2
     assert again.exit_code == 0 and again.output.count("is there, skipped") == 9
 
 

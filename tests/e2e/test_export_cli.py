@@ -19,7 +19,7 @@ from tmd_ref.wan import WAN_CONFIGS
 ROOT = Path(__file__).parents[2]
 
 
-def tmd_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def tmd_export(*arguments: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "export", "engines"))
     command = [sys.executable, "-m", "tmd_export", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})

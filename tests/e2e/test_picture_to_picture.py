@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ class WithBuiltInVAE(RandomTiM):
 
     def __init__(self) -> None:
         super().__init__("tim-tiny", 3, CLASSES_16)
-        self.built_in = open_source("tiny")
+        self.built_in: Any = open_source("tiny")
 
     @property
     def vae(self) -> WanVAEConfig:
         return self.built_in.vae
 
     def tensor(self, which: str, name: str) -> torch.Tensor:
-        return (self.built_in if which == "vae" else super()).tensor(which, name)
+        return self.built_in.tensor(which, name) if which == "vae" else super().tensor(which, name)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_picture_comes_back_and_its_latents_are_those_of_diffusers(
     bundle: Bundle, scene: np.ndarray, engine: str
 ) -> None:
     pytest.importorskip(engine)
-    source = open_source("tiny")
+    source: Any = open_source("tiny")
     vae = source.vae
     theirs = AutoencoderKLWan(
         base_dim=vae.dim,

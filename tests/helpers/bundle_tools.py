@@ -34,7 +34,7 @@ def reseal(folder: Path) -> None:
     edit_manifest(folder, edit)
 
 
-def edit_graph(folder: Path, edit: Callable[[onnx.ModelProto], None], name: str = "backbone") -> None:
+def edit_graph(folder: Path, edit: Callable[[onnx.ModelProto], object], name: str = "backbone") -> None:
     path = folder / f"{name}.onnx"
     model = onnx.load(path, load_external_data=False)
     edit(model)

@@ -6,6 +6,7 @@ python distill_worker.py RUN: metrics go to RUN/stage1, RUN/stage2 and RUN/tim. 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from tests.helpers.tim_models import randomised
 from tests.helpers.tim_training import CONFIG, settings
 from tests.helpers.tim_training import Data as Stills
+from tmd_ref.distill.data import LatentDataset
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.parallel import World, place
 from tmd_ref.distill.stage1 import tm_meanflow_loss
@@ -26,7 +28,7 @@ SMALL = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=3, text_dim=8, tex
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=0, ema=0.5)
 
 
-class Data:
+class Data(LatentDataset):
     """Random latents and embeddings in place of prepared shards."""
 
     def __init__(self):
@@ -53,7 +55,7 @@ def teacher():
 def main(folder: Path, world: World = World(), stop_at: int | None = None) -> None:  # noqa: B008
     """`stop_at`: the step of stage 2 at which to be interrupted."""
     recompute = world.size > 1
-    options = {"batch": 4, "log_every": 1, "save_every": 2, "world": world, "report": lambda line: None}
+    options: dict[str, Any] = {"batch": 4, "log_every": 1, "save_every": 2, "world": world, "report": lambda line: None}
     student = place(TMDStudent.from_teacher(teacher(), 1), world, recompute)
     loss = tm_meanflow_loss(student, Data(), 2, 2, guidance=2.0)
     train({"student": (student, SCHEDULE)}, loss, Run(folder / "stage1", **options))

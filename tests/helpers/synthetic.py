@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,7 +60,7 @@ class GraphBuilder:
         fan_in = shape[-2] if len(shape) == 2 else int(np.prod(shape[1:]))
         return self.constant(self._rng.normal(0, gain / np.sqrt(max(fan_in, 1)), shape))
 
-    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         out = out or f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [out], name=f"n{len(self.nodes)}", **attributes))
         return out

@@ -64,7 +64,7 @@ def prepare(version: str, cache: Path) -> Path:
         ":all:",
         "-q",
         "-d",
-        folder,
+        str(folder),
         wanted,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -112,14 +112,14 @@ def _make_libraries(folder: Path, major: str, compiler: str) -> None:
         source = folder / f"{library}.c"
         source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in functions))
         name = f"{library}.so.{major}"
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, source]
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def _make_stubs(folder: Path, source: str, names: tuple[str, ...]) -> None:
     """Type stubs of the bindings `source`, made fit for mypy, as packages of these names."""
     package = "tensorrt_rtx_bindings.tensorrt_rtx" if source == "tensorrt_rtx" else source
-    command = [sys.executable, "-m", "pybind11_stubgen", package, "-o", folder / "raw"]
+    command = [sys.executable, "-m", "pybind11_stubgen", package, "-o", str(folder / "raw")]
     env = {**environment(folder), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmd_ref.distill.data import LatentDataset
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.tim_config import Training
 from tmd_ref.tim.model import TiMConfig
@@ -16,7 +17,7 @@ CONFIG = TiMConfig(
 )
 
 
-class Data:
+class Data(LatentDataset):
     """Random stills and embeddings in place of prepared shards; the stills are N(0, `spread`²)."""
 
     def __init__(self, spread: float = 1.0, size: int = 2) -> None:

@@ -51,7 +51,8 @@ def taehv(folder: Path) -> tuple[Path, Decode]:
 
 def frame_by_frame(bundle: Bundle, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 `[F,H,W,3]`, and the values in 0..255 that were rounded to them."""
-    frames, values, caches = [], [], {}
+    frames, values = [], []
+    caches: dict[str, np.ndarray] = {}
     for k in range(latents.shape[2]):
         model = onnx.load(bundle.graph_path("decoder_step" if k else "decoder_first"))
         exact = next(node.input[0] for node in model.graph.node if node.op_type == "Round")

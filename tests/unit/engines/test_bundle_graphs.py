@@ -193,7 +193,7 @@ def test_too_many_nodes(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_graph_with_functions(synthetic_bundle: Path) -> None:
-    edit_graph(synthetic_bundle, lambda model: model.functions.add(name="f", domain="d"))  # type: ignore[arg-type,return-value]
+    edit_graph(synthetic_bundle, lambda model: model.functions.add(name="f", domain="d"))
     assert "functions" in refused(synthetic_bundle)
 
 

@@ -77,7 +77,7 @@ def test_a_copy_keeps_what_is_not_finite(bad: float) -> None:
 def test_arrays_refuse_what_they_cannot_do() -> None:
     values, array = pair()
     for wrong in (
-        lambda: np.add(array, values, out=array),
+        lambda: np.add(array, values, out=array),  # type: ignore[call-overload]
         lambda: array.__setitem__(0, 1.0),
         lambda: array[0],  # type: ignore[index]
     ):
@@ -130,11 +130,13 @@ def run_twice(
         for name in ("backbone", "flow_head", "update")
     ]
     text = embeds["prompt_embeds"].shape[1]
-    loop = family_of(bundle.manifest).loop(*engines, bundle.manifest, settings.latent_shape, text)
-    latents, heard, previews = [], [], []
+    backbone, flow_head, update = engines
+    loop = family_of(bundle.manifest).loop(backbone, flow_head, update, bundle.manifest, settings.latent_shape, text)
+    latents, heard = [], []
+    previews: list[np.ndarray] = []
     for _ in range(2):
         steps: list[StepInfo] = []
-        timings = Timings(lambda step, steps=steps: steps.append(step))
+        timings = Timings(steps.append)
         latents.append(loop.run(settings=settings, timings=timings, on_preview=previews.append, **embeds).latents)
         heard.append({(step.stage, step.total): step.done for step in steps})
         assert timings.seconds["backbone"] > 0 and timings.seconds["flow_head"] > 0

@@ -124,7 +124,7 @@ def test_a_graph_with_one_input_more_is_refused(synthetic_bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["decoder_first", "decoder_step"])
 def test_a_cache_in_a_place_of_its_own_is_refused(synthetic_bundle: Path, name: str) -> None:
     """What looks like a cache and is none would be an input that nobody fills."""
-    spare = {"name": "cache_90", "dtype": "float32", "shape": ["batch", 1, 1, "height", "width"]}
+    spare: dict[str, Any] = {"name": "cache_90", "dtype": "float32", "shape": ["batch", 1, 1, "height", "width"]}
 
     def in_graph(model: onnx.ModelProto) -> None:
         model.graph.input.append(helper.make_tensor_value_info("cache_90", _TYPES["float32"], spare["shape"]))

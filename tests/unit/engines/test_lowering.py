@@ -110,7 +110,8 @@ def test_graph_without_attention_is_unchanged() -> None:
 @pytest.mark.parametrize("low", [TensorProto.BFLOAT16, TensorProto.FLOAT16], ids=["bf16", "fp16"])
 def test_low_precision_runs_in_float32_and_rounds_where_torch_does_only_if_asked(low: int) -> None:
     torch = pytest.importorskip("torch", reason="torch is the oracle of this test")
-    dtype = {TensorProto.BFLOAT16: torch.bfloat16, TensorProto.FLOAT16: torch.float16}[low]
+    dtypes: dict[int, Any] = {TensorProto.BFLOAT16: torch.bfloat16, TensorProto.FLOAT16: torch.float16}
+    dtype = dtypes[low]
     x = np.random.default_rng(5).normal(size=(2, 50, 64)).astype(np.float32)
     model = low_precision_model(low)
     w, b = (

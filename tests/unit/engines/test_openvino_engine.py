@@ -65,7 +65,8 @@ def test_graph_is_compiled_once_per_size_while_a_step_uses_it(bundle: Bundle, ca
         second = loaded.bind(*buffers(loaded, text=9))
         loaded.bind(*buffers(loaded))
         assert done.count("compile_model") == 2
-        first(), second()
+        first()
+        second()
         del first, second
         loaded.bind(*buffers(loaded, batch=2))  # only the latest is kept without a step
         loaded.bind(*buffers(loaded, text=9))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
+from google.protobuf.internal.encoder import _VarintBytes
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.built_in import BUNDLES
@@ -18,7 +19,7 @@ from tmd_engines.bundle.graph_file import MAX_GRAPH_BYTES, MAX_WEIGHTS, parse_gr
 Edit = Callable[[onnx.ModelProto], object]
 
 
-def node(kind: str, *inputs: str, domain: str = "", **attributes: object) -> Edit:
+def node(kind: str, *inputs: str, domain: str = "", **attributes: Any) -> Edit:
     made = helper.make_node(kind, inputs or ["x"], ["spare"], name="spare", domain=domain, **attributes)
     return lambda model: model.graph.node.append(made)
 

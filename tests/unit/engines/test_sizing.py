@@ -182,7 +182,7 @@ def test_stills_have_rows_for_guidance_and_tiles_for_the_autoencoder(tmp_path: P
     bundle = Bundle.open(write_tim_bundle(tmp_path / "tim", pictures=True))
 
     def stages(width: int, passes: int = 1) -> dict[str, StageEstimate]:
-        asked = {"width": width, "height": 1024, "frames": 1, "guidance_passes": passes}
+        asked: dict[str, Any] = {"width": width, "height": 1024, "frames": 1, "guidance_passes": passes}
         return estimate(bundle, **asked, from_picture=True).stages
 
     one, guided = stages(1024), stages(1024, passes=2)

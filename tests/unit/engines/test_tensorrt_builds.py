@@ -100,9 +100,9 @@ def small(name: str) -> Bundle:
     source = (
         RandomTiM("small", 3, TIM)
         if family == "tim"
-        else RandomSource("small", 0, kind="wan", wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
+        else RandomSource("small", 0, fusion=None, wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
     )
-    given = {"calibration": ["one"]} if {first, second} & {"int8", "fp8"} else {}
+    given: dict[str, Any] = {"calibration": ["one"]} if {first, second} & {"int8", "fp8"} else {}
     return export_bundle(source, folder(), ("backbone", "flow_head"), precision=precision, **given).bundle
 
 
@@ -121,7 +121,11 @@ Asked = tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]
 
 
 def attention(low: int, heads: int, width: int, rows: int, keys: int, marked: bool = False) -> Asked:
-    shapes = {"q": (1, heads, rows, width), "k": (1, heads, keys, width), "v": (1, heads, keys, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (1, heads, rows, width),
+        "k": (1, heads, keys, width),
+        "v": (1, heads, keys, width),
+    }
     node = helper.make_node("Attention", list(shapes), ["o"])
     if marked:
         node.attribute.append(helper.make_attribute("TRT_decomposable", 1))

@@ -152,7 +152,7 @@ except EngineError as error: print(error)
 
 
 # module -> what a backend must not say, and for which bindings it is wrong
-PLANTED = {
+PLANTED: dict[str, dict[str, list[tuple[str, tuple[str, ...]]]]] = {
     "build": {
         "config.clear_flag(trt.BuilderFlag.TF32)": [
             ("config.set_flag(trt.BuilderFlag.FP16)", ("11", RTX)),
@@ -202,7 +202,7 @@ def test_backend_fits_the_types_of_the_bindings_and_what_is_planted_does_not(
 ) -> None:
     folder, modules = typed
     which = RTX if folder.name.startswith(RTX) else folder.name.split("-")[3].partition(".")[0]
-    wrong = set()
+    wrong: set[str] = set()
     for module in modules:
         source = (BACKEND / f"{module}.py").read_text()
         source = re.sub(r"^( *)from \.(?!\.)", r"\1from tmd_engines.tensorrt.", source, flags=re.M)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -289,6 +289,7 @@ def test_folder_of_plans_is_complete_or_not_there(
 ) -> None:
     bundle, sizes = Bundle.open(BUILT_IN), Sizes(SMALL, SMALL, SMALL)
     making = build_plans(bundle, "tensorrt-rtx", sizes, (), tmp_path / "plans")
+    assert isinstance(making, Generator)
     next(making)
     making.close()
     assert list(tmp_path.glob("*plans*")) == []

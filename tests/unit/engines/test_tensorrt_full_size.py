@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def exported(model: str, precision: str) -> Bundle:
     folder = tempfile.TemporaryDirectory(prefix="tmd-test-")
     atexit.register(folder.cleanup)
     source = RandomSource(model, 0, wan=replace(WAN_CONFIGS[model], num_layers=3), head_blocks=1)
-    given = {"calibration": ["a red circle"], "keep_layers": False} if precision == "fp8" else {}
+    given: dict[str, Any] = {"calibration": ["a red circle"], "keep_layers": False} if precision == "fp8" else {}
     out = Path(folder.name) / "bundle"
     return export_bundle(source, out, ("backbone", "flow_head"), precision=precision, verify=False, **given).bundle
 

@@ -204,8 +204,8 @@ def test_a_transition_model_is_compiled_for_steps_with_guidance_too_and_for_tile
             assert (sizes["batch"], sizes["height"], sizes["width"]) == (1, 128, 128)
         assert len(run_sizes(bundle, "text_encoder", 2048, 1024, 1)) == 1
     lines = {graph: line for graph, line, _ in write_for_trtexec(guided, tmp_path / "trt", (10, 3), (64, 64, 1))}
-    for which, rows in (("min", 1), ("opt", 2), ("max", 2)):
-        assert f"--{which}Shapes=x:{rows}x16x1x8x8,t:{rows},r:{rows},guidance:{rows}x{rows}," in lines["flow_head"]
+    for which, n in (("min", 1), ("opt", 2), ("max", 2)):
+        assert f"--{which}Shapes=x:{n}x16x1x8x8,t:{n},r:{n},guidance:{n}x{n}," in lines["flow_head"]
 
 
 def test_progress_counts_phases_inside_phases_and_never_goes_back() -> None:

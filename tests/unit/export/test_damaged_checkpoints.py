@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,11 @@ def test_a_file_with_anything_but_tensors_is_refused(
     extra: State, said: str, transformer: State, tmp_path: Path
 ) -> None:
     for state in ({**transformer, **extra}, {"model": {**transformer, **extra}}):
-        found = refusal(lambda state=state: small(saved(tmp_path / "model.pt", state)))
+        found = refusal(partial(small, saved(tmp_path / "model.pt", state)))
         assert said in found and "holds more than tensors" in found
-    for content in (transformer["head.modulation"], {}, [1]):
-        assert "holds no tensors by name" in refusal(lambda c=content: small(saved(tmp_path / "model.pt", c)))
+    contents: tuple[Any, ...] = (transformer["head.modulation"], {}, [1])
+    for content in contents:
+        assert "holds no tensors by name" in refusal(partial(small, saved(tmp_path / "model.pt", content)))
 
 
 def test_a_dictionary_that_contains_itself_ends(transformer: State, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +33,7 @@ from tmd_export.graphs.autoencoder import to_frames
 
 LATENTS = ["batch", 16, "frames", "height", "width"]
 GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
-INTERFACES = {
+INTERFACES: dict[str, tuple[dict[str, list[Any]], dict[str, list[Any]]]] = {
     "text_encoder": (
         {"input_ids": ["batch", "text"], "attention_mask": ["batch", "text"]},
         {"prompt_embeds": ["batch", "text", TEXT.dim]},
@@ -137,12 +138,13 @@ def test_canonical_operators_stand_for_the_layers() -> None:
 
 @torch.no_grad()
 def test_decoding_frame_by_frame_equals_the_reference_decoding_at_once() -> None:
-    vae = with_weights(small_source(), "decoder_first").module.vae
+    vae: Any = with_weights(small_source(), "decoder_first").module.vae
     latents = torch.randn(1, 16, 4, 3, 5, generator=torch.Generator().manual_seed(5))
     expected = to_frames(vae.decode(latents))[0].numpy()
     assert len(np.unique(expected)) > 100
 
-    bundle, dims, chunks, caches = small_export().bundle, {"batch": 1, "height": 3, "width": 5}, [], {}
+    bundle, dims, chunks = small_export().bundle, {"batch": 1, "height": 3, "width": 5}, []
+    caches: dict[str, np.ndarray] = {}
     for k, part in enumerate(("decoder_first", "decoder_step", "decoder_step", "decoder_step")):
         with load(bundle, part, threads=1) as engine:
             inputs = {"latents": latents[:, :, k : k + 1].numpy().copy(), **caches}
@@ -217,7 +219,8 @@ def test_a_module_that_torch_cannot_export_is_one_sentence() -> None:
 
 def test_a_reference_that_gives_nan_is_not_compared() -> None:
     graph = with_weights(small_source(), "text_encoder")
-    graph.module.norm.weight.fill_(float("nan"))
+    module: Any = graph.module
+    module.norm.weight.fill_(float("nan"))
     with pytest.raises(ExportError, match="nothing can be compared"):
         verify.reference(graph)
 
@@ -226,7 +229,7 @@ def test_an_interrupt_while_weights_are_written_leaves_nothing_and_the_next_run_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_tracing(monkeypatch)
-    interrupted = []
+    interrupted: list[str] = []
 
     def interrupt(step: Progress) -> None:
         if step.bytes_done and not interrupted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=("batch", "tokens", 8)),)
 Edit = Callable[[onnx.ModelProto], object]
 
 
-def attention(*, name: str = "n1", **attributes: object) -> onnx.NodeProto:
+def attention(*, name: str = "n1", **attributes: Any) -> onnx.NodeProto:
     return helper.make_node("Attention", ["h", "h", "h"], ["a"], name=name, **attributes)
 
 
@@ -33,7 +34,7 @@ def good_model() -> onnx.ModelProto:
         helper.make_node("Slice", ["y0", "start", "end", "axis"], ["y"], name="n3"),
     ]
     small = [numpy_helper.from_array(np.array([v]), n) for n, v in (("start", 0), ("end", 8), ("axis", 2))]
-    shape = ["batch", "tokens", 8]
+    shape: list[str | int] = ["batch", "tokens", 8]
     graph = helper.make_graph(
         nodes,
         "good",
@@ -55,7 +56,11 @@ def write(folder: Path, edit: Edit | None = None) -> Path:
 
 
 def set_node(index: int, **fields: str) -> Edit:
-    return lambda model: [setattr(model.graph.node[index], key, value) for key, value in fields.items()]
+    def edit(model: onnx.ModelProto) -> None:
+        for key, value in fields.items():
+            setattr(model.graph.node[index], key, value)
+
+    return edit
 
 
 def replace_node(index: int, node: onnx.NodeProto) -> Edit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_files_of_different_models_are_refused(folder: Path) -> None:
 
 
 def test_open_source_tells_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(*arguments: object) -> str:
+    def said(*arguments: Any) -> str:
         with pytest.raises(ExportError) as caught:
             open_source(*arguments)
         return str(caught.value)
@@ -147,7 +148,8 @@ def test_random_weights_depend_on_the_seed_and_the_name_alone_and_none_is_degene
 
 
 def test_what_two_graphs_share_is_one_weight_of_the_source() -> None:
-    backbone, head = (with_weights(small_source(), part).module for part in ("backbone", "flow_head"))
+    modules: list[Any] = [with_weights(small_source(), part).module for part in ("backbone", "flow_head")]
+    backbone, head = modules
     shared = head.head
     assert torch.equal(shared.patch_embedding.weight, backbone.patch_embedding.weight)
     assert torch.equal(shared.time_embedding[0].weight, backbone.time_embedding[0].weight)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel, GemmaTokenizer
 
+from tests.helpers.results import result_latents
 from tests.helpers.tim_models import TEXT_16, network
 from tmd_engines import Bundle, load
 from tmd_engines.tensorrt.lowering import lower
@@ -94,7 +95,7 @@ def tokenizer_bytes(**changes: Any) -> bytes:
 def library(words: int, **changes: Any) -> Gemma3ForCausalLM:
     """Theirs with random weights, none of them at its first value."""
     torch.manual_seed(0)
-    config = Gemma3TextConfig(vocab_size=words, **{**SMALL, **changes}, attn_implementation="eager")
+    config = Gemma3TextConfig(vocab_size=words, **{**SMALL, **changes, "attn_implementation": "eager"})
     model = Gemma3ForCausalLM(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         weight.normal_(0.0, 0.3 if "norm" in name else weight.shape[-1] ** -0.5)
@@ -126,7 +127,8 @@ def null_features(model: Gemma3TextModel, tokens: tuple[int, ...] = (2,)) -> Ten
     def nothing_for_padding(_: Any, given: tuple[Tensor]) -> tuple[Tensor]:
         return (torch.cat((given[0][:, :count], torch.zeros_like(given[0][:, count:])), dim=1),)
 
-    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(nothing_for_padding) for layer in model.layers]
+    layers: Any = model.layers
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(nothing_for_padding) for layer in layers]
     ids, mask = torch.zeros(2, 1, LENGTH, dtype=torch.int64)
     ids[0, :count], mask[0, :count] = torch.tensor(tokens), 1
     try:
@@ -163,7 +165,7 @@ def test_the_encoder_is_that_of_transformers(folder: Path, tmp_path: Path, chang
 
 
 def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    theirs = Gemma3TextConfig(**RELEASED)
+    theirs: Any = Gemma3TextConfig(**RELEASED)
     assert theirs.rope_parameters["full_attention"]["rope_theta"] == 1e6
     for document in (RELEASED, {"text_config": RELEASED}, json.loads(json.dumps(theirs.to_dict()))):
         config = read_gemma_config(document, torch.bfloat16)
@@ -326,9 +328,9 @@ def test_a_run_with_guidance_is_the_reference(
         result = pipeline(prompt, **wishes, on_latents=lambda latents: None)
         times = pipeline.settings(**wishes).times
         expected = expected_latents(exported, theirs, prompt, negative, times)
-        np.testing.assert_allclose(result.latents[:, :, 0], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(result_latents(result)[:, :, 0], expected, rtol=0, atol=1e-4)
         # The same by stages: features of another length, or none where the bundle has those of the empty prompt.
-        given = {"negative_embeds": pipeline.encode(negative)} if negative else {}
+        given: dict[str, Any] = {"negative_embeds": pipeline.encode(negative)} if negative else {}
         found = pipeline.denoise(pipeline.encode(prompt), **wishes, **given)
         np.testing.assert_array_equal(found, result.latents)
 

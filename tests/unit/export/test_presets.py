@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     ],
 )
 def test_times_are_those_of_the_publishers(name: str, rule: str, told: list[float], scale: float, frames: int) -> None:
-    settings = resolve_settings(manifest_of(name), seed=0)
+    settings: Any = resolve_settings(manifest_of(name), seed=0)
     found = [1000 * told_time(t, settings.time_rounding) for t in settings.times[:-1]]
     assert found == pytest.approx(told, abs=1e-3)
     assert settings.times[-1] == 0 and settings.guidance == 1
@@ -82,7 +83,7 @@ def test_the_teacher_is_steered_as_wan_steers_it() -> None:
     phrases = WAN_NEGATIVE_PROMPT.split("，")
     assert (len(phrases), len(WAN_NEGATIVE_PROMPT), len(WAN_NEGATIVE_PROMPT.encode())) == (28, 137, 403)
     assert phrases[0] == "色调艳丽" and phrases[-1] == "倒着走"
-    settings = resolve_settings(manifest_of("wan"), seed=0)
+    settings: Any = resolve_settings(manifest_of("wan"), seed=0)
     assert (settings.steps, settings.guidance, settings.negative_prompt) == (50, 5.0, WAN_NEGATIVE_PROMPT)
     told = [round(1000 * told_time(t, settings.time_rounding)) for t in settings.times[:-1]]
     assert told[:6] == [999, 992, 985, 978, 971, 963] and told[-4:] == [206, 160, 111, 57]  # its scheduler at shift 3

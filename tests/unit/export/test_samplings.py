@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_a_sampling_is_a_run_of_the_runtime(samplings: tuple[Samplings, dict[str
     found = runs.run(condition, 7, 2, 4)
     assert calls == ["backbone", *["flow_head"] * 4] * 2
     with tmd_runtime.load(small_export().bundle, "onnxruntime") as pipeline:
-        size = {"frames": 3, "size": (40, 40)}
+        size: dict[str, Any] = {"frames": 3, "size": (40, 40)}
         expected = pipeline.denoise(condition.prompt, seed=7, steps=2, inner_steps=4, **size)
     assert found.shape == expected.shape == (1, 16, *runs.latents) == (1, 16, 2, 20, 20)
     assert np.abs(found - expected).max() < 1e-4 and found.std() > 0.1

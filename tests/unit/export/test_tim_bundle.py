@@ -18,6 +18,7 @@ from tmd_ref.tim import model as reference
 from tmd_ref.tim.model import TiMConfig
 from tmd_ref.tim.sampling import tim_sample
 from tmd_ref.tim.split import uncut
+from tmd_runtime import StepInfo
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.pipeline import Pipeline
 from tmd_runtime.sampling.schedule import tim_rope_tables
@@ -100,8 +101,13 @@ def test_the_loop_follows_the_reference_sampler(
     bundle = Bundle(exported.bundle.folder, manifest.model_copy(update={"sampler": sampler}))
     y, null = torch.randn(1, 6, 20), torch.randn(1, 6, 20)
     steps: list[Any] = []
+
+    def heard(info: StepInfo) -> bool:
+        steps.append(info)
+        return True
+
     with Pipeline(bundle, "onnxruntime") as pipeline:
-        size = {"seed": 5, "size": (5 * 8, 3 * 8), "callback": lambda info: steps.append(info) or True}
+        size: dict[str, Any] = {"seed": 5, "size": (5 * 8, 3 * 8), "callback": heard}
         found = pipeline.denoise(y.numpy(), **size, negative_embeds=null.numpy(), **wishes)
         settings = pipeline.settings(**wishes)
     generator = torch.Generator().manual_seed(5)

@@ -1,6 +1,7 @@
 """Weights in one file with their configuration."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tmd_ref.umt5 import UMT5Config, UMT5Encoder
 from tmd_ref.vae import WanVAE, WanVAEConfig
 from tmd_ref.wan import WanConfig, WanTransformer
 
-MODELS = {
+MODELS: dict[type, Any] = {
     UMT5Encoder: UMT5Config(vocab_size=20, dim=8, num_heads=2, head_dim=4, ffn_dim=16, num_layers=1),
     WanVAE: WanVAEConfig(dim=4, latents_mean=(0.5,) * 16),
     WanTransformer: WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1, text_dim=8, text_len=4),

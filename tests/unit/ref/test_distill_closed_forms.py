@@ -5,11 +5,14 @@ objectives alone: a head made of closed forms must be a stationary point of stag
 gradient of the KL divergence between the noised distributions.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from tmd_ref.distill import stage1
+from tmd_ref.distill.data import LatentDataset
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.stage1 import average_velocity, tm_meanflow_loss
 from tmd_ref.distill.stage2 import predict_clip, vsd_gradient
@@ -49,7 +52,7 @@ def flow(points, s, r, steps=12):
     y, mean_v, mean_y = points, torch.zeros_like(points), torch.zeros_like(points)
     h = (s - r) / steps
     for k in range(steps):
-        slopes = []
+        slopes: list[tuple[Any, Any]] = []
         for part in (0.0, 0.5, 0.5, 1.0):
             at = s - h * (k + part)
             here = y if not slopes else y - (h * part)[:, None] * slopes[-1][0]
@@ -64,13 +67,16 @@ def as_latents(points):
     return points[..., None, None, None]
 
 
-class Mixture:
+class Mixture(LatentDataset):
     """Data such that the inner target y = x1 - x is the mixture, whatever the backbone would see: x = x1 - y."""
 
     null_embeds = torch.zeros(1, 1)
 
     def __init__(self, y):
         self.y = y
+
+    def sample(self, draws):
+        return draws.x, torch.zeros(len(draws), 1, 1)
 
     def rope(self, config, device=None):
         return torch.zeros(1), torch.zeros(1)
@@ -85,8 +91,9 @@ class ExactHead:
     def __init__(self, average):
         self.average = average
         self.off = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        self.head = self._head
-        self._head.__func__.fusion = None
+        head: Any = self._head
+        head.__func__.fusion = None
+        self.head = head
 
     def backbone(self, x, t, prompt_embeds, *rope):
         return x, prompt_embeds
@@ -110,6 +117,9 @@ def slope(monkeypatch, head_average, loss_average, count=12000):
     class Keyed(Draws):
         """Float64, and x chosen so that y = x1 - x is the mixture: the first noise drawn is x1."""
 
+        x: torch.Tensor
+        target: torch.Tensor
+
         def normal(self, shape):
             noise = torch.randn(len(self), *shape, generator=generator, dtype=torch.float64)
             if not hasattr(self, "x1"):
@@ -121,7 +131,6 @@ def slope(monkeypatch, head_average, loss_average, count=12000):
         draws = Keyed(0, int(part[0]), len(part))
         draws.x, draws.target = torch.zeros_like(y[part]), y[part]
         data = Mixture(y[part])
-        data.sample = lambda d: (d.x, torch.zeros(len(d), 1, 1))
         # a huge constant turns the adaptive weight into a common factor, which the minimum does not feel
         objective = tm_meanflow_loss(student, data, 1, 2, guidance=1.0, dropout=0.0, instant_share=0.0, delta=1e-4,
                                      weight_constant=1e6, average=loss_average)  # fmt: skip
@@ -176,7 +185,8 @@ def test_stage2s_direction_is_the_gradient_of_the_kl_divergence(t):
     def network(shift):
         return lambda x, t, prompts, rope: as_latents(velocity(x.flatten(1), t, shift))
 
-    by_fake, by_teacher = (predict_clip(network(v), as_latents(noisy), times, None, None) for v in (theta, 0.0))
+    unread: Any = None
+    by_fake, by_teacher = (predict_clip(network(v), as_latents(noisy), times, unread, unread) for v in (theta, 0.0))
     # x0 = (x_t + t²·score)/(1-t), so score_q - score_p = (1-t)/t²·(g_fake - g_teacher); dx_t/dθ = 1-t
     found = (by_fake - by_teacher).flatten(1).mean(0) * (1 - t) ** 2 / t**2
 

@@ -97,7 +97,7 @@ def test_bad_numbers_and_a_full_disk_leave_no_shard(tmp_path):
     assert len(LatentDataset(tmp_path)) == 5 and not (tmp_path / "000002.safetensors").exists()
 
 
-def write_video(path, shades, fps, size=(48, 64)):
+def write_video(path, shades, fps, size: tuple[int, int] = (48, 64)):
     """One flat gray per frame, `size` = (height, width), lossless."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=fps)
@@ -144,7 +144,7 @@ def test_videos_and_captions_become_shards_and_the_rest_is_listed(tmp_path):
     settings = Data(size=(48, 48), frames=5, fps=8, shard=3)
     out = tmp_path / "data"
     for _ in range(2):  # the second time, everything is there
-        report = []
+        report: list[str] = []
         clips = encode_videos(read_list(tmp_path / "list.jsonl"), out, settings, vae, encoder, tokenizer,
                               report=report.append)  # fmt: skip
         assert clips == 3

@@ -32,7 +32,7 @@ def test_tensorboard_holds_the_same_averages_as_the_json_lines(tmp_path):
 
 @pytest.mark.parametrize("bar", [True, False])
 def test_a_bar_replaces_the_lines(tmp_path, capsys, bar):
-    lines = []
+    lines: list[str] = []
     record(tmp_path, lines, bar)
     shown = capsys.readouterr().err
     assert ("10/10" in shown, len(lines)) == ((True, 0) if bar else (False, 2))
@@ -40,7 +40,7 @@ def test_a_bar_replaces_the_lines(tmp_path, capsys, bar):
 
 def test_without_a_terminal_there_is_no_bar_and_without_tensorboard_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    lines = []
+    lines: list[str] = []
     assert not sys.stderr.isatty()
     record(tmp_path, lines)
     assert capsys.readouterr().err == ""

@@ -13,16 +13,21 @@ from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.kd import kd_loss, pair_noise, write_pairs
 from tmd_ref.distill.stage2 import Stage2, predict_clip, rollout
 from tmd_ref.samplers import dmd_sample, shift_grid, unipc_sample
-from tmd_ref.student import TMDStudent
+from tmd_ref.student import GatedFusion, TMDStudent
 from tmd_ref.wan import WAN_CONFIGS, rope_tables
 
 ROPE = rope_tables(3, 2, 2, SMALL.head_dim)
 
 
+def gate_of(made):
+    assert isinstance(made.head.fusion, GatedFusion)
+    return made.head.fusion.gate
+
+
 def student():
     made = TMDStudent.from_teacher(teacher(), 1)
     with torch.no_grad():
-        made.head.fusion.gate.fill_(0.0)  # half open, so that y matters
+        gate_of(made).fill_(0.0)  # half open, so that y matters
     return made
 
 
@@ -37,7 +42,8 @@ def networks(tmd=True):
 
 
 def objective(parts, **options):
-    return Stage2(*parts, Data(), 2, depths=(0, 2), **options)
+    generator, fixed, fake, discriminator = parts
+    return Stage2(generator, fixed, fake, discriminator, Data(), 2, depths=(0, 2), **options)
 
 
 @pytest.mark.parametrize("tmd", [True, False], ids=["TMD", "DMD2-v"])
@@ -107,7 +113,7 @@ def test_rollout_of_a_closed_gate_in_one_step_is_the_teachers_clip():
     """At s = t = 0.999 the student's head is the teacher, so x1 - y is x1 - v up to the 0.1 % of noise in s_N."""
     wan, made = teacher(), TMDStudent.from_teacher(teacher(), 1)
     with torch.no_grad():
-        made.head.fusion.gate.fill_(-60.0)
+        gate_of(made).fill_(-60.0)
     x, prompts, t = Data().clips[:2], Data().prompts[:2], torch.full((2,), 0.999)
     x1, y1 = torch.randn_like(x), torch.randn_like(x)
     x_t = 0.001 * x + 0.999 * x1
@@ -145,7 +151,7 @@ def test_the_baselines_sampler_mixes_the_clip_with_the_noise_that_x_implies():
     assert torch.allclose(found, last, atol=1e-4)
 
 
-def test_warm_up_pairs_are_the_teachers_samples_and_kd_learns_them(tmp_path):
+def test_warm_up_pairs_are_the_teachers_samples_and_kd_learns_them(tmp_path, monkeypatch):
     class Stored(Data):
         shape = (16, 3, 4, 4)
 
@@ -164,7 +170,7 @@ def test_warm_up_pairs_are_the_teachers_samples_and_kd_learns_them(tmp_path):
     stored = torch.stack([pairs.latents(n) for n in range(5)])
     assert torch.allclose(stored, truth, atol=2e-3 * truth.abs().max().item())
 
-    pairs.rope = data.rope
+    monkeypatch.setattr(pairs, "rope", data.rope)
     generator = teacher()
     loss, values = kd_loss(generator, pairs, 7), []
     optimizer = torch.optim.AdamW(generator.parameters(), lr=2e-3)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from tmd_ref.samplers import (
     wan_sigmas,
     wan_time,
 )
-from tmd_ref.student import TimeGrids
+from tmd_ref.student import TimeGrids, TMDStudent
 
 SHAPE = (2, 16, 3, 4, 6)
+Prompts = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize(
@@ -96,11 +98,17 @@ class RecordedStudent:
         return output
 
 
+def as_student(recorded: RecordedStudent) -> TMDStudent:
+    return cast(TMDStudent, recorded)
+
+
 @pytest.mark.parametrize(("outer_steps", "inner_steps"), [(1, 1), (2, 2), (3, 4)])
 def test_tmd_sample_is_algorithm_1(outer_steps, inner_steps):
     noise, inner_noise = torch.randn(SHAPE), torch.randn(outer_steps, *SHAPE)
     student = RecordedStudent()
-    result = tmd_sample(student, noise, torch.zeros(2, 1, 1), outer_steps, inner_steps, inner_noise=inner_noise)
+    result = tmd_sample(
+        as_student(student), noise, torch.zeros(2, 1, 1), outer_steps, inner_steps, inner_noise=inner_noise
+    )
 
     t, s = shift_grid(outer_steps, 10), shift_grid(inner_steps, 10)
     x = noise.double()
@@ -131,8 +139,10 @@ def test_inner_noise_as_tensor_and_as_function_are_the_same_stream():
         return draws[-1]
 
     noise = torch.randn(SHAPE)
-    by_function = tmd_sample(RecordedStudent(), noise, torch.zeros(2, 1, 1), 3, 2, inner_noise=draw)
-    by_tensor = tmd_sample(RecordedStudent(), noise, torch.zeros(2, 1, 1), 3, 2, inner_noise=torch.stack(draws))
+    by_function = tmd_sample(as_student(RecordedStudent()), noise, torch.zeros(2, 1, 1), 3, 2, inner_noise=draw)
+    by_tensor = tmd_sample(
+        as_student(RecordedStudent()), noise, torch.zeros(2, 1, 1), 3, 2, inner_noise=torch.stack(draws)
+    )
     assert len(draws) == 3
     assert torch.equal(by_function, by_tensor)
 
@@ -140,7 +150,12 @@ def test_inner_noise_as_tensor_and_as_function_are_the_same_stream():
 def test_inner_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="3 outer steps"):
         tmd_sample(
-            RecordedStudent(), torch.randn(SHAPE), torch.zeros(2, 1, 1), 3, 2, inner_noise=torch.randn(2, *SHAPE)
+            as_student(RecordedStudent()),
+            torch.randn(SHAPE),
+            torch.zeros(2, 1, 1),
+            3,
+            2,
+            inner_noise=torch.randn(2, *SHAPE),
         )
 
 
@@ -183,7 +198,7 @@ def guided(x, t, prompts, guidance):
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (4, 3.0), (20, 8.0)])
-def test_euler_equals_diffusers(noise, prompts, steps, shift):
+def test_euler_equals_diffusers(noise, prompts: Prompts, steps, shift):
     diffusers = pytest.importorskip("diffusers")
     sigmas = wan_sigmas(steps, shift)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -198,7 +213,7 @@ def test_euler_equals_diffusers(noise, prompts, steps, shift):
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (3, 5.0), (8, 3.0), (30, 8.0)])
-def test_unipc_equals_diffusers(noise, prompts, steps, shift):
+def test_unipc_equals_diffusers(noise, prompts: Prompts, steps, shift):
     diffusers = pytest.importorskip("diffusers")
     sigmas = wan_sigmas(steps, shift)
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -224,7 +239,7 @@ def test_straight_paths_are_solved_exactly(sample, noise):
     torch.testing.assert_close(result, data, rtol=0, atol=2e-3)
 
 
-def test_guidance_moves_away_from_the_negative_prompt(noise, prompts):
+def test_guidance_moves_away_from_the_negative_prompt(noise, prompts: Prompts):
     times = torch.full((2,), 0.5)
     result = guided_velocity(velocity, noise, 0.5, *prompts, guidance=3.0)
     positive, negative = velocity(noise, times, prompts[0]), velocity(noise, times, prompts[1])

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmd_ref.meanflow import finite_difference_jvp
 from tmd_ref.samplers import effective_nfe, inner_flow, shift_grid, tmd_sample
-from tmd_ref.student import TimeGrids, TMDStudent, flow_head_step, load_student, save_student
+from tmd_ref.student import GatedFusion, TimeGrids, TMDStudent, flow_head_step, load_student, save_student
 from tmd_ref.wan import WanConfig, WanTransformer
 
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=3, num_layers=5, text_dim=20, text_len=6)
 HEAD_BLOCKS = 2
+UNREAD: tuple[Any, Any, Any, Any] = (None, None, None, None)
+"""Features, context and rope tables of a head that reads none."""
 
 
 def perturbed(model, size=0.1, seed=0):
@@ -53,6 +56,7 @@ def batch():
 @torch.no_grad()
 def test_a_closed_gate_and_s_equal_t_give_the_teachers_velocity_bit_for_bit(teacher, batch, head_blocks):
     student = TMDStudent.from_teacher(teacher, head_blocks)
+    assert isinstance(student.head.fusion, GatedFusion)
     student.head.fusion.gate.fill_(-math.inf)
     x, t, prompt_embeds = batch["x"], batch["t"], batch["prompt_embeds"]
     expected = teacher(x, t, prompt_embeds)
@@ -105,7 +109,7 @@ def test_c_finite_difference_equals_exact_jvp(student, batch):
     v = torch.randn_like(y1)
     s = torch.tensor([0.4, 0.9]).double()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, exact = torch.func.jvp(u, (y, s), (v, torch.ones_like(s)))
+        exact = torch.func.jvp(u, (y, s), (v, torch.ones_like(s)))[1]
     errors = []
     # The head embeds 1000·s, so δ = 5e-3 turns its fastest component by 5 radians: exactness needs a smaller step.
     for delta in (4e-5, 2e-5, 1e-6):
@@ -130,9 +134,14 @@ def test_c_finite_difference_is_one_sided_at_the_ends():
 @torch.no_grad()
 def test_c_finite_difference_never_leaves_the_times_of_training():
     seen = []
+
+    def watched(y, s):
+        seen.append(s)
+        return y
+
     s = torch.linspace(1e-3, 0.999, 200)
     y = torch.zeros(200, 1)
-    finite_difference_jvp(lambda y, s: seen.append(s) or y, y, s, y, r=s * 0)
+    finite_difference_jvp(watched, y, s, y, r=s * 0)
     times = torch.cat(seen)
     assert times.min() > 1e-3 - 1e-6
     assert times.max() < 0.999 + 1e-6
@@ -176,7 +185,7 @@ def test_f_exact_head_carries_y_from_s_to_r():
     def at(time):
         return (1 - time).view(-1, 1, 1, 1, 1) * y + time.view(-1, 1, 1, 1, 1) * noise
 
-    y_r = flow_head_step(lambda *_: y, at(s), noise, s, r, None, None, None, None)
+    y_r = flow_head_step(lambda *_: y, at(s), noise, s, r, *UNREAD)
     torch.testing.assert_close(y_r, at(r), rtol=0, atol=1e-14)
 
 
@@ -184,7 +193,7 @@ def test_one_step_from_noise_is_the_heads_prediction():
     """N = 1, s = 1, r = 0: noise - (noise - head) = head, the teacher's own forward pass (the sign of TMD Eq. 13)."""
     noise, output = torch.randn(2, 1, 16, 1, 2, 2, dtype=torch.float64)
     one, zero = torch.ones(1).double(), torch.zeros(1).double()
-    y = flow_head_step(lambda *_: output, noise, noise, one, zero, None, None, None, None)
+    y = flow_head_step(lambda *_: output, noise, noise, one, zero, *UNREAD)
     torch.testing.assert_close(y, output)
 
 

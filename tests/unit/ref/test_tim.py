@@ -80,9 +80,9 @@ def plain(weights: dict[str, Tensor], c: TiMConfig, x: Tensor, t: Tensor, r: Ten
     shift, scale = swiglu(cond, "final_layer.adaLN_modulation").chunk(2, -1)
     out = linear(norm(z, 1e-6) * (1 + scale) + shift, "final_layer.linear")
     picture = torch.zeros_like(x)
-    for k in range(h * wide):  # a token's values in the order (row, column, channel)
-        i, j = k // wide * p, k % wide * p
-        picture[:, :, i : i + p, j : j + p] = out[:, k].unflatten(-1, (p, p, -1)).permute(0, 3, 1, 2)
+    for n in range(h * wide):  # a token's values in the order (row, column, channel)
+        i, j = n // wide * p, n % wide * p
+        picture[:, :, i : i + p, j : j + p] = out[:, n].unflatten(-1, (p, p, -1)).permute(0, 3, 1, 2)
     return picture
 
 

@@ -112,7 +112,9 @@ def test_difference_and_forward_mode_agree() -> None:
 
         value, _ = tim_loss(model, Data(), settings(instant_share=0.25, zero_share=0.25, **options))(Double(5, 0, 8))
         value.backward()
-        results.append((value.item(), model.final_layer.linear.weight.grad.clone()))
+        slope_found = model.final_layer.linear.weight.grad
+        assert slope_found is not None
+        results.append((value.item(), slope_found.clone()))
     (exact, slope), (fine, fine_slope), (coarse, _) = results
     assert fine == pytest.approx(exact, abs=1e-7) and coarse == pytest.approx(exact, abs=1e-3)
     torch.testing.assert_close(fine_slope, slope, rtol=0, atol=1e-6)
@@ -237,7 +239,7 @@ def test_averaged_weights_belong_to_a_training_that_keeps_them(tmp_path: Path) -
 
 
 def test_the_baselines_differ_from_the_model_in_their_objective_alone() -> None:
-    configs = [load_any(name) for name in ("tim-tiny", "tim-tiny-flow", "tim-tiny-meanflow")]
+    configs: list[Any] = [load_any(name) for name in ("tim-tiny", "tim-tiny-flow", "tim-tiny-meanflow")]
     for config in configs:
         assert isinstance(config, TiMRun)
         assert (config.data, config.model, config.tim.steps, config.tim.batch, config.tim.optimizer) == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ ROWS, DIM = 50, 12
 def write_table(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, EmbeddingTable]:
     table = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
     (folder / "text_embedding.bin").write_bytes(table.view(torch.uint8).numpy().tobytes())
-    name = str(dtype).removeprefix("torch.")
+    name: Any = str(dtype).removeprefix("torch.")
     return table, EmbeddingTable(file="text_embedding.bin", dtype=name, rows=ROWS, dim=DIM)
 
 

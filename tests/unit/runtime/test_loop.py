@@ -13,6 +13,7 @@ import numpy as np
 from tmd_engines import Bundle
 from tmd_runtime.clock import Timings
 from tmd_runtime.sampling import resolve_settings
+from tmd_runtime.sampling.family import LatentShape
 from tmd_runtime.sampling.schedule import shift_grid
 from tmd_runtime.sampling.tmd import TmdLoop
 
@@ -39,15 +40,16 @@ class NullEngine:
         return run
 
 
-def null_loop(bundle: Path, shape: tuple[int, ...]) -> tuple[TmdLoop, Any, list[tuple[Any, ...]]]:
+def null_loop(bundle: Path, shape: LatentShape) -> tuple[TmdLoop, Any, list[tuple[Any, ...]]]:
     manifest = Bundle.open(bundle).manifest
-    shapes = dict.fromkeys(("x", "y_next", "noise", "x_next", "data"), shape)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "y_next", "noise", "x_next", "data"), shape)
     shapes |= {"t": (1,), "s": (1,), "r": (1,), "coefficients": (7,), "magnitude": (1,)}
     shapes |= {"prompt_embeds": (1, 4, 64), "features": (1, 80, 32), "context": (1, 4, 32)}
     shapes |= dict.fromkeys(("rope_cos", "rope_sin"), (shape[2] * shape[3] * shape[4] // 4, 8))
     log: list[tuple[Any, ...]] = []
-    engines: Any = [NullEngine(shapes, log, name) for name in ("backbone", "flow_head", "update")]
-    return TmdLoop(*engines, manifest, shape, 4), manifest, log  # type: ignore[arg-type]
+    engines: list[Any] = [NullEngine(shapes, log, name) for name in ("backbone", "flow_head", "update")]
+    backbone, flow_head, update = engines
+    return TmdLoop(backbone, flow_head, update, manifest, shape, 4), manifest, log
 
 
 def test_loop_runs_the_algorithm_on_buffers_that_pass_y_back_and_forth(synthetic_bundle: Path) -> None:
@@ -59,7 +61,7 @@ def test_loop_runs_the_algorithm_on_buffers_that_pass_y_back_and_forth(synthetic
     assert sorted(bound) == ["backbone", "flow_head", "flow_head", "flow_head", "update"]
     runs = [entry for entry in log if entry[0] != "bind"]
     assert [entry[0] for entry in runs] == ["backbone", *["flow_head"] * 4, "update"] * 4
-    t, s = shift_grid(2, 10), np.float32(shift_grid(4, 10))
+    t, s = shift_grid(2, 10), shift_grid(4, 10).astype(np.float32)
     for i, outer in ((2, runs[:6]), (1, runs[6:12])):
         (_, times, backbone), *heads, (_, factors, update) = outer
         assert times == [(np.float32(t[i]),)]
@@ -69,7 +71,7 @@ def test_loop_runs_the_algorithm_on_buffers_that_pass_y_back_and_forth(synthetic
         assert all(before["y_next"] is after["y"] for before, after in pairwise(buffers))
         assert all(each["y"] is not each["y_next"] for each in buffers)
         assert update["velocity"] is update["negative"] is buffers[-1]["y_next"] and update["x"] is backbone["x"]
-        assert factors == [tuple(np.float32([1, t[i], 1, t[i - 1] - t[i], 0, 0, 0]).tolist())]
+        assert factors == [tuple(np.array([1, t[i], 1, t[i - 1] - t[i], 0, 0, 0], np.float32).tolist())]
 
 
 def test_steps_allocate_nothing_of_size(synthetic_bundle: Path) -> None:

@@ -53,10 +53,10 @@ class PlainBundle:
         x = stream.normal(shape)
         for i in range(outer, 0, -1):
             rope = {"rope_cos": cos, "rope_sin": sin}
-            m = self.run("backbone", x=x, t=np.float32([t[i]]), prompt_embeds=prompt_embeds, **rope)
+            m = self.run("backbone", x=x, t=np.array([t[i]], np.float32), prompt_embeds=prompt_embeds, **rope)
             y = noise = stream.normal(shape)
             for j in range(inner, 0, -1):
-                times = {"s": np.float32([s[j]]), "r": np.float32([s[j - 1]])}
+                times = {"s": np.array([s[j]], np.float32), "r": np.array([s[j - 1]], np.float32)}
                 y = self.run("flow_head", y=y, noise=noise, **times, **m, **rope)["y_next"]
             x = x - np.float32(t[i] - t[i - 1]) * y
         return x

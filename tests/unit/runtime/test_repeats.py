@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_a_wrong_type_gets_a_sentence(wishes: dict[str, object], message: str) -
         (lambda: tmd_runtime.load().decode(np.array(["x"])), "latents must be a numpy array of numbers"),
     ],
 )
-def test_so_does_one_of_other_calls(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_so_does_one_of_other_calls(call: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageFailure, match=message):
         call()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,21 +28,21 @@ GRIDS = {
 }
 
 
-def velocity(x: np.ndarray, t: float) -> np.ndarray:
+def velocity(x: np.ndarray, t: float | np.floating) -> np.ndarray:
     """A smooth, nonlinear field of every value and of t."""
     return np.tanh(0.7 * x + 0.3 * np.roll(x, 1, -1) + t) + 0.2 * x
 
 
-Field = Callable[[np.ndarray, float], np.ndarray]
+Field = Callable[[np.ndarray, Any], np.ndarray]
 
 
 def sample(rule: str, times: list[float], seed: int = 3, field: Field = velocity) -> np.ndarray:
     """The sum of the graph `update`, in numpy."""
     stream = NoiseStream(seed)
-    x = stream.normal(SHAPE)
+    x: np.ndarray = stream.normal(SHAPE)
     before_1 = before_2 = x
     for i, t in enumerate(times[:-1]):
-        c = Coefficients(*map(np.float32, RULES[rule](times, i)))
+        c = Coefficients._make(map(np.float32, RULES[rule](times, i)))
         v = field(x, np.float32(t))
         noise = stream.normal(SHAPE) if c.noise else x
         data = x - np.float32(t) * v
@@ -144,10 +145,10 @@ def test_the_updater_sums_what_a_rule_says(synthetic_bundle: Path) -> None:
         expected = 0.7 * x - 0.4 * mixed + 0.3 * noise - 1.25 * before_1 + 0.5 * before_2
         np.testing.assert_allclose(buffers[0], expected, rtol=0, atol=3e-6)
         np.testing.assert_allclose(updater.preview(), x - 0.6 * mixed, rtol=0, atol=3e-6)
-        x = buffers[0].copy()
+        kept = buffers[0].copy()
         updater.set(Coefficients(1.0, -0.25))
         alone()
-        assert np.array_equal(buffers[0], x - np.float32(0.25) * buffers[1]), "unused slots change no bit"
+        assert np.array_equal(buffers[0], kept - np.float32(0.25) * buffers[1]), "unused slots change no bit"
         updater.check(buffers[3])
 
 

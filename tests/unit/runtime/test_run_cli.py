@@ -305,7 +305,8 @@ def test_version() -> None:
 def test_a_device_is_where_the_graphs_run(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tmd_engines
 
-    load, devices = tmd_engines.load, set()
+    load: Any = tmd_engines.load
+    devices: set[str] = set()
 
     def watched(*arguments: Any, device: str, **named: Any) -> Any:
         devices.add(device)

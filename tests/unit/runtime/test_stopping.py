@@ -42,7 +42,7 @@ class Endless:
         self._stop.set()
 
 
-def big_session(engine: str):  # type: ignore[no-untyped-def]  # a step of either engine over one graph
+def big_session(engine: str):  # a step of either engine over one graph
     side = 1536
     nodes, last = [], "x"
     for k in range(60):

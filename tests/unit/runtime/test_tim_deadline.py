@@ -40,8 +40,8 @@ class StillEngine:
         self._clock, self.inputs = clock, {"prompt_embeds": None}
 
     def empty(self, name: str, *, batch: int = 1, **_: int) -> np.ndarray:
-        shapes = dict.fromkeys(("x", "x_next", "noise", "data"), (batch, 4, 1, 2, 2)) | {"guidance": (batch, batch)}
-        shapes |= {"coefficients": (7,), "magnitude": (1,)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "x_next", "noise", "data"), (batch, 4, 1, 2, 2))
+        shapes |= {"guidance": (batch, batch), "coefficients": (7,), "magnitude": (1,)}
         shapes |= {"prompt_embeds": (batch, 3, 8), "context": (batch, 1), "t": (batch,), "r": (batch,)}
         return np.zeros(shapes.get(name, (4, 4)), np.float32)
 

@@ -66,7 +66,8 @@ def test_only_what_no_process_owns_is_removed(tmp_path: Path, is_folder: bool) -
 
 
 def test_a_maker_whose_file_was_swept_in_between_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, first = unfinished._lock, []
+    lock = unfinished._lock
+    first: list[Path] = []
 
     def late(path: Path) -> int | None:
         handle = lock(path)
