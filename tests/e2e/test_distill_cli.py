@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from tmd_export import open_source
 from tmd_ref.distill import config, tiny
@@ -81,6 +83,21 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(made, tmp_path, command, o
     done = distill(command, tmp_path, *inputs, *options)
     assert done.exit_code == code and message in done.output, done.output
     assert "Traceback" not in done.output
+
+
+def test_a_finished_stage_is_not_kept_when_its_input_was_replaced(made, tmp_path):
+    run, _ = made
+    teacher = shutil.copy(run / "teacher.safetensors", tmp_path / "teacher.safetensors")
+    options = ("--inputs", str(run), "--set", f"sources.teacher={teacher}")
+    assert distill("stage1", tmp_path, *options).exit_code == 0
+    again = distill("stage1", tmp_path, *options)
+    assert again.exit_code == 0 and "is finished, at step 2: delete it to train anew" in again.output
+    weights = load_file(teacher)
+    save_file({name: value * 2 for name, value in weights.items()}, teacher)
+    other = distill("stage1", tmp_path, *options)
+    assert other.exit_code == 1 and f"was made with another input {teacher}" in other.output
+    missing = distill("stage1", tmp_path / "empty", "--set", "sources.teacher=nowhere.safetensors")
+    assert missing.exit_code == 1 and "--inputs DIR" in missing.output and "--set sources.NAME=FILE" in missing.output
 
 
 def test_plan_says_what_fits_where():

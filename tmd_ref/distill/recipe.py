@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tmd_ref.distill.data import CLIP_FRAMES, LatentDataset, encode_prompts, ren
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.parallel import World, autocast, bare, place
-from tmd_ref.distill.state import gather
+from tmd_ref.distill.state import fingerprint, gather
 from tmd_ref.distill.trainer import Objective, Run, Scalars, train
 from tmd_ref.distill.weights import load_teacher, load_text_encoder, load_vae
 from tmd_ref.student import TMDStudent, load_student, save_student
@@ -48,15 +48,21 @@ class Job:
     inputs: Path | None = None
     world: World = World()  # noqa: RUF009 (immutable)
     report: Callable[[str], None] = print
+    read: dict[str, Path] = field(default_factory=dict)  # what this command has found so far
 
     def find(self, name: str) -> Path:
         """A given file, or a result of another command: as it is written, in the run folder, or in the inputs."""
         places = [Path(name), self.run / name, *([self.inputs / name] if self.inputs else [])]
         for path in places[1:] if len(Path(name).parts) == 1 else places:
             if path.exists():
+                self.read[name] = path
                 return path
         where = " or ".join(str(path.parent) for path in places[1:])
-        raise FileNotFoundError(f"there is no {name} in {where}: run the command that makes it, or see `sources`.")
+        raise FileNotFoundError(
+            f"there is no {name} in {where}: run the command that makes it, name the run folder that "
+            "has it (--inputs DIR), or the file itself (--set sources.NAME=FILE, where NAME is teacher, tokenizer, "
+            "text_encoder or vae)."
+        )
 
     def data(self) -> LatentDataset:
         name = "data" if (self.run / "data").exists() or not self._single_shard() else "data.safetensors"
@@ -85,6 +91,7 @@ class Job:
         config = self.config
         settings = {"stage": stage.model_dump(mode="json"), "student": config.student.model_dump(mode="json"),
                     "model": config.model, "data": config.data.model_dump(mode="json")}  # fmt: skip
+        settings |= {f"input {found}": fingerprint(path) for found, path in sorted(self.read.items())}
         machine = config.machine
         return Run(self.run / name, stage.batch, getattr(stage, "micro", None), stage.seed, settings,
                    machine.log_every, machine.save_every, self.world, self.report)  # fmt: skip

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tmd_ref.distill.parallel import World, local, whole
 
+_SAMPLE = 1 << 20  # bytes at the beginning, in the middle and at the end of a file
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is intact."""
@@ -95,6 +97,21 @@ def code_version() -> dict[str, str]:
     return {"tmd": version, "sources": digest.hexdigest()[:16], "torch": str(torch.__version__)}
 
 
+def fingerprint(path: Path) -> str:
+    """What tells one input from another: sizes and samples of a file, or of all files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode("utf-8", "surrogateescape"))
+        with open(file, "rb") as content:
+            for start in sorted({0, max(size // 2 - _SAMPLE // 2, 0), max(size - _SAMPLE, 0)}):
+                content.seek(start)
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
 def read_checkpoint(path: Path, identity: Mapping[str, Any], world: World) -> dict[str, Any] | None:
     """The state in `path`, mapped, not loaded; None if there is none.
 
@@ -108,6 +125,8 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any], world: World) -> di
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{path} is no checkpoint of this version ({error}). Delete it to start anew.") from error
     for name in sorted({*stored, *identity}):
+        if name.startswith("input ") and not (name in stored and name in identity):
+            continue  # a checkpoint of a version that did not note its inputs
         if stored.get(name) != identity.get(name):
             raise TrainingError(
                 f"{path} was made with another {name}: {stored.get(name)}, now {identity.get(name)}. "

@@ -222,7 +222,8 @@ def train(
         for name, network in trained.items():
             network.restore(state["networks"][name])
         first = state["step"]
-        run.report(f"resuming {folder} at step {first}")
+        done = f"{folder} is finished, at step {first}: delete it to train anew"
+        run.report(f"resuming {folder} at step {first}" if first < total else done)
         del state
     code = code_version()
 

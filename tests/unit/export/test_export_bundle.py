@@ -229,6 +229,8 @@ def test_an_interrupt_while_weights_are_written_leaves_nothing_and_the_next_run_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_tracing(monkeypatch)
+    # A caller that ignores Ctrl-C, as a shell does for jobs in the background, hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupted: list[str] = []
 
     def interrupt(step: Progress) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -279,3 +281,62 @@ def test_mistakes_are_one_message(run: Callable[..., Result], tmp_path: Path) ->
         assert (done.exit_code, done.stdout) == (code, ""), done.output
         assert message in " ".join(done.stderr.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "text.png"]
+
+
+@pytest.mark.parametrize("name", ["slow.webp", "wide.png", "claims.bmp", "claims.tiff"])
+def test_a_small_file_that_claims_to_be_large_is_refused_by_its_header(tmp_path: Path, name: str) -> None:
+    """Before memory for the picture is taken: the peak of a process of its own, and its time."""
+    side = 15_000
+    if name == "slow.webp":  # VP8 says its size in the ten bytes of its frame's header
+        frame = b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", side, side) + bytes(300)
+        data = b"RIFF" + struct.pack("<I", len(frame) + 12) + b"WEBPVP8 " + struct.pack("<I", len(frame)) + frame
+    elif name == "wide.png":
+        whole = file("PNG", Image.fromarray(PICTURE))
+        claim = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
+        data = whole[:12] + claim + struct.pack(">I", zlib.crc32(claim)) + whole[33:]
+    elif name == "claims.bmp":
+        data = (
+            b"BM" + struct.pack("<IHHI", 1000, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, side, side, 1, 24, *[0] * 6)
+        )
+        data += bytes(946)
+    else:
+        tags = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, side), (279, 100)]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(400)
+    (tmp_path / name).write_bytes(data)
+    script = (
+        "import sys, time\n"
+        "from tmd_runtime.autoencoder.picture import read_picture\n"
+        "start = time.monotonic()\n"
+        "try:\n"
+        "    read_picture(sys.argv[1])\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(peak.split()[1], time.monotonic() - start)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / name)]
+    kind, figures = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert kind == "RuntimeFailure"
+    assert int(figures.split()[0]) < 150_000 and float(figures.split()[1]) < 3
+
+
+def test_a_large_transparent_picture_takes_no_more_than_a_few_copies(tmp_path: Path) -> None:
+    Image.new("RGBA", (6000, 6000), (10, 20, 30, 128)).save(tmp_path / "x.png")
+    script = (
+        "import sys\n"
+        "from tmd_runtime.autoencoder.picture import read_picture\n"
+        "picture = read_picture(sys.argv[1])\n"
+        "assert picture.shape == (6000, 6000, 3) and (picture == [132, 137, 142]).all()\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 60_000_000 + 4 * 4 * 6000 * 6000
+
+
+def test_a_picture_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(drawn(600, 600)).save(tmp_path / "x.png")
+    monkeypatch.setattr("tmd_runtime.autoencoder.picture.available_bytes", lambda: 24 * 1000)
+    with pytest.raises(RuntimeFailure, match=r"at most 0.001 megapixels.*free memory allow"):
+        read_picture(tmp_path / "x.png")
