@@ -100,7 +100,7 @@ def small(name: str) -> Bundle:
     source = (
         RandomTiM("small", 3, TIM)
         if family == "tim"
-        else RandomSource("small", 0, kind="wan", wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
+        else RandomSource("small", 0, fusion=None, wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
     )
     given = {"calibration": ["one"]} if {first, second} & {"int8", "fp8"} else {}
     return export_bundle(source, folder(), ("backbone", "flow_head"), precision=precision, **given).bundle
