@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.helpers.processes import PROGRAM, with_default_signals
 from tests.helpers.synthetic import write_synthetic_bundle
 from tmd_engines.device.gpu import has_gpu
 from tmd_runtime.command.cli import command
@@ -25,7 +26,6 @@ from tmd_runtime.memory import DENOISER
 PROMPT = "a red circle moving right on a black background"
 KEYS = ["seed", "prompt", "steps", "inner_steps", "nfe", "frames", "width", "height", "fps", "stage_seconds"]
 STAGES = ["load", "text", "noise", "backbone", "flow_head", "decode", "file"]
-PROGRAM = [sys.executable, "-m", "tmd_runtime"]
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +251,8 @@ def start_endless(bundle: Path, *arguments: str) -> subprocess.Popen[str]:
         "start.main()\n"
     )
     command = [sys.executable, "-c", slow, "--prompt", PROMPT, "--bundle", str(bundle), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=with_default_signals, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "working\n"
     return process
 
@@ -341,6 +342,7 @@ def in_terminal(arguments: list[str], typed: list[str | int], timeout: float = 6
     """Runs `tmd-run` on a pseudo terminal, answering each 'prompt> ' with text, or with Ctrl-C for SIGINT."""
     pid, terminal = pty.fork()
     if pid == 0:
+        with_default_signals()
         os.execv(sys.executable, [*PROGRAM, *arguments])
     output, answered, waiting, interrupt_at = "", 0, list(typed), float("inf")
     deadline = time.monotonic() + timeout
