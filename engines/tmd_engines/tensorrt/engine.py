@@ -7,12 +7,13 @@ Plans are kept in a cache of this user; docs/engines.md says what their key hold
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import Bundle
+from ..cost.sizing import TOGETHER
 from ..device.array import DeviceArray
 from ..device.engine import DeviceEngine, Shapes
 from ..device.gpu import has_cuda_bindings, has_gpu, split_device
@@ -111,9 +112,13 @@ class TensorRtEngine(DeviceEngine):
         if reason is not None:
             raise EngineError(f"Graph {graph} does not run on {self._device.name}: {reason}.")
         self._plans = GraphPlans(bundle, graph, self.library)
-        self._weights = sum(_weight_bytes(bundle, each) for each in bundle.manifest.graphs)
+        self._weights = sum(_weight_bytes(bundle, each) for each in self._beside(bundle, graph))
         self._folder: PlanFolder | None = None
         self._loaded: tuple[dict[str, str], LoadedPlan] | None = None
+
+    def _beside(self, bundle: Bundle, graph: str) -> Iterable[str]:
+        """The graphs whose weights are on the GPU together with this one's: at worst, all."""
+        return bundle.manifest.graphs
 
     def _refusal(self, info: GraphInfo) -> str | None:
         if info.precision == "fp8" and self._device.capability < (8, 9):
@@ -206,6 +211,12 @@ class TensorRtForRtxEngine(TensorRtEngine):
 
     library = FOR_RTX
     package, install = FOR_RTX.module, FOR_RTX.install
+
+    def _beside(self, bundle: Bundle, graph: str) -> Iterable[str]:
+        """Those of its stage: consumer cards hold large models one stage after the other, and a plan made ahead of time
+        serves cards that could hold more."""
+        names = next((names for names in TOGETHER if graph in names), (graph,))
+        return [name for name in names if name in bundle.manifest.graphs]
 
     @classmethod
     def prefers(cls, info: GraphInfo) -> bool:

@@ -329,6 +329,19 @@ def test_auto_takes_the_library_that_is_made_for_the_card(
     assert choose(Bundle.open(BUILT_IN), "backbone") == (chosen, "cuda")
 
 
+def test_weights_are_streamed_where_those_of_a_stage_do_not_fit(world: World) -> None:
+    """A text encoder that is larger than the model must not void the plans of the model."""
+    files = Bundle.open(BUILT_IN).manifest.files
+    sizes = {
+        graph: files[f"{graph}.onnx"].size + files[f"{graph}.onnx.data"].size for graph in ("backbone", "flow_head")
+    }
+    for room, streams in ((1.3, False), (1.1, True)):
+        world.gpu = Gpu(memory=int(room * (sum(sizes.values()) + files["update.onnx"].size)))
+        assert world.engine("backbone").settings().weight_streaming == streams
+        assert world.engine("backbone", "tensorrt").settings().weight_streaming
+        assert not world.engine("text_encoder").settings().weight_streaming
+
+
 def test_turing_is_refused_before_anything_is_built(world: World) -> None:
     world.gpu = Gpu("NVIDIA GeForce RTX 2080", (7, 5))
     with pytest.raises(EngineError, match=r"Graph backbone does not run on NVIDIA GeForce RTX 2080: .*Turing"):
