@@ -10,6 +10,7 @@
 
 #include "api/context.hpp"
 #include "base/utf8.hpp"
+#include "bundle/graph_file.hpp"
 #include "bundle/reader.hpp"
 #include "engines/cpu.hpp"
 #include "engines/onnxruntime_lowering.hpp"
@@ -41,8 +42,9 @@ std::string to_hex(const void* data, std::size_t size) {
 
 std::string from_hex(const std::string& hex) {
   std::string out;
-  for (std::size_t i = 0; i + 1 < hex.size(); i += 2)
-    out += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16));
+  out.reserve(hex.size() / 2);
+  const auto digit = [](char c) { return c <= '9' ? c - '0' : c - 'a' + 10; };
+  for (std::size_t i = 0; i + 1 < hex.size(); i += 2) out += static_cast<char>(digit(hex[i]) << 4 | digit(hex[i + 1]));
   return out;
 }
 
@@ -243,6 +245,21 @@ json answer(const json& question) {
   if (what == "manifest") {
     parse_manifest(from_hex(question.at("data")), "manifest.json");
     return {{"ok", true}};
+  }
+  if (what == "graphs") {  // what is said of each: nothing, or why it is refused
+    const Manifest manifest = parse_manifest(from_hex(question.at("manifest")), "manifest.json");
+    const GraphInfo& info = manifest.graphs.at(question.at("graph"));
+    json refusals = json::array();
+    for (const json& data : question.at("data")) {
+      try {
+        check_graph(from_hex(data), info, info.data ? manifest.files.at(*info.data).size : 0, info.file);
+        refusals.push_back("");
+      } catch (const Error& error) {
+        if (error.status() != TMD_ERROR_BUNDLE) throw;
+        refusals.push_back(error.what());
+      }
+    }
+    return {{"ok", refusals}};
   }
   if (what == "build_info") return {{"ok", tmd_build_info()}};
   if (what == "lower") {

@@ -132,6 +132,8 @@ TEST_CASE("JSON is strict") {
   for (const char* bad : {"", "{", "\xEF\xBB\xBF{}", R"({"a": 1, "a": 2})", R"({"a": {"b": 1, "\u0062": 2}})", "[NaN]",
                           "[1e999]", "{} {}", "[\"\xFF\"]", "[\"\\ud800\"]", "[01]", "/**/ {}"})
     CHECK(read(bad) == TMD_ERROR_BUNDLE);
+  CHECK(read(std::string("{}\0 more", 8)) == TMD_ERROR_BUNDLE);
+  CHECK(read(std::string("{}\0", 3)) == TMD_ERROR_BUNDLE);
   CHECK(read(std::string(100000, '[')) == TMD_ERROR_BUNDLE);
   CHECK(read(std::string(31, '[') + std::string(31, ']')) == TMD_OK);
   CHECK(read(std::string(33, '[') + std::string(33, ']')) == TMD_ERROR_BUNDLE);

@@ -25,7 +25,7 @@ from tmd_engines.bundle.families.tmd import TMD
 from tmd_engines.bundle.families.wan import WAN
 from tmd_engines.bundle.manifest import GraphInfo, parse_manifest
 
-CORPUS = ("test_bundle.py", "test_bundle_graphs.py", "test_interfaces.py", "test_manifest.py")
+CORPUS = ("test_bundle.py", "test_bundle_graphs.py", "test_interfaces.py", "test_manifest.py", "test_operators.py")
 
 
 def test_the_same_corpus_gets_the_same_verdicts() -> None:

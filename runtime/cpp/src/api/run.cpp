@@ -10,8 +10,6 @@ tmd_run_options options_of(const tmd_run_options* given) {
   return read_options(given, tmd_run_options_init, "tmd_run_options_init");
 }
 
-std::size_t frames_size(const Settings& s) { return static_cast<std::size_t>(s.frames * s.height * s.width * 3); }
-
 std::size_t embeds_count(const Manifest& manifest) {
   return static_cast<std::size_t>(manifest.text.max_length * manifest.text.dim);
 }
@@ -157,7 +155,7 @@ tmd_status tmd_plan_run(tmd_context* context, const tmd_run_options* given, tmd_
     out.latent_frames = narrow(settings.latent_frames);
     out.latent_height = narrow(settings.latent_height);
     out.latent_width = narrow(settings.latent_width);
-    out.frames_size = frames_size(settings);
+    out.frames_size = settings.frames_size();
     out.latents_count = settings.latents_count();
     out.embeds_count = embeds_count(manifest);
     out.nfe = settings.nfe;
@@ -177,8 +175,8 @@ tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_
     if (manifest.classes() && prompt && *prompt)
       refuse_usage("this model draws numbered classes and takes no prompt: leave the prompt out.");
     if (!manifest.classes() && !prompt) refuse_usage("the prompt is NULL: describe the video in a few words.");
-    if (frames) need_room("frames", size, frames_size(settings), "bytes");
-    Frames pieces(options, frames, frames_size(settings), settings.width, settings.height);
+    if (frames) need_room("frames", size, settings.frames_size(), "bytes");
+    Frames pieces(options, frames, settings.frames_size(), settings.width, settings.height);
     std::string warnings = settings.warnings;
     pipeline.prepare(latent_size(manifest, settings), warnings);
     const std::int64_t decodes =

@@ -23,6 +23,8 @@ nlohmann::json read_strict_json(std::string_view data, const std::string& where)
     refuse_bundle(where + " is not valid JSON: " + reason + "." + kRemedy);
   };
   if (data.substr(0, 3) == "\xEF\xBB\xBF") fail("it begins with a byte order mark");  // nlohmann would skip it
+  // To nlohmann this is the end, whatever follows.
+  if (data.find('\0') != std::string_view::npos) fail("it holds a zero byte");
   // Readers differ in which of two equal keys they take: what one checks, another must not read differently.
   std::vector<std::set<std::string>> keys;
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {

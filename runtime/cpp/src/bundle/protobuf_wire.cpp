@@ -1,14 +1,9 @@
 #include "bundle/protobuf_wire.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 namespace tmd::internal {
-namespace {
-
-constexpr int kStartGroup = 3, kEndGroup = 4;
-constexpr std::size_t kMaxGroups = 100;
-
-}  // namespace
 
 bool WireReader::fail() {
   good_ = false;
@@ -20,7 +15,7 @@ bool WireReader::read_varint(std::uint64_t* value) {
   for (int shift = 0; shift < 70; shift += 7) {
     if (at_ >= data_.size()) return fail();
     const auto byte = static_cast<unsigned char>(data_[at_++]);
-    if (shift == 63 && byte > 1) return fail();
+    if ((shift == 63 && byte > 1) || (shift && !byte)) return fail();  // beyond 64 bits; longer than it need be
     result |= static_cast<std::uint64_t>(byte & 0x7F) << shift;
     if (byte < 0x80) {
       *value = result;
@@ -52,26 +47,7 @@ bool WireReader::read_value(WireField* field) {
   }
 }
 
-bool WireReader::skip_group(std::uint32_t number) {
-  std::vector<std::uint32_t> open = {number};
-  while (!open.empty()) {
-    std::uint64_t tag;
-    if (!read_varint(&tag) || tag >> 32 || !(tag >> 3)) return fail();
-    WireField inner;
-    inner.number = static_cast<std::uint32_t>(tag >> 3);
-    inner.wire_type = static_cast<int>(tag & 7);
-    if (inner.wire_type == kStartGroup) {
-      if (open.size() >= kMaxGroups) return fail();
-      open.push_back(inner.number);
-    } else if (inner.wire_type == kEndGroup) {
-      if (open.back() != inner.number) return fail();
-      open.pop_back();
-    } else if (!read_value(&inner)) {
-      return false;
-    }
-  }
-  return true;
-}
+bool WireReader::next_number(std::uint64_t* value) { return good_ && at_ < data_.size() && read_varint(value); }
 
 bool WireReader::next(WireField* field) {
   if (!good_ || at_ >= data_.size()) return false;
@@ -82,7 +58,7 @@ bool WireReader::next(WireField* field) {
   *field = WireField();
   field->number = static_cast<std::uint32_t>(tag >> 3);
   field->wire_type = static_cast<int>(tag & 7);
-  if (!(field->wire_type == kStartGroup ? skip_group(field->number) : read_value(field))) return false;
+  if (!read_value(field)) return false;
   field->whole = data_.substr(start, at_ - start);
   return true;
 }
@@ -93,6 +69,13 @@ std::optional<WireField> last_field(std::string_view data, std::uint32_t number,
   for (WireField field; reader.next(&field);)
     if (field.number == number && field.wire_type == wire_type) found = field;
   return found;
+}
+
+std::size_t count_fields(std::string_view data, std::uint32_t number) {
+  std::size_t count = 0;
+  WireReader reader(data);
+  for (WireField field; reader.next(&field);) count += field.number == number;
+  return count;
 }
 
 std::vector<std::string_view> all_fields(std::string_view data, std::uint32_t number) {
@@ -106,6 +89,22 @@ std::vector<std::string_view> all_fields(std::string_view data, std::uint32_t nu
 std::string_view last_text(std::string_view data, std::uint32_t number) {
   const std::optional<WireField> field = last_field(data, number, 2);
   return field ? field->bytes : std::string_view();
+}
+
+std::int64_t last_number(std::string_view data, std::uint32_t number) {
+  const std::optional<WireField> field = last_field(data, number, 0);
+  return field ? static_cast<std::int64_t>(field->varint) : 0;
+}
+
+std::string in_field_order(std::string_view data) {
+  std::vector<WireField> fields;
+  WireReader reader(data);
+  for (WireField field; reader.next(&field);) fields.push_back(field);
+  std::stable_sort(fields.begin(), fields.end(), [](auto& a, auto& b) { return a.number < b.number; });
+  std::string ordered;
+  ordered.reserve(data.size());
+  for (const WireField& field : fields) ordered.append(field.whole);
+  return ordered;
 }
 
 void WireWriter::varint(std::uint64_t value) {

@@ -3,6 +3,8 @@
 // Not a protobuf library: a cursor over the fields of one message, and its counterpart. Two reasons to have it.
 // libprotobuf writes to stderr and may end the process, which this library must not do to its host; and its registry of
 // message types is one per process, where a second copy of ONNX's (the engine brings its own) is a fatal error.
+// Of the encodings that protobuf reads only the one that it writes is read here: numbers in as few bytes as they go,
+// and no groups.
 #pragma once
 
 #include <cstddef>
@@ -14,12 +16,9 @@
 
 namespace tmd::internal {
 
-// What a field's bytes are on the wire; kMessage is kBytes that hold a message.
-enum WireKind { kVarint, kFixed64, kBytes, kFixed32, kMessage };
-
 struct WireField {
   std::uint32_t number = 0;
-  int wire_type = 0;         // 0 varint, 1 fixed64, 2 bytes, 5 fixed32; 3 is a group, skipped as a whole
+  int wire_type = 0;         // 0 varint, 1 fixed64, 2 bytes, 5 fixed32
   std::uint64_t varint = 0;  // wire type 0
   std::string_view bytes;    // wire type 2
   std::string_view whole;    // the field as it stands, tag included
@@ -30,12 +29,12 @@ class WireReader {
  public:
   explicit WireReader(std::string_view data) : data_(data) {}
   bool next(WireField* field);
+  bool next_number(std::uint64_t* value);  // of a packed field
   bool good() const { return good_; }
 
  private:
   bool fail();
   bool read_varint(std::uint64_t* value);
-  bool skip_group(std::uint32_t number);
   bool read_value(WireField* field);
 
   std::string_view data_;
@@ -45,10 +44,16 @@ class WireReader {
 
 // The last value of a field, as protobuf has it; absent if it does not occur in this wire type.
 std::optional<WireField> last_field(std::string_view data, std::uint32_t number, int wire_type);
+std::size_t count_fields(std::string_view data, std::uint32_t number);
 // The bytes of every field of this number that has any.
 std::vector<std::string_view> all_fields(std::string_view data, std::uint32_t number);
 // The bytes of the last one; empty if there is none.
 std::string_view last_text(std::string_view data, std::uint32_t number);
+// The last whole number; 0 if there is none.
+std::int64_t last_number(std::string_view data, std::uint32_t number);
+
+// The fields of a message in the order of their numbers, as protobuf writes them.
+std::string in_field_order(std::string_view data);
 
 // Puts a message together, field by field.
 class WireWriter {

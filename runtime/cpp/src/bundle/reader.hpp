@@ -17,8 +17,8 @@ struct Bundle {
   // What the manifest says of a graph; `purpose` completes "so it cannot ...". Throws Error(RUN) if there is none.
   const GraphInfo& graph(const std::string& name, const char* purpose) const;
 
-  // The bytes of a graph's file, checked once more, right before an engine gets them: the sha256, and that it holds
-  // nothing which the check of graphs does not know. Throws Error(BUNDLE, ENGINE).
+  // The bytes of a graph's file, right before an engine gets them: by their sha256 those that `open` has checked.
+  // Throws Error(BUNDLE).
   std::string read_graph(const GraphInfo& info) const;
   std::string graph_path(const GraphInfo& info) const { return folder + "/" + info.file; }
 };

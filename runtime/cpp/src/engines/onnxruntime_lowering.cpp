@@ -30,11 +30,6 @@ constexpr const char* kMicrosoft = "com.microsoft";
 
 bool is_low(std::int64_t dtype) { return dtype == kFloat16 || dtype == kBfloat16; }
 
-std::int64_t last_number(std::string_view message, std::uint32_t field) {
-  const std::optional<WireField> found = last_field(message, field, 0);
-  return found ? static_cast<std::int64_t>(found->varint) : 0;
-}
-
 // A node with the fields that change taken apart; the rest stays as it was written.
 struct Node {
   std::vector<std::string> inputs, outputs, attributes;
@@ -62,7 +57,7 @@ struct Node {
     out.bytes(kNodeOpType, op_type);
     for (const std::string& attribute : attributes) out.bytes(kNodeAttribute, attribute);
     if (!domain.empty()) out.bytes(kNodeDomain, domain);
-    return rest.data() + out.data();
+    return in_field_order(rest.data() + out.data());
   }
 };
 
@@ -178,7 +173,7 @@ class Unsigned {
     for (const std::string& name : zeros_) {
       WireWriter tensor;
       tensor.number(kTensorDataType, static_cast<std::uint64_t>(kUint8));
-      tensor.number(kTensorInt32Data, 128);
+      tensor.bytes(kTensorInt32Data, "\x80\x01");  // 128
       tensor.bytes(kTensorName, name + kEnding);
       graph.bytes(kGraphInitializer, tensor.data());
     }
@@ -194,7 +189,7 @@ class Unsigned {
     for (WireField field; reader.next(&field);) {
       if (field.number == kTensorDims) return false;  // not a scalar
       if (field.number == kTensorRawData) raw = field.bytes;
-      if (field.number == kTensorInt32Data) packed = field.wire_type == 2 ? field.bytes : field.whole.substr(1);
+      if (field.number == kTensorInt32Data) packed = field.bytes;
     }
     return (raw.empty() ? packed : raw) == std::string_view("\0", 1);
   }
@@ -308,14 +303,14 @@ std::string lower_for_onnxruntime(std::string_view model, const std::string& whe
     if (field.number != kModelGraph) out.copy(field);
     known = known || (field.number == kModelOpset && last_text(field.bytes, kOpsetDomain) == kMicrosoft);
   }
-  out.bytes(kModelGraph, lowered.data());
+  out.bytes(kModelGraph, in_field_order(lowered.data()));
   if (replaced && !known) {
     WireWriter opset;
     opset.bytes(kOpsetDomain, kMicrosoft);
     opset.number(kOpsetVersion, 1);
     out.bytes(kModelOpset, opset.data());
   }
-  return out.data();
+  return in_field_order(out.data());
 }
 
 }  // namespace tmd::internal

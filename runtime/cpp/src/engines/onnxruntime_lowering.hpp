@@ -11,7 +11,7 @@ namespace tmd::internal {
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
 //   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;
 //   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
-// For graphs that check_graph and is_all_known have accepted, without subgraphs; `where` names the file in messages.
+// For graphs that check_graph has accepted; the encoding stays canonical. `where` names the file in messages.
 // Throws Error(BUNDLE) for a Cast that does not say to what.
 std::string lower_for_onnxruntime(std::string_view model, const std::string& where, bool unsigned_activations);
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engines/openvino_library.hpp"
+#include "engines/private_folder.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -93,12 +94,20 @@ class OpenVinoGraph : public LoadedGraph {
   static constexpr std::int64_t kAnyLength = -1;  // in the shapes that a graph is compiled for
 
   ov_model_t* read_model() const {
-    // By its path: OpenVINO finds a data file only beside a graph that it reads itself.
-    bundle_.read_graph(info_);
-    const std::string path = bundle_.graph_path(info_);
+    // OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were
+    // checked, whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the
+    // data file.
+    const std::string content = bundle_.read_graph(info_), path = bundle_.graph_path(info_);
+    PrivateFolder folder;
+    const bool apart = folder.write(info_.file, content) &&
+                       (!info_.data || folder.link(bundle_.folder + "/" + *info_.data, *info_.data));
     ov_model_t* model = nullptr;
-    library_->check(library_->ov_core_read_model(library_->core, path.c_str(), nullptr, &model),
-                    library_->version + " cannot load " + path);
+    library_->check(
+        library_->ov_core_read_model(library_->core, (apart ? folder.path(info_.file) : path).c_str(), nullptr, &model),
+        library_->version + " cannot load " + path);
+    Owner owner(model, [this](void* m) { free_model(static_cast<ov_model_t*>(m)); });
+    if (!apart) bundle_.read_graph(info_);  // throws if it is not the same any more
+    owner.release();
     return model;
   }
   void free_model(ov_model_t* model) const { library_->ov_model_free(model); }

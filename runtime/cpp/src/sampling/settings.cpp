@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <initializer_list>
 #include <random>
 
 #include "base/error.hpp"
@@ -38,6 +40,18 @@ void check_positions(const char* what, std::int64_t value, std::int64_t limit) {
                  std::to_string(limit) + ".");
 }
 
+template <typename Sized>
+std::string pixels(const Sized& sized) {
+  return std::to_string(sized.width) + "x" + std::to_string(sized.height);
+}
+
+bool fits_memory(std::initializer_list<std::int64_t> lengths) {
+  std::ptrdiff_t bytes = 1;
+  for (const std::int64_t length : lengths)
+    if (__builtin_mul_overflow(bytes, length, &bytes)) return false;
+  return true;
+}
+
 void resolve_size(const Manifest& manifest, Settings& settings) {
   const std::int64_t stride = manifest.latents.temporal_stride;
   if (settings.frames < 1 || (settings.frames - 1) % stride) {
@@ -62,11 +76,10 @@ void resolve_size(const Manifest& manifest, Settings& settings) {
   settings.latent_frames = (settings.frames - 1) / stride + 1;
   settings.latent_height = settings.height / manifest.latents.spatial_stride;
   settings.latent_width = settings.width / manifest.latents.spatial_stride;
-}
-
-template <typename Sized>
-std::string pixels(const Sized& sized) {
-  return std::to_string(sized.width) + "x" + std::to_string(sized.height);
+  if (!fits_memory({settings.frames, settings.height, settings.width, 3}) ||
+      !fits_memory({settings.channels, settings.latent_frames, settings.latent_height, settings.latent_width, 4}))
+    refuse_usage(std::to_string(settings.frames) + " frames of " + pixels(settings) +
+                 " are more than any memory holds: choose fewer or smaller ones.");
 }
 
 }  // namespace

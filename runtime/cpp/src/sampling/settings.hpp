@@ -33,6 +33,8 @@ struct Settings {
 
   int passes() const { return guidance == 1.0 ? 1 : 2; }
   bool guided(double t) const { return guidance != 1.0 && guidance_interval[0] < t && t < guidance_interval[1]; }
+  // resolve_settings has seen that both fit into memory's addresses.
+  std::size_t frames_size() const { return static_cast<std::size_t>(frames * height * width * 3); }
   std::size_t latents_count() const {
     return static_cast<std::size_t>(channels * latent_frames * latent_height * latent_width);
   }
