@@ -16,6 +16,7 @@ from .memory import MODES, TOGETHER, MemoryChooser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
 
     from tmd_engines import Bundle, Engine, Manifest
     from tmd_engines.cost.sizing import Memory
@@ -82,6 +83,7 @@ class Graphs:
         memory: str,
         forget: Callable[[set[str]], object],
         engines: Engines | None = None,
+        plans: str | Path | None = None,
     ) -> None:
         if memory not in MODES:
             raise UsageFailure(f"there is no memory mode {memory!r}: choose one of {', '.join(MODES)}.")
@@ -94,9 +96,9 @@ class Graphs:
             raise UsageFailure(str(error)) from None
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise UsageFailure(f"threads is {threads!r}: give a whole number from 1 to 1024, or None.")
-        self.asked = engine, threads, device, memory
+        self.asked = engine, threads, device, memory, plans
         self.threads, self.note = resolve_threads(bundle, threads)
-        self._bundle, self._engine, self._device = bundle, engine, device
+        self._bundle = bundle
         self._wanted, self._chooser, self._forget = memory, MemoryChooser(bundle), forget
         self.forecast = Forecast(bundle, self._chooser, f"{engine} {device}", self.threads)
         self.shared = Engines() if engines is None else engines
@@ -120,15 +122,17 @@ class Graphs:
         from tmd_engines import load as load_engine
 
         start = perf_counter()
-        wanted = {"engine": self._engine, "device": self._device, "threads": self.threads}
-        engine = self.shared.take(name, lambda: load_engine(self._bundle, name, **wanted))  # type: ignore[arg-type]
+        engine, _, device, _, plans = self.asked
+        made = self.shared.take(
+            name, lambda: load_engine(self._bundle, name, engine, device, self.threads, plans=plans)
+        )
         seconds = perf_counter() - start
-        self._engines[name] = engine
-        if engine.remark is not None and engine.remark not in self.remarks:
-            self.remarks.append(engine.remark)
+        self._engines[name] = made
+        if made.remark is not None and made.remark not in self.remarks:
+            self.remarks.append(made.remark)
         timings.add("load", seconds)
         timings.report("load", len(self._engines), len(graphs), seconds)
-        return engine
+        return made
 
     @contextmanager
     def stage(self, graph: str) -> Iterator[None]:

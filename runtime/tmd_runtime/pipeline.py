@@ -47,19 +47,22 @@ def load(
     threads: int | None = None,
     device: str = "auto",
     memory: str = "auto",
+    plans: str | Path | None = None,
 ) -> Pipeline:
     """Pipeline of a bundle (a folder, "builtin:NAME", or a `Bundle` already open; None: the built-in model).
 
     The whole bundle is checked here; its graphs are loaded by the stages. `engine` and `device` as in tmd_engines.load
     ("cpu", "cuda", "cuda:1"); `threads` limits the CPU threads of an engine. `memory` is "all" (graphs stay loaded),
-    "low" (one stage after the other) or "auto" ("low" when "all" would not fit). Raises tmd_engines.BundleError if the
-    bundle is not whole, RuntimeFailure if this installation has no built-in model, UsageFailure for a built-in one that
-    is none, for another `memory`, and for an engine and a device that are none or do not go together.
+    "low" (one stage after the other) or "auto" ("low" when "all" would not fit). `plans` is a folder that
+    `tmd-engine build --out` made for the engine; plans are code, so take them from nobody whom you do not trust.
+    Raises tmd_engines.BundleError if the bundle is not whole, RuntimeFailure if this installation has no built-in
+    model, UsageFailure for a built-in one that is none, for another `memory`, and for an engine and a device that are
+    none or do not go together.
     """
     from tmd_engines import Bundle
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(locate(bundle))
-    return Pipeline(opened, engine, threads, device, memory)
+    return Pipeline(opened, engine, threads, device, memory, plans)
 
 
 class Pipeline:
@@ -72,11 +75,12 @@ class Pipeline:
         threads: int | None = None,
         device: str = "auto",
         memory: str = "auto",
+        plans: str | Path | None = None,
         *,
         engines: Engines | None = None,
     ) -> None:
         self.bundle, self._family = bundle, family_of(bundle.manifest)
-        self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines)
+        self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines, plans)
         self.turns = Turns()
         self._conditions = Conditions(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.

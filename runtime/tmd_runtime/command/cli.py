@@ -158,6 +158,12 @@ A file appears under its name only when it is complete.""",
     show_default=True,
     help="Keep all graphs loaded, or one stage after the other (low); auto: low if all would not fit.",
 )
+@click.option(
+    "--plans",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Plans that tmd-engine build --out made for --engine. They are code: take them only from whom you trust.",
+)
 @click.option("--save-embeds", type=Output(), metavar="FILE", help="Also write the prompt's embeddings.")
 @click.option(
     "--embeds", type=click.Path(path_type=Path), metavar="FILE", help="Take the prompt from a file of --save-embeds."
@@ -186,6 +192,7 @@ def command(
     device: str,
     threads: int | None,
     memory: str,
+    plans: Path | None,
     embeds: Path | None,
     latents: Path | None,
     save_embeds: Path | None,
@@ -249,7 +256,7 @@ def command(
         start = perf_counter()
         import tmd_runtime
 
-        with tmd_runtime.load(bundle, engine, threads, device, memory) as pipeline:
+        with tmd_runtime.load(bundle, engine, threads, device, memory, plans) as pipeline:
             job.opening_seconds = perf_counter() - start
             if asking:
                 from .questions import ask

@@ -402,3 +402,9 @@ def test_undisplayable_names_do_not_end_a_run(synthetic_bundle: Path) -> None:
     arguments = ["--prompt", "一只猫", "--bundle", str(synthetic_bundle), "--seed", "1", "--frames", "1"]
     done = subprocess.run([*PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and r"\u4e00\u53ea\u732b-1.mp4" in done.stdout and files() == ["一只猫-1.mp4"]
+
+
+def test_plans_are_for_an_engine_that_takes_them(synthetic_bundle: Path, tmp_path: Path) -> None:
+    words = ["--bundle", str(synthetic_bundle), "--prompt", "x", "--engine", "onnxruntime", "--plans", str(tmp_path)]
+    done = CliRunner().invoke(command, [*words, "--out", str(tmp_path / "v.png")])
+    assert done.exit_code == 1 and "takes no plans" in done.stderr
