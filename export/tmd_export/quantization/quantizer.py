@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MAX_TABLE_BYTES = 1 << 30  # of weights in float32; above it, layers are measured one by one only if some must be kept
 KEPT_STEPS = 8  # of a long sampling, about so many passes are kept to compare with
 SCRATCH = "float32"
-SEED, HELD_OUT_SEED = 0, 1 << 32  # the first of the noise to calibrate on, and of the noise to compare on
+SEED, HELD_OUT_SEED = 0, 1 << 31  # the first of the noise to calibrate on, and of the noise to compare on
 
 Pass = tuple[Arrays, Arrays]
 
