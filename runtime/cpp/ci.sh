@@ -8,7 +8,8 @@
 # doctest-dev (and clang for the fuzzers, which are left out without it); a Python environment with this repository's
 # package, openvino, onnxruntime, pytest and hypothesis. ONNX Runtime's header is fetched where it is not installed; if
 # that fails, a line says so and the engine onnxruntime is left out. FUZZ_SECONDS (default 5) is the time of each
-# fuzzer, 0 leaves them out. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE and
+# fuzzer; with 0 they are built and see their first inputs once. FUZZ_CORPUS (default: in the build folder) is where
+# what they find is kept, and where they go on from. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE and
 # CUDA_INCLUDE name the headers of TensorRT and CUDA (folders, with ; between several): its engine is then built as well,
 # and tested on a stand-in for NVIDIA's libraries. TMD_SKIP_PYTEST=1 leaves out the comparison with Python, for who runs
 # those tests anyway with TMD_CPP_BUILD set to the build folder.
@@ -71,18 +72,27 @@ if [ -z "${TMD_SKIP_PYTEST:-}" ]; then
   (cd "$root" && TMD_CPP_BUILD="$build" "$python" -m pytest -q -p no:cacheprovider tests/unit/cpp tests/e2e/test_cpp_frames.py)
 fi
 
-if [ "${FUZZ_SECONDS:-5}" != 0 ] && command -v clang++ >/dev/null; then
+clang=$(command -v clang++ || compgen -c clang++- | sort -V | tail -n 1 || true)
+if [ -n "$clang" ]; then
   say fuzz
-  configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
-    -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
+  configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER="${clang/++/}" -DCMAKE_CXX_COMPILER="$clang" \
+    -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF \
+    -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
   cmake --build "$build/fuzz" -j "$jobs"
-  for target in manifest:manifest.json graph:flow_head.onnx tokenizer:tokenizer.model prompt:manifest.json; do
-    corpus=$build/corpus-${target%%:*}
+  time=(-runs=0)
+  [ "${FUZZ_SECONDS:-5}" = 0 ] || time=(-max_total_time="${FUZZ_SECONDS:-5}")
+  # Larger than the inputs, which would be cut otherwise.
+  for target in "manifest 40000 manifest.json" "graph 70000 *.onnx" "tokenizer 300000 tokenizer.model" "prompt 40000 manifest.json"; do
+    read -r name length inputs <<<"$target"
+    corpus=${FUZZ_CORPUS:-$build/corpus}/$name
     mkdir -p "$corpus"
-    cp "$bundle/${target#*:}" "$corpus"
-    (cd "$build" && "fuzz/fuzz/tmd_fuzz_${target%%:*}" -max_total_time="${FUZZ_SECONDS:-5}" -rss_limit_mb=2000 -max_len=40000 \
-      "$corpus" >"fuzz-${target%%:*}.log" 2>&1) || { tail -n 40 "$build/fuzz-${target%%:*}.log"; exit 1; }
+    # shellcheck disable=SC2086  # the inputs are a pattern
+    (cd "$bundle" && find . -maxdepth 1 -name "$inputs" -size -"$((length / 1000))"k -exec cp {} "$corpus" \;)
+    (cd "$build" && "fuzz/fuzz/tmd_fuzz_$name" "${time[@]}" -rss_limit_mb=2000 -max_len="$length" "$corpus" \
+      >"fuzz-$name.log" 2>&1) || { tail -n 40 "$build/fuzz-$name.log"; exit 1; }
   done
+else
+  say "no clang: the fuzzers are not built"
 fi
 
 if [ -n "${SANITIZE:-}" ]; then

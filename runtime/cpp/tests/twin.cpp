@@ -20,6 +20,7 @@
 #include "sampling/noise.hpp"
 #include "sampling/rules.hpp"
 #include "sampling/schedule.hpp"
+#include "text/charsmap.hpp"
 #include "text/clean_prompt.hpp"
 #include "text/embedding.hpp"
 #include "text/mojibake.hpp"
@@ -303,6 +304,7 @@ json answer(const json& question) {
     const Need need = estimate_need(Bundle::open(question.at("bundle")).manifest, {size[0], size[1], size[2]});
     return {{"ok", {need.all, need.low}}};
   }
+  if (what == "charsmaps") return {{"ok", has_sound_charsmaps(from_hex(question.at("data")))}};
   if (what == "clean") return {{"ok", clean_prompt(question.at("text").get<std::string>())}};
   if (what == "is_bad") return {{"ok", looks_wrongly_decoded(decode_utf8(question.at("text").get<std::string>()))}};
   if (what == "tokens") {

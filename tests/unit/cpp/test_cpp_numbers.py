@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.bundle_tools import edit_manifest, reseal
 from tests.helpers.cpp_tools import RUN, USAGE, twin
+from tests.helpers.documents import valid_document
 from tmd_engines import Bundle
 from tmd_engines.bundle.families.rules import RULES
 from tmd_engines.bundle.manifest import parse_manifest
@@ -181,6 +182,19 @@ def test_settings(manifest: bytes, wishes: dict[str, Any]) -> None:
     assert (tuple(answer["times"]), answer["nfe"], answer["guidance"]) == (s.times, s.nfe, s.guidance)
     assert (answer["negative_prompt"], answer["rho"]) == (s.negative_prompt, s.rho)
     assert answer["warnings"].splitlines() == list(s.warnings)
+
+
+def test_sizes_beyond_64_bits_are_refused() -> None:
+    """Of a model whose patches and strides let every side be that long."""
+    document = valid_document()
+    document["video"] |= {"width": 65536, "height": 65536}
+    document["model"]["patch_size"] = [1, *[65536 // document["latents"]["spatial_stride"]] * 2]
+    manifest = json.dumps(document).encode().hex()
+    frames = (1024 - 1) * document["latents"]["temporal_stride"] + 1
+    side = 1024 * 65536
+    assert "ok" in twin().ask("settings", manifest=manifest, wishes={"seed": 1})
+    answer = twin().ask("settings", manifest=manifest, wishes={"frames": frames, "width": side, "height": side})
+    assert answer["status"] == USAGE and "more than any memory holds" in answer["error"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

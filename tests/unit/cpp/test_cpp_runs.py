@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,21 @@ def test_a_bundle_without_the_update_says_so(tmp_path: Path, engine: str) -> Non
     assert ask("describe", bundle, engine)["ok"]["can_denoise"] == 0
     answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1, "frames": 1})
     assert answer.get("status") == RUN and "no graph update" in answer["error"], answer
+
+
+def test_openvino_reads_graphs_from_a_folder_of_our_own(tmp_path: Path) -> None:
+    """Where there can be one; it is gone afterwards."""
+    engine_options("openvino")
+    question = {"bundle": str(write_synthetic_bundle(tmp_path / "bundle")), "engine": "openvino", "prompt": PROMPT}
+    expected = twin().ask("run", **question, wishes={"seed": 1})
+    folder = tmp_path / "own"
+    folder.mkdir()
+    os.utime(folder, (0, 0))
+    found = Twin(TMPDIR=str(folder)).ask("run", **question, wishes={"seed": 1})
+    assert found["ok"] == expected["ok"]
+    assert list(folder.iterdir()) == [] and folder.stat().st_mtime > 0  # was used
+    nowhere = Twin(TMPDIR=str(tmp_path / "nowhere")).ask("run", **question, wishes={"seed": 1})
+    assert nowhere["ok"] == expected["ok"]
 
 
 @pytest.fixture(scope="module")

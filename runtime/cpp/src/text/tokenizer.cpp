@@ -7,6 +7,7 @@
 #include "base/error.hpp"
 #include "base/utf8.hpp"
 #include "bundle/files.hpp"
+#include "text/charsmap.hpp"
 #include "text/clean_prompt.hpp"
 #include "text/unicode.hpp"
 
@@ -59,9 +60,9 @@ Tokenizer::Tokenizer(const Bundle& bundle) : text_(bundle.manifest.text) {
 
 Tokenizer::Tokenizer(std::string_view model, const TextInfo& text, const std::string& name)
     : model_(std::make_unique<Model>()), text_(text) {
-  const sentencepiece::util::Status status =
-      model_->processor.LoadFromSerializedProto(absl::string_view(model.data(), model.size()));
-  if (!status.ok()) fail_run(name + " is no readable sentencepiece model." + kRemedy);
+  if (!has_sound_charsmaps(model) ||
+      !model_->processor.LoadFromSerializedProto(absl::string_view(model.data(), model.size())).ok())
+    fail_run(name + " is no readable sentencepiece model." + kRemedy);
 }
 
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
