@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as schema
 
 from tests.helpers.bundle_tools import reseal
 from tests.helpers.cpp_tools import RUN, twin
 from tmd_runtime.built_in import BUILT_IN
+
+schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
 def is_sound(charsmap: bytes) -> bool:
@@ -39,7 +42,7 @@ def is_sound(charsmap: bytes) -> bool:
 
 
 @cache
-def small_model(folder: Path) -> schema.ModelProto:
+def small_model(folder: Path) -> Any:
     """A tokenizer with a map of a few characters."""
     rules = {"41": "61", "C4": "61 65", "DF": "73 73", "41 42": "63", "3042": "61", "1F3A5": "66 69 6C 6D", "7": ""}
     (folder / "rules.tsv").write_text("".join(f"{key}\t{value}\n" for key, value in rules.items()))
