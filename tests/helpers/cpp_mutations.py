@@ -149,7 +149,8 @@ def _other_field(place: Place, rng: random.Random) -> None:
 
 def _new_field(place: Place, rng: random.Random) -> None:
     """A field that the schema has, where its number wants it, with some content."""
-    schema = rng.choice(place.parent.kind.fields)
+    packed = [schema for schema in place.parent.kind.fields if schema.is_packed]
+    schema = rng.choice(packed if packed and rng.random() < 0.5 else place.parent.kind.fields)
     wire = {1: FIXED64, 2: FIXED32, 3: VARINT, 4: VARINT, 5: VARINT, 14: VARINT}.get(schema.type, BYTES)
     body = varint(rng.choice(NUMBERS)) if wire == VARINT else bytes({FIXED64: 8, FIXED32: 4}.get(wire, 0))
     if schema.is_packed:
@@ -217,8 +218,8 @@ class _Raw(Part):
 
 
 _CHANGES: tuple[Callable[[Place, random.Random], None], ...] = (
-    _number, _number, _number, _word, _overlong, _split, _unknown, _other_field, _new_field, _new_field, _repacked,
-    _delete, _delete, _double, _double, _move, _wire, _flip,
+    _number, _number, _number, _word, _overlong, _split, _unknown, _other_field, _new_field, _new_field, _new_field,
+    _repacked, _delete, _delete, _double, _double, _move, _wire, _flip,
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ The protobuf is parsed with the `onnx` package, never with its loader: that one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,24 @@ def parse_graph(data: bytes, where: str) -> onnx.ModelProto:
         canonical = model.SerializeToString(deterministic=True)
     except (DecodeError, UnicodeDecodeError):
         raise BundleError(f"{where} is not an ONNX file, though its sha256 is right. {_REMEDY}") from None
-    if canonical != data:
+    if canonical != data or not _is_text(model):
         raise BundleError(
             f"{where} is not encoded as tmd-export encodes a graph, and could be read in two ways. {_REMEDY}"
         )
     return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether every text below `message` is UTF-8; the parser gives others as bytes."""
+    from google.protobuf.message import Message
+
+    for field, value in message.ListFields():
+        parts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
+        if field.type == field.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            return False
+        if field.message_type is not None and not all(_is_text(part) for part in parts if isinstance(part, Message)):
+            return False
+    return True
 
 
 def check_graph(model: onnx.ModelProto, info: GraphInfo, data_size: int, where: str) -> None:

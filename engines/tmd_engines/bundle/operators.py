@@ -72,7 +72,8 @@ TENSOR_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2, 17: 1}
 """TensorProto's number of a type of weights -> bytes of a value: float32, uint8, int8, int32, int64, bool, float16,
 bfloat16, float8 (E4M3FN)."""
 
-_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}  # AttributeProto's types that such attributes have
+_TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}  # AttributeProto's types that such attributes have, and their field
+_TENSOR_FIELDS = {"dims", "data_type", "name", "raw_data", "external_data", "data_location"}
 
 
 def check_operators(model: onnx.ModelProto) -> str | None:
@@ -89,13 +90,19 @@ def check_operators(model: onnx.ModelProto) -> str | None:
         names = [attribute.name for attribute in node.attribute]
         if len(set(names)) != len(names) or not OPERATORS[node.op_type].issuperset(names):
             return f"node {quote(node.name)} ({node.op_type}) has an attribute that no graph of a bundle needs"
-        if any(attribute.type not in _TYPES or attribute.ref_attr_name for attribute in node.attribute):
+        if not all(map(_is_plain, node.attribute)):
             return f"node {quote(node.name)} ({node.op_type}) has an attribute that is not a number, a word or numbers"
     for tensor in graph.initializer:
         problem = _weight_problem(tensor)
         if problem:
             return f"weight {quote(tensor.name)} {problem}"
     return None
+
+
+def _is_plain(attribute: onnx.AttributeProto) -> bool:
+    """A number, a word or numbers, and nothing beside it."""
+    fields = {field.name for field, _ in attribute.ListFields()}
+    return attribute.type in _TYPES and fields <= {"name", "type", _TYPES[attribute.type]}
 
 
 def _weight_problem(tensor: onnx.TensorProto) -> str | None:
@@ -106,6 +113,8 @@ def _weight_problem(tensor: onnx.TensorProto) -> str | None:
         return "has an impossible shape"
     if tensor.HasField("segment"):
         return "is a piece of another"
+    if not {field.name for field, _ in tensor.ListFields()} <= _TENSOR_FIELDS:
+        return "keeps values in other forms than bytes"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     have = int(entries.get("length", "0")) if entries else len(tensor.raw_data)
     if have != prod(tensor.dims) * itemsize:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RuntimeFailure, UsageFailure
+from .charsmap import has_sound_charsmaps
 
 
 def clean_prompt(text: str) -> str:
@@ -71,7 +72,10 @@ class Tokenizer:
         try:
             # Handed over as bytes: sentencepiece opens files by a narrow path, which fails for non-ASCII folders on
             # some systems.
-            self._model.LoadFromSerializedProto(Path(model_file).read_bytes())
+            content = Path(model_file).read_bytes()
+            if not has_sound_charsmaps(content):
+                raise RuntimeError("its character map points out of itself")
+            self._model.LoadFromSerializedProto(content)
         except (OSError, RuntimeError) as error:
             raise RuntimeFailure(
                 f"{model_file} is no readable sentencepiece model ({error}). Copy the bundle again, or export it anew."

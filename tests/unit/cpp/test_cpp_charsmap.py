@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import shutil
 from collections import Counter
@@ -9,36 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from tests.helpers.bundle_tools import reseal
 from tests.helpers.cpp_tools import RUN, twin
 from tmd_runtime.built_in import BUILT_IN
+from tmd_runtime.text.charsmap import is_sound
 
-schema: Any = sentencepiece_model_pb2  # made of protobuf at import: it has no types
-
-
-def is_sound(charsmap: bytes) -> bool:
-    """The rule of `runtime/cpp/src/text/charsmap.cpp`, with arrays in the place of its loop."""
-    if not charsmap:
-        return True
-    size = int.from_bytes(charsmap[:4], "little")
-    if len(charsmap) < 4 or size == 0 or size % 4 or size >= len(charsmap) - 4:
-        return False
-    units, texts = np.frombuffer(charsmap[4 : 4 + size], "<u4").astype(np.int64), charsmap[4 + size :]
-    try:
-        texts.decode()
-    except UnicodeDecodeError:
-        return False
-    inner = units >> 31 == 0
-    children = np.arange(len(units)) ^ ((units >> 10) << ((units & 1 << 9) >> 6))
-    if texts[-1] != 0 or not inner[0] or np.any((children[inner] | 255) >= len(units)):
-        return False
-    ends = children[inner & (units >> 8 & 1 == 1)]
-    return not np.any(units[ends] & 0x7FFFFFFF >= len(texts))
+schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
 @cache

@@ -38,6 +38,19 @@ def plain(**changes: object) -> TensorProto:
     return tensor
 
 
+def two_values(model: onnx.ModelProto) -> None:
+    node = next(
+        each for each in model.graph.node if any(part.type == onnx.AttributeProto.INT for part in each.attribute)
+    )
+    next(part for part in node.attribute if part.type == onnx.AttributeProto.INT).f = 1.0
+
+
+def twice_stored(model: onnx.ModelProto) -> None:
+    tensor = plain()
+    tensor.float_data.append(1.0)
+    model.graph.initializer.append(tensor)
+
+
 def body() -> onnx.GraphProto:
     return helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "g", [], [])
 
@@ -61,6 +74,7 @@ def body() -> onnx.GraphProto:
         (node("Relu", axis=1), "has an attribute"),
         (node("Softmax", axis=helper.make_tensor("t", TensorProto.FLOAT, [1], [0.0])), "an attribute that is not"),
         (lambda model: model.graph.node[-1].attribute.extend([helper.make_attribute("axis", 1)] * 2), "an attribute"),
+        (two_values, "an attribute that is not"),
         (lambda model: model.opset_import.add(domain="com.microsoft", version=1), "other operators than the standard"),
         (lambda model: model.graph.sparse_initializer.add(), "sparse weights"),
         (lambda model: model.training_info.add(), "training information"),
@@ -69,9 +83,13 @@ def body() -> onnx.GraphProto:
         (weight(plain(data_type=0)), "has the type 0"),
         (weight(plain(data_type=99)), "has the type 99"),
         (weight(plain(dims=[1 << 20, 1 << 12])), "and its shape and type take 17179869184"),
+        (twice_stored, "other forms than bytes"),
         (weight(plain(dims=[-1, 3])), "impossible shape"),
         (weight(plain(dims=[1] * 9)), "impossible shape"),
-        (weight(helper.make_tensor("low", TensorProto.BFLOAT16, [1], [1.5])), "has 0 bytes"),  # OpenVINO misreads it
+        (
+            weight(helper.make_tensor("low", TensorProto.BFLOAT16, [1], [1.5])),
+            "other forms than bytes",
+        ),  # OpenVINO misreads it
     ],
 )
 def test_what_tmd_export_does_not_write_is_refused(synthetic_bundle: Path, edit: Edit, message: str) -> None:

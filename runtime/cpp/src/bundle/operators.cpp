@@ -16,9 +16,9 @@ namespace {
 constexpr std::uint32_t kModelGraph = 7, kModelOpset = 8, kModelTraining = 20;
 constexpr std::uint32_t kGraphNode = 1, kGraphInitializer = 5, kGraphQuantization = 14, kGraphSparse = 15;
 constexpr std::uint32_t kNodeName = 3, kNodeOpType = 4, kNodeAttribute = 5, kNodeDomain = 7;
-constexpr std::uint32_t kAttributeName = 1, kAttributeType = 20, kAttributeRef = 21;
+constexpr std::uint32_t kAttributeName = 1, kAttributeType = 20;
 constexpr std::uint32_t kTensorDims = 1, kTensorDataType = 2, kTensorSegment = 3, kTensorName = 8, kTensorRaw = 9,
-                        kTensorExternal = 13;
+                        kTensorExternal = 13, kTensorLocation = 14;
 constexpr std::size_t kMaxRank = 8;
 
 bool is_standard(std::string_view domain) { return domain.empty() || domain == "ai.onnx"; }
@@ -37,6 +37,15 @@ bool may_have(std::string_view op_type, std::string_view attribute) {
   return known.count({op_type, attribute}) != 0;
 }
 
+// Whether an attribute has its name, its type and the value of that type, and nothing beside them.
+bool holds_only(std::string_view attribute, std::int64_t type) {
+  const std::uint32_t value = type == 1 ? 2 : type == 2 ? 3 : type == 3 ? 4 : 8;  // f, i, s, ints
+  WireReader reader(attribute);
+  for (WireField field; reader.next(&field);)
+    if (field.number != kAttributeName && field.number != kAttributeType && field.number != value) return false;
+  return true;
+}
+
 std::string node_problem(std::string_view node) {
   const std::string_view op_type = last_text(node, kNodeOpType), domain = last_text(node, kNodeDomain);
   const std::string shown = "node " + quote(last_text(node, kNodeName));
@@ -52,8 +61,7 @@ std::string node_problem(std::string_view node) {
     if (!names.insert(name).second || !may_have(op_type, name)) return which + "no graph of a bundle needs";
     const std::int64_t type = last_number(attribute, kAttributeType);
     const auto* end = std::end(kAttributeTypes);
-    plain = plain && std::find(std::begin(kAttributeTypes), end, type) != end &&
-            last_text(attribute, kAttributeRef).empty();
+    plain = plain && std::find(std::begin(kAttributeTypes), end, type) != end && holds_only(attribute, type);
   }
   return plain ? "" : which + "is not a number, a word or numbers";
 }
@@ -82,6 +90,9 @@ std::string weight_problem(std::string_view tensor) {
       if (dims.back() < 0 || dims.size() > kMaxRank) return "has an impossible shape";
     } else if (field.number == kTensorSegment) {
       return "is a piece of another";
+    } else if (field.number != kTensorDataType && field.number != kTensorName && field.number != kTensorRaw &&
+               field.number != kTensorExternal && field.number != kTensorLocation) {
+      return "keeps values in other forms than bytes";
     } else if (field.number == kTensorRaw) {
       have = field.bytes.size();
     } else if (field.number == kTensorExternal) {
