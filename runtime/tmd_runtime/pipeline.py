@@ -56,8 +56,8 @@ def load(
     "low" (one stage after the other) or "auto" ("low" when "all" would not fit). `plans` is a folder that
     `tmd-engine build --out` made for the engine; plans are code, so take them from nobody whom you do not trust.
     Raises tmd_engines.BundleError if the bundle is not whole, RuntimeFailure if this installation has no built-in
-    model, UsageFailure for a built-in one that is none, for another `memory`, and for an engine and a device that are
-    none or do not go together.
+    model, UsageFailure for an unknown built-in name, memory mode, engine or device, and for a pair of engine and device
+    that does not go together.
     """
     from tmd_engines import Bundle
 

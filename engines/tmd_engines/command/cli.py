@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -34,8 +36,12 @@ def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
         except (BundleError, EngineError) as error:
             raise click.ClickException(str(error)) from None
+        except OSError as error:  # standard output is full or closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more at its end
+            raise click.ClickException(f"standard output cannot be written: {error.strerror}.") from None
 
     return wrapped
 
@@ -296,7 +302,8 @@ def _describe(bundle: Bundle) -> Iterator[str]:
         f"{manifest.family.describe_model(model)}, width {model.dim}, {model.num_heads} heads of {model.head_dim}"
     )
     yield f"sampler    {manifest.family.describe(sampler)}"
-    yield f"video      {video.frames} frames of {video.width}x{video.height} pixels at {video.fps} frames per second"
+    made = "one picture" if video.frames == 1 else f"{video.frames} frames at {video.fps} frames per second"
+    yield f"video      {made}, {video.width}x{video.height} pixels"
     yield f"text       {text.tokenizer or 'no tokenizer'}, {text.max_length} tokens of width {text.dim}"
     yield "graphs"
     for name, graph in manifest.graphs.items():

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 # Operators whose work cannot be told from the shapes around them by the rules below.
 _UNCOUNTABLE = frozenset({"DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan"})
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the output is the input's memory
+# What these make of weights alone takes the place of the weights, and is counted with them.
+_WEIGHT_FORMS = _VIEWS | {"Cast", "DequantizeLinear", "Transpose"}
+_WEIGHT_FORMS = frozenset(
+    {"Cast", "DequantizeLinear", "Transpose", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+)
+_VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the output is the input's memory
 # What ONNX Runtime's arena takes from the system, against the tensors in it at the peak: pieces that are freed do not
 # fit what comes next. Measured from 1.3 (text encoder) to 1.5 (transformer), see docs/wan.md.
 ARENA = 1.5
@@ -115,6 +121,7 @@ class _Liveness:
         self._graph = graph
         self._last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.input if name}
         self._constants = set(graph.weights)
+        self._folded = 0  # bytes of what is computed from weights alone, and stays
         self._elsewhere = {*graph.inputs, *graph.outputs}
         self._storage: dict[str, str] = {}
         self._bytes: dict[str, int] = {}  # of the storages in memory
@@ -125,6 +132,8 @@ class _Liveness:
         for index, node in enumerate(self._graph.nodes):
             if all(name in self._constants for name in node.input if name):
                 self._constants.update(node.output)
+                if node.op_type not in _WEIGHT_FORMS:  # whose values are counted as weights
+                    self._folded += sum(_held(self._graph.tensors[name]) for name in node.output if name)
                 continue
             for name in node.output:
                 if name and name not in self._elsewhere:
@@ -132,7 +141,7 @@ class _Liveness:
             peak = max(peak, sum(self._bytes.values()) + self._scratch(node))
             for storage in [storage for storage in self._bytes if self._end[storage] <= index]:
                 del self._bytes[storage]
-        return peak
+        return peak + self._folded
 
     def _place(self, node: onnx.NodeProto, name: str, index: int) -> None:
         storage = self._viewed(node, name) or name

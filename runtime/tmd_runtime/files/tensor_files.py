@@ -95,6 +95,13 @@ class Said:
             raise self._wrong(name, f"has {len(text)} characters, more than {longest}")
         return text
 
+    def name(self, name: str) -> str:
+        """A field of a program's own words, which other files repeat: without control characters."""
+        text = self.text(name)
+        if not text.isprintable():
+            raise self._wrong(name, f"is {quote(text, 40)}, and must not hold control characters")
+        return text
+
     def whole(self, name: str, low: int, high: int) -> int:
         """A whole number from low to high."""
         text = self.text(name)
@@ -215,13 +222,13 @@ def load_latents(path: str | Path, manifest: Manifest) -> Latents:
     says = Said(path, metadata)
     found = Latents(
         latents=np.ascontiguousarray(latents[None], np.float32),
-        model=says.text("model"),
+        model=says.name("model"),
         prompt=says.text("prompt", MAX_PROMPT),
         seed=says.whole("seed", 0, 2**64 - 1),
         steps=says.whole("steps", 1, 10**6),
         inner_steps=says.whole("inner_steps", 1, 10**6),
         nfe=says.number("nfe"),
-        rule=says.text("rule"),
+        rule=says.name("rule"),
         guidance=says.number("guidance"),
         size=(says.whole("width", 1, 10**6), says.whole("height", 1, 10**6)),
         details={name: says.text(name, MAX_PROMPT) for name in DETAILS if name in metadata},

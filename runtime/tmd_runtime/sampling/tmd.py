@@ -37,15 +37,13 @@ class _Tmd(RuntimeFamily):
         """A student does the counts that it was distilled for, without guidance. Raises UsageFailure."""
         refuse_jumps(wishes)
         sampler: Any = manifest.sampler
-        for what, value in (
-            ("guidance", None if wishes.guidance == 1 else wishes.guidance),
-            ("negative prompt", wishes.negative_prompt),
-            ("shift", wishes.shift),
+        for what, value, reason in (
+            ("guidance", None if wishes.guidance == 1 else wishes.guidance, "it was trained without"),
+            ("negative prompt", wishes.negative_prompt, "it was trained without"),
+            ("shift", wishes.shift, "it was trained for its own time grid"),
         ):
             if value is not None:
-                raise UsageFailure(
-                    f"this model is a TMD student, which takes no {what}: it was trained without. Leave it out."
-                )
+                raise UsageFailure(f"this model is a TMD student, which takes no {what}: {reason}. Leave it out.")
         steps = choose("steps", wishes.steps, sampler.steps, sampler.allowed_steps)
         inner_steps = choose("inner steps", wishes.inner_steps, sampler.inner_steps, sampler.allowed_inner_steps)
         for count, warp in ((steps, sampler.shift), (inner_steps, sampler.inner_shift)):

@@ -27,7 +27,7 @@ def test_inspect_prints_what_is_in_the_bundle(synthetic_bundle: Path) -> None:
     for expected in (
         "synthetic (wan2.1-t2v, tmd): 3 blocks",
         "2 steps (of 1/2/3/4)",
-        "17 frames of 64x64 pixels at 8 frames per second",
+        "17 frames at 8 frames per second, 64x64 pixels",
         "backbone: fp32, opset 23",
         "max error 0.0e+00 and cosine 1.000000 against itself",
         "frames uint8[batch,4,8*height,8*width,3]",

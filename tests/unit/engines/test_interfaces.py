@@ -118,7 +118,7 @@ def test_a_graph_with_one_input_more_is_refused(synthetic_bundle: Path) -> None:
 
     edit_graph(synthetic_bundle, in_graph, "flow_head")
     edit_manifest(synthetic_bundle, lambda document: document["graphs"]["flow_head"]["inputs"].append(extra))
-    assert "'extra' is no input of graph 'flow_head'" in refused(synthetic_bundle)
+    assert "'extra' is not an input of graph 'flow_head'" in refused(synthetic_bundle)
 
 
 @pytest.mark.parametrize("name", ["decoder_first", "decoder_step"])

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.built_in import BUNDLES
 from tests.helpers.bundle_tools import edit_graph, refused, reseal
+from tmd_engines import Bundle
 from tmd_engines.bundle.graph_file import MAX_GRAPH_BYTES, MAX_WEIGHTS, parse_graph
 
 Edit = Callable[[onnx.ModelProto], object]
@@ -166,3 +167,24 @@ def test_a_graph_of_very_many_empty_weights_is_refused_by_their_number(synthetic
     edit_graph(synthetic_bundle, add)
     assert f"more than {MAX_WEIGHTS}" in refused(synthetic_bundle)
     assert MAX_GRAPH_BYTES <= 16 << 20  # 8 million of them at most, which are parsed in seconds and counted, not walked
+
+
+def test_what_a_constant_expands_to_is_counted(synthetic_bundle: Path) -> None:
+    """12 kB that become 16 GB before the first run, by operators that real graphs have."""
+    from tmd_engines.cost.sizing import estimate
+
+    def expand(model: onnx.ModelProto) -> None:
+        shape = numpy_helper.from_array(np.array([1, 1 << 18, 1 << 14], np.int64), "expand.shape")
+        zero = numpy_helper.from_array(np.zeros(1, np.float32), "expand.zero")
+        model.graph.initializer.extend([shape, zero])
+        huge = helper.make_node("Expand", ["expand.zero", "expand.shape"], ["huge"], name="huge")
+        mean = helper.make_node("ReduceMean", ["huge"], ["mean"], name="mean", keepdims=0)
+        add = helper.make_node("Add", [model.graph.node[-1].output[0], "mean"], ["prompt_embeds"], name="last")
+        model.graph.node[-1].output[0] = add.input[0] = "before"
+        model.graph.node.extend([huge, mean, add])
+
+    sizes = {"width": 64, "height": 64, "frames": 17}
+    before = estimate(Bundle.open(synthetic_bundle), **sizes).peak("low")  # type: ignore[arg-type]
+    edit_graph(synthetic_bundle, expand, "text_encoder")
+    after = estimate(Bundle.open(synthetic_bundle), **sizes).peak("low")  # type: ignore[arg-type]
+    assert after - before > 16 << 30

@@ -124,8 +124,9 @@ def test_what_cannot_be_counted_is_an_error_and_not_a_zero(made, message):
             [node("Softmax", "x", "a"), node("Identity", "a", "b"), node("Softmax", "x", "c"), node("Pow", "b c", "y")],
             2,
         ),
-        # what follows from weights alone is no activation
-        ([node("Softmax", "w", "a"), node("Softmax", "a", "b"), node("Pow", "x b", "y")], 0),
+        # what follows from weights alone is computed once, and stays; in the place of a weight it is that weight
+        ([node("Softmax", "w", "a"), node("Softmax", "a", "b"), node("Pow", "x b", "y")], 2),
+        ([node("Transpose", "w", "a"), node("Pow", "x a", "y")], 0),
         # tanh-Gelu has a copy of its own, attention one of each input
         ([node("Gelu", "x", "a", approximate="tanh"), node("Softmax", "a", "y")], 2),
         ([node("Attention", "x x x", "a", q_num_heads=1, kv_num_heads=1), node("Softmax", "a", "y")], 4),

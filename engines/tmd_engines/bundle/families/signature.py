@@ -119,7 +119,7 @@ def check_interfaces(
             there = {tensor: spec for tensor, spec in wanted.items() if not spec.when or spec.when in flags}
             caches = signature.caches == "step" or (signature.caches == "write" and side == "output")
             others = {spec.name: spec for spec in specs if not (caches and spec.name.startswith("cache_"))}
-            _check_side(f"{side} of graph {quote(name)}", others, there, numbers)
+            _check_side(side, name, others, there, numbers)
     _check_caches(manifest.graphs)
     _check_passed(manifest.graphs, signatures)
 
@@ -144,23 +144,24 @@ def _resolved(dimension: int | str, numbers: Mapping[str, int]) -> int | str:
 
 
 def _check_side(
-    where: str, specs: Mapping[str, TensorSpec], wanted: Mapping[str, Tensor], numbers: Mapping[str, int]
+    side: str, graph: str, specs: Mapping[str, TensorSpec], wanted: Mapping[str, Tensor], numbers: Mapping[str, int]
 ) -> None:
     for name in (*wanted, *specs):
+        where = f"{side} {quote(name)} of graph {quote(graph)}"
         if name not in specs:
-            raise ValueError(f"there is no {where.replace(' of', f' {quote(name)} of', 1)}, which the family needs")
+            raise ValueError(f"there is no {where}, which the family needs")
         if name not in wanted:
-            raise ValueError(f"{quote(name)} is no {where} in this family")
+            raise ValueError(f"{quote(name)} is not an {side} of graph {quote(graph)} in this family")
         have, want = specs[name], wanted[name]
         shape = tuple(have.shape) if want.shape == PASSED else resolved(want.shape, numbers)
         if have.dtype != want.dtype or tuple(have.shape) != shape:
             raise ValueError(
-                f"the {where.replace(' of', f' {quote(name)} of', 1)} is {have.dtype} {_shown(have.shape)}, and the "
-                f"model's sizes say {want.dtype} {_shown(shape)}"
+                f"the {where} is {have.dtype} {_shown(have.shape)}, and the model's sizes say {want.dtype} "
+                f"{_shown(shape)}"
             )
         unknown = [symbol for _, symbol in have.factors() if symbol is not None and symbol not in FREE]
         if unknown:
-            raise ValueError(f"the {where} {quote(name)} has a size {quote(unknown[0])} that no run knows")
+            raise ValueError(f"the {where} has a size {quote(unknown[0])} that no run knows")
 
 
 def _shown(shape: Shape) -> str:
