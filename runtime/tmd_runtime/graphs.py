@@ -96,7 +96,7 @@ class Graphs:
             raise UsageFailure(str(error)) from None
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise UsageFailure(f"threads is {threads!r}: give a whole number from 1 to 1024, or None.")
-        self.asked = engine, threads, device, memory, plans
+        self.arguments = engine, threads, device, memory, plans
         self.threads, self.note = resolve_threads(bundle, threads)
         self._bundle = bundle
         self._wanted, self._chooser, self._forget = memory, MemoryChooser(bundle), forget
@@ -122,7 +122,7 @@ class Graphs:
         from tmd_engines import load as load_engine
 
         start = perf_counter()
-        engine, _, device, _, plans = self.asked
+        engine, _, device, _, plans = self.arguments
         made = self.shared.take(
             name, lambda: load_engine(self._bundle, name, engine, device, self.threads, plans=plans)
         )

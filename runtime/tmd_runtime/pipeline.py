@@ -92,7 +92,7 @@ class Pipeline:
 
         What is loaded is freed when the last of them is closed, or needs it no more.
         """
-        return Pipeline(self.bundle, *self._graphs.asked, engines=self._graphs.shared)
+        return Pipeline(self.bundle, *self._graphs.arguments, engines=self._graphs.shared)
 
     @property
     def manifest(self) -> Manifest:
@@ -205,7 +205,7 @@ class Pipeline:
             check_preview(settings, self._graphs.memory)
         timings = Timings(callback, no_seconds())
         warnings = [*filter(None, [self._graphs.note]), *settings.warnings]
-        made, said = settings, len(self._graphs.remarks)
+        made, earlier = settings, len(self._graphs.remarks)
         latents: NDArray[np.float32] | None = None
         pieces = [np.empty((0, settings.height, settings.width, 3), np.uint8)]
         with memory_failure(settings):
@@ -233,7 +233,7 @@ class Pipeline:
             prompt=prompt,
             latents=latents,
             stage_seconds=timings.seconds,
-            warnings=(*warnings, *self._graphs.remarks[said:]),
+            warnings=(*warnings, *self._graphs.remarks[earlier:]),
             memory=self._graphs.memory,
             threads=self.threads,
         )

@@ -164,7 +164,7 @@ def _interface_problem(tensors: list[onnx.ValueInfoProto], specs: tuple[TensorSp
         dims = tensor.type.tensor_type.shape.dim
         fixed = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
         if len(fixed) != len(spec.shape) or any(
-            have is not None and have != said for have, said in zip(fixed, spec.shape, strict=True)
+            have is not None and have != want for have, want in zip(fixed, spec.shape, strict=True)
         ):
             shown = [size or "?" for size in fixed]
             return f"{spec.name} has shape {shown} in the file and {list(spec.shape)} in the manifest"

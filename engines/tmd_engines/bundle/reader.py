@@ -116,12 +116,12 @@ def _existing_folder(folder: str | Path) -> Path:
 def _check_size(file: FileIO, stated: FileInfo, path: Path, is_graph: bool) -> None:
     size = file_size(file)
     if size != stated.size:
-        have, said = format_size(size), format_size(stated.size)
-        if have == said:
-            have, said = f"{size} bytes", f"{stated.size} bytes"
+        have, expected = format_size(size), format_size(stated.size)
+        if have == expected:
+            have, expected = f"{size} bytes", f"{stated.size} bytes"
         cause = "the copy is incomplete" if size < stated.size else "the file was changed or replaced"
         raise BundleError(
-            f"{path} is {have}, the manifest says {said}: {cause}. "
+            f"{path} is {have}, the manifest says {expected}: {cause}. "
             "Copy the bundle again, or make it again with tmd-export."
         )
     if is_graph and size > MAX_GRAPH_BYTES:

@@ -88,8 +88,8 @@ def write_for_trtexec(
             raise EngineError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
         command = ["trtexec", f"--onnx={target}", "--stronglyTyped", "--noTF32"]
         for which, row in (("min", every[0]), ("opt", shapes), ("max", shapes)):
-            told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in row.items())
-            command.append(f"--{which}Shapes={told}")
+            shapes_text = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in row.items())
+            command.append(f"--{which}Shapes={shapes_text}")
         if workspace is not None:
             command.append(f"--memPoolSize=workspace:{workspace >> 20}M")
         command += [f"--timingCacheFile={folder / 'timing.cache'}", f"--saveEngine={target.with_suffix('.plan')}"]

@@ -47,12 +47,12 @@ def print_plans(bundle: Bundle, engine: str, sizes: Sizes, targets: str, out: st
         known = figures.setdefault(made.graph, {})
         for name, value in made.entry.figures.items():
             known[name] = max(known.get(name, 0), value)
-        told = ", ".join(
+        shown = ", ".join(
             f"{name} {format_size(made.entry.figures[name])}"
             for name in ("weights", "scratch")
             if name in made.entry.figures
         )
-        click.echo(f"{made.graph:<14} {format_size(made.entry.size):>9} {made.seconds:8.1f} s   {told}")
+        click.echo(f"{made.graph:<14} {format_size(made.entry.size):>9} {made.seconds:8.1f} s   {shown}")
     needed = device_memory(bundle, sizes.largest, figures)
     for line in needed.lines():
         click.echo(f"on the GPU     {line}")

@@ -132,11 +132,11 @@ def estimate(
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
             if stage in ("backbone", "flow_head", "update"):
-                asked = {**sizes, "batch": run.rows}
+                call_sizes = {**sizes, "batch": run.rows}
             else:
-                asked = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
+                call_sizes = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
             picture = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
-            stages[stage] = _stage(bundle, stage, present, calls[stage], asked, picture)
+            stages[stage] = _stage(bundle, stage, present, calls[stage], call_sizes, picture)
     return Estimate(stages, memory, family.nfe(model, steps, inner_steps or 1, guidance_passes))
 
 

@@ -22,8 +22,8 @@ def check(answer: tuple[Any, ...]) -> Any:
     """What a CUDA function returned beside its error code: nothing, one value, or several. Raises EngineError."""
     error, *values = answer
     if error != cudart.cudaError_t.cudaSuccess:
-        said = cudart.cudaGetErrorString(error)[1]
-        text = said.decode() if isinstance(said, bytes) else str(said)
+        reason = cudart.cudaGetErrorString(error)[1]
+        text = reason.decode() if isinstance(reason, bytes) else str(reason)
         raise EngineError(f"CUDA failed: {text} ({error.name}). tmd-engine doctor shows GPU and driver.")
     return values[0] if len(values) == 1 else tuple(values)
 

@@ -145,9 +145,9 @@ class PlanCache:
         for found in self.known():
             if any(found.get(name) != key.get(name) for name in alike):
                 continue
-            told = differences(found, key)
-            if told and (nearest is None or len(told) < len(nearest)):
-                nearest = told
+            found_differences = differences(found, key)
+            if found_differences and (nearest is None or len(found_differences) < len(nearest)):
+                nearest = found_differences
         return nearest or []
 
     @contextlib.contextmanager

@@ -98,8 +98,8 @@ def signed_to_unsigned_activations(model: onnx.ModelProto) -> int:
     from onnx import TensorProto, helper
 
     weights = {weight.name: weight for weight in model.graph.initializer}
-    asked = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
-    zeros = {name for name in asked if name in weights and _is_int8_zero(weights[name])}
+    names = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    zeros = {name for name in names if name in weights and _is_int8_zero(weights[name])}
     changed = 0
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 and node.input[2] in zeros:

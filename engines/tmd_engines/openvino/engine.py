@@ -212,9 +212,9 @@ class OpenVinoEngine(Engine):
         return plan if same else b""
 
     def _fail(self, what: str, sizes: Shapes, error: Exception) -> NoReturn:
-        said = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.inputs, sizes, strict=True))
+        shapes_text = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.inputs, sizes, strict=True))
         raise EngineError(
-            f"OpenVINO {what} graph {self.graph} for {quote(said, 300)[1:-1]}: {one_line(error)}"
+            f"OpenVINO {what} graph {self.graph} for {quote(shapes_text, 300)[1:-1]}: {one_line(error)}"
         ) from error
 
 

@@ -50,7 +50,7 @@ def new_builder(log: Log) -> trt.Builder:
     try:
         return trt.Builder(log)
     except TypeError:  # what pybind11 makes of a null pointer
-        raise EngineError(f"{name_and_version()} does not start: {log.said()}. See tmd-engine doctor.") from None
+        raise EngineError(f"{name_and_version()} does not start: {log.reason()}. See tmd-engine doctor.") from None
 
 
 def build(
@@ -75,8 +75,8 @@ def build(
     parser = trt.OnnxParser(network, log)
     with _parsed(parser, model, path) as parsed:
         if not parsed:
-            said = "; ".join(str(parser.get_error(number).desc()) for number in range(parser.num_errors))
-            raise EngineError(f"{name_and_version()} cannot read {path}: {said[:600] or log.said()}")
+            problems = "; ".join(str(parser.get_error(number).desc()) for number in range(parser.num_errors))
+            raise EngineError(f"{name_and_version()} cannot read {path}: {problems[:600] or log.reason()}")
         config = builder.create_builder_config()
         # On by default: products of float32 would lose 13 of their 23 bits.
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -92,12 +92,12 @@ def build(
             smallest, best, largest = (trt.Dims(list(shape)) for shape in sizes)
             profile.set_shape(name, smallest, best, largest)
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"{name_and_version()} refuses the sizes {dict(ranges)} for {path}: {log.said()}")
+            raise EngineError(f"{name_and_version()} refuses the sizes {dict(ranges)} for {path}: {log.reason()}")
         written = _write(builder, network, config, out)
     if progress.stopped is not None:
         raise progress.stopped
     if not written:
-        raise EngineError(f"{name_and_version()} cannot build {path}: {log.said()}")
+        raise EngineError(f"{name_and_version()} cannot build {path}: {log.reason()}")
     return Built({**log.figures, "plan": written}, saved())
 
 

@@ -132,8 +132,8 @@ class TensorRtEngine(DeviceEngine):
         largest: Mapping[str, tuple[int, ...]],
     ) -> None:
         """See `Engine.compile_range`."""
-        told = BuildProgress(self.graph, self._progress)
-        self._plans.make(between(smallest, best, largest), self._where, self.settings(), told)
+        progress = BuildProgress(self.graph, self._progress)
+        self._plans.make(between(smallest, best, largest), self._where, self.settings(), progress)
 
     def use_plans(self, folder: str | Path) -> None:
         """See `Engine.use_plans`."""
@@ -162,20 +162,20 @@ class TensorRtEngine(DeviceEngine):
 
     def _compile(self, shapes: Shapes) -> BoundPlan:
         named = dict(zip(self.inputs, shapes, strict=True))
-        settings, told = self.settings(), BuildProgress(self.graph, self._progress)
+        settings, progress = self.settings(), BuildProgress(self.graph, self._progress)
         if self._folder is not None:
             try:
                 return self._load(self._plans.in_folder(self._folder, named, self._where, settings), named)
             except EngineError as error:
-                told.say(f"{error}: looking in the cache")
-        found = self._plans.in_cache(named, self._where, settings, told)
+                progress.say(f"{error}: looking in the cache")
+        found = self._plans.in_cache(named, self._where, settings, progress)
         try:
             return self._load(found, named)
         except EngineError as error:
             if found.is_new:
                 raise
-            told.say(f"the plan in the cache does not load, and is built anew: {error}")
-        return self._load(self._plans.make(exactly(named), self._where, settings, told), named)
+            progress.say(f"the plan in the cache does not load, and is built anew: {error}")
+        return self._load(self._plans.make(exactly(named), self._where, settings, progress), named)
 
     def _load(self, found: Found, shapes: Mapping[str, tuple[int, ...]]) -> BoundPlan:
         from .run import LoadedPlan, Plan

@@ -32,7 +32,7 @@ class Log(trt.ILogger):
                 if match:
                     self.figures[name] = int(match[1])
 
-    def said(self) -> str:
+    def reason(self) -> str:
         """The latest errors as the end of a sentence, and forgets them."""
-        said, self.errors = "; ".join(self.errors)[:600], []
-        return said or "it gave no reason"
+        text, self.errors = "; ".join(self.errors)[:600], []
+        return text or "it gave no reason"

@@ -330,9 +330,9 @@ def _to_primitive_opset(model: onnx.ModelProto) -> None:
         if entry.domain in ("", "ai.onnx"):
             entry.version = min(entry.version, _PRIMITIVE_OPSET)
     for node in model.graph.node:
-        said = any(node.input[2:])  # a zero point names the type as well
+        typed = any(node.input[2:])  # a zero point names the type as well
         for attribute in list(node.attribute):
-            as_always = (attribute.i == 0 or (attribute.name == "output_dtype" and said)) and attribute.s in (
+            as_always = (attribute.i == 0 or (attribute.name == "output_dtype" and typed)) and attribute.s in (
                 b"",
                 b"up",
             )

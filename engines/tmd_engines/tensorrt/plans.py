@@ -189,8 +189,8 @@ class GraphPlans:
                 plans.store(timing_key, built.timing)
             plans.store_file(key, file)
             content = map_file(file)
-        told = f"built, {format_size(len(content))}" + _figures(built.figures)
-        progress.say(told + ("" if plans.usable else ", and not kept: the cache is off"))
+        summary = f"built, {format_size(len(content))}" + _figures(built.figures)
+        progress.say(summary + ("" if plans.usable else ", and not kept: the cache is off"))
         return Found(key, content, is_new=True)
 
 

@@ -23,14 +23,14 @@ class LoadedPlan:
         try:
             self._runtime = trt.Runtime(self.log)
         except TypeError:
-            raise EngineError(f"{name_and_version()} does not start: {self.log.said()}.") from None
+            raise EngineError(f"{name_and_version()} does not start: {self.log.reason()}.") from None
         buffer = cast(Any, content)  # anything with the buffer protocol; the bindings of 10.3 say another type
         reason = used().refusal(self._runtime, buffer)
         if reason is not None:
             raise EngineError(f"{name_and_version()} refuses the plan: {reason}.")
         self.engine = self._runtime.deserialize_cuda_engine(buffer)
         if self.engine is None:
-            raise EngineError(f"{name_and_version()} refuses the plan: {self.log.said()}.")
+            raise EngineError(f"{name_and_version()} refuses the plan: {self.log.reason()}.")
         if self.engine.streamable_weights_size:
             # What is left of the memory, as TensorRT sees it; before a context is made, not after.
             self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
@@ -47,11 +47,11 @@ class Plan:
         self._loaded, self._log = loaded, loaded.log
         context, self._save = used().context(loaded.engine, kernels)
         if context is None:
-            raise EngineError(f"{name_and_version()} has no memory to run the plan: {self._log.said()}.")
+            raise EngineError(f"{name_and_version()} has no memory to run the plan: {self._log.reason()}.")
         self._context: trt.IExecutionContext = context
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise EngineError(f"{name_and_version()} refuses {name} of {list(shape)}: {self._log.said()}.")
+                raise EngineError(f"{name_and_version()} refuses {name} of {list(shape)}: {self._log.reason()}.")
         self.scratch = int(self._context.update_device_memory_size_for_shapes())
 
     def use_scratch(self, address: int, size: int) -> None:
@@ -62,9 +62,9 @@ class Plan:
         """Asks for a run with the tensors at these addresses of the device. Raises EngineError."""
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise EngineError(f"{name_and_version()} refuses the address of {name}: {self._log.said()}.")
+                raise EngineError(f"{name_and_version()} refuses the address of {name}: {self._log.reason()}.")
         if not self._context.execute_async_v3(stream):
-            raise EngineError(f"{name_and_version()} failed: {self._log.said()}.")
+            raise EngineError(f"{name_and_version()} failed: {self._log.reason()}.")
 
     def kernels(self) -> bytes | None:
         """What was compiled while it ran, to give to the next process; None: there is no such thing."""
