@@ -116,7 +116,7 @@ print(TENSORRT.operators(), TENSORRT.version())
 log = Log()
 log.log(trt.ILogger.Severity.INFO, "Max Scratch Memory: 12 bytes")
 log.log(trt.ILogger.Severity.ERROR, "no\\n  driver")
-print(log.said(), "|", log.said(), "|", log.figures)
+print(log.reason(), "|", log.reason(), "|", log.figures)
 told = []
 monitor = build._Monitor(BuildProgress("backbone", told.append))
 monitor.phase_start("all", "", 2)
