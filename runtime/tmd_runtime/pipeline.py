@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from tmd_engines import Bundle, Manifest
     from tmd_engines.cost.sizing import Memory
 
-    from .forecast import Forecast
-
 
 def load(
     bundle: str | Path | Bundle | None = None,
@@ -81,7 +79,7 @@ class Pipeline:
     ) -> None:
         self.bundle, self._family = bundle, family_of(bundle.manifest)
         self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines, plans)
-        self.turns = Turns()
+        self.turns, self.threads, self.forecast = Turns(), self._graphs.threads, self._graphs.forecast
         self._conditions = Conditions(bundle)
         # Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
         self._loop: tuple[Any, Loop] | None = None
@@ -97,16 +95,6 @@ class Pipeline:
     @property
     def manifest(self) -> Manifest:
         return self.bundle.manifest
-
-    @property
-    def threads(self) -> int | None:
-        """CPU threads of the engines; None: as many as the engine chooses."""
-        return self._graphs.threads
-
-    @property
-    def forecast(self) -> Forecast:
-        """How long runs will take."""
-        return self._graphs.forecast
 
     def settings(
         self,

@@ -9,7 +9,9 @@ from torch import nn
 
 from tests.helpers.distill_worker import SMALL, Data
 from tmd_ref.distill.draws import Draws
+from tmd_ref.distill.parallel import World
 from tmd_ref.distill.stage1 import sample_inner_times, tm_meanflow_loss
+from tmd_ref.distill.state import fingerprint, read_checkpoint
 from tmd_ref.distill.teacher import drop_condition
 from tmd_ref.distill.trainer import Run, Schedule, TrainingError, fit, step_generator, train
 from tmd_ref.meanflow import exact_jvp, finite_difference_jvp
@@ -277,3 +279,22 @@ def test_the_finite_difference_converges_to_the_exact_derivative(delta, error):
     found = finite_difference_jvp(head, *at, delta, r=r.flatten())
     assert (found - exact).norm() < error * exact.norm()
     assert (finite_difference_jvp(head, *at, 5e-3, r=r.flatten()) - exact).norm() > 0.3 * exact.norm()
+
+
+def test_another_input_of_the_same_size_has_another_fingerprint(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(bytes(5_000_000))
+    before = fingerprint(folder)
+    assert before == fingerprint(folder)
+    (folder / "a.safetensors").write_bytes(bytes(2_500_000) + b"x" + bytes(2_499_999))
+    assert fingerprint(folder) != before and fingerprint(folder / "a.safetensors") != fingerprint(folder)
+
+
+def test_a_checkpoint_made_from_another_input_is_refused(tmp_path):
+    path, world = tmp_path / "checkpoint.pt", World()
+    torch.save({"identity": {"seed": 1, "input teacher": "a"}}, path)
+    assert read_checkpoint(path, {"seed": 1, "input teacher": "a"}, world) is not None
+    assert read_checkpoint(path, {"seed": 1}, world) is not None, "an earlier version noted no inputs"
+    with pytest.raises(TrainingError, match="made with another input teacher: a, now b"):
+        read_checkpoint(path, {"seed": 1, "input teacher": "b"}, world)
