@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tmd_engines.device.cpu import resolve_threads
 
@@ -123,9 +123,10 @@ class Graphs:
 
         start = perf_counter()
         engine, _, device, _, plans = self.arguments
-        made = self.shared.take(
-            name, lambda: load_engine(self._bundle, name, engine, device, self.threads, plans=plans)
-        )
+        options: dict[str, Any] = {"engine": engine, "device": device, "threads": self.threads}
+        if plans is not None:
+            options["plans"] = plans
+        made = self.shared.take(name, lambda: load_engine(self._bundle, name, **options))
         seconds = perf_counter() - start
         self._engines[name] = made
         if made.remark is not None and made.remark not in self.remarks:
