@@ -184,6 +184,20 @@ def test_settings(manifest: bytes, wishes: dict[str, Any]) -> None:
     assert answer["warnings"].splitlines() == list(s.warnings)
 
 
+def test_a_seed_beyond_32_bits_is_refused_by_both() -> None:
+    """Torch's generator reads no more of a seed: two seeds would be one video."""
+    manifest = json.dumps(valid_document()).encode()
+    for seed, allowed in ((2**32 - 1, True), (2**32, False), (2**62, False)):
+        answer = twin().ask("settings", manifest=manifest.hex(), wishes={"seed": seed})
+        assert ("ok" in answer) == allowed
+        if allowed:
+            resolve_settings(parse_manifest(manifest, "manifest.json"), seed=seed)
+        else:
+            assert answer["status"] == USAGE
+            with pytest.raises(UsageFailure):
+                resolve_settings(parse_manifest(manifest, "manifest.json"), seed=seed)
+
+
 def test_sizes_beyond_64_bits_are_refused() -> None:
     """Of a model whose patches and strides let every side be that long."""
     document = valid_document()

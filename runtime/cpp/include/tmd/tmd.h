@@ -136,7 +136,8 @@ typedef struct tmd_open_options {
   const char* engine;         /* "openvino"; "onnxruntime"; "tensorrt" (NVIDIA GPUs; runs the plans that tmd-engine build
                                * made); "auto" or NULL: the first of them whose library is there */
   const char* device;         /* "cpu"; "cuda"; NULL: the engine's own */
-  int32_t threads;            /* CPU threads of one run, 1 to 1024; TMD_DEFAULT: the engine decides */
+  int32_t threads;            /* CPU threads of one run, 1 to 1024; TMD_DEFAULT: 2 for models of up to 64 MiB, so that one
+                               * seed gives one video on every machine; for larger ones the engine decides */
   int32_t memory;             /* a tmd_memory; the default is TMD_MEMORY_AUTO */
   const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...,
                                * libnvinfer.so...); NULL: searched for, first beside this library, then by the system's
@@ -226,7 +227,7 @@ typedef int (*tmd_frames_fn)(void* user, const uint8_t* frames, int32_t first, i
 
 typedef struct tmd_run_options {
   size_t struct_size;
-  int64_t seed;          /* 0 or more; its low 32 bits count, as in torch. TMD_RANDOM_SEED: drawn, told in the result */
+  int64_t seed;          /* 0 to 2^32 - 1, which is all that torch's generator reads. TMD_RANDOM_SEED: drawn, in the result */
   int32_t steps;         /* outer steps, or TMD_DEFAULT */
   int32_t inner_steps;   /* inner steps of each, or TMD_DEFAULT */
   int32_t frames;        /* or TMD_DEFAULT */

@@ -5,6 +5,17 @@
 namespace tmd::internal {
 namespace {
 
+// Frames depend on the number of threads. Of a small model, as the built-in ones are, every machine gets the same, as in
+// Python (tmd_engines.device.cpu).
+constexpr std::uint64_t kSmallBytes = 64u << 20;
+constexpr std::int32_t kSmallThreads = 2;
+
+bool is_small(const Manifest& manifest) {
+  std::uint64_t bytes = 0;
+  for (const auto& [name, file] : manifest.files) bytes += file.size;
+  return bytes <= kSmallBytes;
+}
+
 #define TMD_TEXT_OF(x) #x
 #define TMD_TEXT(x) TMD_TEXT_OF(x)
 #define TMD_VERSION_TEXT TMD_TEXT(TMD_VERSION_MAJOR) "." TMD_TEXT(TMD_VERSION_MINOR) "." TMD_TEXT(TMD_VERSION_PATCH)
@@ -170,6 +181,7 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
 
     auto shared = std::make_shared<Shared>();
     shared->bundle = Bundle::open(path);
+    if (engine.threads == TMD_DEFAULT && is_small(shared->bundle.manifest)) engine.threads = kSmallThreads;
     shared->engine = open_engine(engine);
     shared->memory = static_cast<tmd_memory>(wanted.memory);
     const std::string engine_name = shared->engine->name();

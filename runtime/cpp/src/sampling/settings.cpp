@@ -129,7 +129,9 @@ Settings resolve_settings(const Manifest& manifest, const tmd_run_options& optio
       refuse_usage("one of the options is not a number: use tmd_run_options_init, then set what shall differ.");
   if (options.seed < TMD_RANDOM_SEED)
     refuse_usage("the seed " + std::to_string(options.seed) + " is out of range: choose a whole number from 0 up.");
-  // 32 bits: torch's CPU generator, whose stream we follow, uses no more of a seed.
+  if (options.seed > std::int64_t{0xFFFFFFFF})
+    refuse_usage("the seed " + std::to_string(options.seed) + " is out of range: torch's generator, whose noise this is, "
+                 "reads 32 bits. Choose a whole number from 0 to 4294967295 (2^32-1).");
   settings.seed = options.seed == TMD_RANDOM_SEED ? static_cast<std::int64_t>(std::random_device()()) : options.seed;
   check_label(manifest.classes(), options.label);
   settings.label = options.label;
