@@ -87,7 +87,7 @@ class BundleWriter:
             raise BundleError(f"{self.target} exists and is not a folder: choose another --out.")
         if (self.target / MANIFEST_NAME).is_file():
             if not self.overwrite:
-                raise BundleError(f"{self.target} exists already: choose another --out, or replace it with --overwrite.")
+                raise BundleError(f"{self.target} exists already: choose another --out, or add --overwrite.")
         elif any(self.target.iterdir()):
             # Overwriting must never mean deleting somebody's home folder.
             raise BundleError(f"{self.target} exists, and is neither empty nor a bundle: choose another --out.")
