@@ -37,7 +37,11 @@ def has_sound_charsmaps(model: bytes) -> bool:
 
     from google.protobuf.message import DecodeError
 
-    parsed = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    from tmd_engines.device.numbers import decimal_point
+
+    with decimal_point():  # protobuf reads the schema's own numbers in the locale of the host
+        schema = import_module("sentencepiece.sentencepiece_model_pb2")
+    parsed = schema.ModelProto()
     try:
         parsed.ParseFromString(model)
     except DecodeError:
