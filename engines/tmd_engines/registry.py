@@ -106,10 +106,9 @@ def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto
         for name, found in _on(where):
             if found.is_here() and found.prefers(info):
                 return name, where if device == "auto" else device
-    raise EngineError(
-        f"There is no engine for device {device} here: tmd-engine doctor says what is missing. Without a GPU, "
-        "leave the device to auto."
-    )
+    what = "the graph" if device == "auto" else f"device {device}"
+    remedy = "" if device == "auto" else " Without a GPU, leave the device to auto."
+    raise EngineError(f"There is no engine for {what} here: tmd-engine doctor says what is missing.{remedy}")
 
 
 def _on(kind: str) -> Iterator[tuple[str, type[Engine]]]:

@@ -42,3 +42,13 @@ def test_names_and_refusals_come_from_its_class(synthetic_bundle: Path, monkeypa
     monkeypatch.setattr(ReferenceEngine, "precisions", ("fp16",))
     done = CliRunner().invoke(main, ["build", str(synthetic_bundle), "--engine", "reference"])
     assert done.exit_code == 1 and "is fp32" in done.output and "a bundle in fp16" in done.output
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_where_no_engine_is_the_message_fits_the_device(
+    device: str, synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tmd_engines.registry.ENGINES", {})
+    with pytest.raises(EngineError, match="tmd-engine doctor says what is missing") as refused:
+        choose(Bundle.open(synthetic_bundle), "backbone", device=device)
+    assert ("leave the device to auto" in str(refused.value)) == (device != "auto")
