@@ -162,12 +162,13 @@ def test_a_second_ctrl_c_ends_a_process_that_does_not_unwind(tmp_path: Path) -> 
         "from tmd_engines.command.signals import Ending\n"
         "ending = Ending()\n"
         "ending.patient = True\n"
-        "print('ready', flush=True)\n"
+        "word = 'ready'\n"
         "while True:\n"
         "    try:\n"
+        "        print(word, flush=True)\n"
         "        time.sleep(60)\n"
         "    except KeyboardInterrupt:\n"
-        "        print('again', flush=True)\n"
+        "        word = 'again'\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, preexec_fn=with_default_signals
