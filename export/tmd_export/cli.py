@@ -112,7 +112,11 @@ error above 1e-4 is a failure, in units of an output's RMS where that is above 1
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
 The bundle appears under its name only when it is complete.""",
 )
-@click.option("--model", type=click.Choice(models()), required=True, help="Architecture, and name in the manifest.")
+@click.option(
+    "--model",
+    type=click.Choice(models()),
+    help="Which model the checkpoint must be.  [default: what its tensors say]",
+)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -181,7 +185,7 @@ The bundle appears under its name only when it is complete.""",
     "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
 )
 def command(
-    model: str,
+    model: str | None,
     checkpoint: tuple[Path, ...],
     random_weights: int | None,
     decoder: Path | None,
@@ -201,6 +205,8 @@ def command(
     """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
     if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
+    if model is None and not checkpoint:
+        raise click.UsageError("there is no --model and no --checkpoint that says what to export: give one of them.")
     if not checkpoint and random_weights is None and model not in built_in():
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
@@ -233,7 +239,7 @@ def command(
 
 
 def _export(
-    model: str,
+    model: str | None,
     checkpoint: tuple[Path, ...],
     random_weights: int | None,
     decoder: Path | None,
@@ -252,7 +258,8 @@ def _export(
 
         source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder)
         if not quiet:
-            for note in (*source.notes, *_left_out(source, checkpoint, parts)):
+            sampled = source.sampler_note if options["preset"] is None else None
+            for note in (*source.notes, *([sampled] if sampled else []), *_left_out(source, checkpoint, parts)):
                 click.echo(f"tmd-export: {note}", err=True)
         options["calibration"] = _calibration(options["calibration"])
         return export_bundle(source, out, parts, **options, report=line or reporter(quiet))

@@ -135,8 +135,22 @@ def vae_config(config: WanVAEConfig = VAE) -> dict[str, Any]:
     return {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult)}
 
 
+UNIPC: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+"""How Wan's folders in diffusers' layout configure their scheduler; the shift is that of 480p."""
+
+COMPONENTS = {
+    "scheduler": "UniPCMultistepScheduler",
+    "text_encoder": "UMT5EncoderModel",
+    "tokenizer": "T5TokenizerFast",
+    "transformer": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+}
+
+
 def write_diffusers(folder: Path) -> Path:
     """As `Wan-AI/Wan2.1-T2V-…-Diffusers`: sharded transformer and text encoder, one VAE file, tokenizer, scheduler."""
+    import diffusers
+
     theirs = models().theirs
     for part, shard in (("transformer", "250KB"), ("text_encoder", "20KB"), ("vae", "10GB")):
         theirs[part].save_pretrained(folder / part, max_shard_size=shard)
@@ -144,9 +158,15 @@ def write_diffusers(folder: Path) -> Path:
         assert (folder / f"{name}.safetensors.index.json").is_file(), "small enough for one shard"
     _write_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UniPCMultistepScheduler"}')
-    (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    write_scheduler(folder, diffusers.UniPCMultistepScheduler(**UNIPC))
+    components = {name: ["diffusers", made] for name, made in COMPONENTS.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **components}))
     return folder
+
+
+def write_scheduler(folder: Path, scheduler: Any) -> None:
+    """As diffusers writes it."""
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def write_original(folder: Path, shards: int = 1) -> Path:
@@ -157,12 +177,21 @@ def write_original(folder: Path, shards: int = 1) -> Path:
         save_file(state, folder / "diffusion_pytorch_model.safetensors")
     else:
         write_shards(folder, state, shards)
-    (folder / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": WAN.dim, "num_layers": WAN.num_layers}))
+    (folder / "config.json").write_text(json.dumps(original_config()))
     text = {name: weight.bfloat16() for name, weight in models().state("text_encoder").items()}
     torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(models().state("vae"), folder / "Wan2.1_VAE.pth")
     _write_tokenizer(folder / "google" / "umt5-xxl")
     return folder
+
+
+def original_config(config: WanConfig = WAN) -> dict[str, Any]:
+    """config.json as Wan's own code writes it."""
+    names = {"in_dim": "in_channels", "out_dim": "out_channels"}
+    sizes = ("dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len", "eps")
+    return {"_class_name": "WanModel", "model_type": "t2v"} | {
+        size: getattr(config, names.get(size, size)) for size in sizes
+    }
 
 
 def write_shards(folder: Path, state: Mapping[str, Tensor], shards: int) -> Path:

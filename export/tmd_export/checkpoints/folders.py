@@ -6,6 +6,7 @@ Only names of files decide here; what they hold is for `recognise`.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .contents import named_models, refuse_incomplete, refuse_unused
+from .experts import refuse_experts_in
 from .tensors import PICKLES, Tensors, open_tensors
 
 WEIGHTS = (".safetensors", *PICKLES)
@@ -27,16 +30,19 @@ _PLACES = (
     ("vae", ("diffusion_pytorch_model",)),
 )
 _ORIGINAL = {"text_encoder": "models_t5*", "vae": "Wan2.1_VAE*"}  # one file each beside an original transformer
+_OWN = "student.safetensors"  # tmd-distill's: beside it lie whatever a training leaves
 _MAX_INDEX = 16 << 20
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files that together hold one part. `part` is known only where the name of the file says it."""
+    """Files that together hold one part, and the `index` that names them. `part` is known only where the name of the
+    file says it."""
 
     files: tuple[Path, ...]
     weight_map: dict[str, str] = field(default_factory=dict)
     part: str | None = None
+    index: tuple[Path, ...] = ()
 
     def open(self) -> Tensors:
         """Raises ExportError as `open_tensors`."""
@@ -45,19 +51,52 @@ class WeightFiles:
 
 @dataclass(frozen=True)
 class Found:
-    """What one path given by the user leads to."""
+    """What one path given by the user leads to.
+
+    `named` are the models that a folder says that it holds, whether they are there or not; `notes` are sentences for
+    the user.
+    """
 
     path: Path
     weights: tuple[WeightFiles, ...]
     tokenizer: Path | None
+    named: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def find(path: Path) -> Found:
-    """The weights and the tokenizer under `path`, a file or a folder. Raises ExportError if there are none."""
+def find(path: Path, given: Collection[Path] = ()) -> Found:
+    """The weights and the tokenizer under `path`, a file or a folder; `given` are the other paths of the user.
+
+    Raises ExportError if there are no weights, or if the folder names or holds more than would be used: half of a model
+    must not pass for the whole.
+    """
     if path.is_file():
         return _single(path)
     if not path.is_dir():
-        raise ExportError(f"there is no {path}: give the file or the folder of a checkpoint. Check the path.")
+        gone = f"{path} is a link to nothing" if path.is_symlink() else f"there is no {path}"
+        raise ExportError(f"{gone}: give the file or the folder of a checkpoint. Check the path.")
+    refuse_incomplete(path)
+    named = named_models(path)
+    weights = _weights(path)
+    tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
+    notes: tuple[str, ...] = ()
+    if not (path / _OWN).is_file():
+        refuse_experts_in(path)
+        notes = _unused(path, weights, given)
+    if not weights:
+        raise ExportError(_nothing_in(path))
+    return Found(path, tuple(weights), tokenizer, named, notes)
+
+
+def _unused(path: Path, weights: list[WeightFiles], given: Collection[Path]) -> tuple[str, ...]:
+    used = {file for one in weights for file in (*one.files, *one.index)} | {path / name for name in TOKENIZERS}
+    loose = refuse_unused(path, used | set(given)) if weights else ()
+    return (f"not used of {path}: {', '.join(loose)}.",) if loose else ()
+
+
+def _weights(path: Path) -> list[WeightFiles]:
+    """What the places of the known layouts hold. Raises ExportError for shards without an index, and two files of one
+    part."""
     weights = []
     for place, stems in _PLACES:
         folder = path / place
@@ -79,10 +118,7 @@ def find(path: Path) -> Found:
                 f"{path} has {files[0].name} and {files[1].name}: it is unclear which one is meant. Move one away."
             )
         weights += [WeightFiles((file,), part=part) for file in files]
-    tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
-    if not weights:
-        raise ExportError(_nothing_in(path))
-    return Found(path, tuple(weights), tokenizer)
+    return weights
 
 
 def _single(path: Path) -> Found:
@@ -121,7 +157,7 @@ def _sharded(index: Path) -> WeightFiles:
             f"{index.parent} lacks {', '.join(absent[:6])}{' and more' if len(absent) > 6 else ''} "
             f"({len(absent)} of {len(names)} shards that {index.name} names): copy them too."
         )
-    return WeightFiles(tuple(index.parent / name for name in names), weight_map)
+    return WeightFiles(tuple(index.parent / name for name in names), weight_map, index=(index,))
 
 
 def _nothing_in(folder: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .experts import refuse_expert_files, refuse_expert_tensors
 from .names import bare, converted
 from .strangers import stranger
 from .tensors import Entry, Tensors
@@ -71,6 +72,7 @@ class Checkpoint:
         """Raises ExportError if `tensors` are no part of Wan2.1, or a relative of it that the graphs do not compute."""
         self.tensors = tensors
         self.where = _where(tensors.files)
+        refuse_expert_tensors(self.where, tensors.entries)
         self._stored = self._by_bare_name()
         entries = {name: tensors.entries[stored] for name, stored in self._stored.items()}
         if family := stranger(entries):
@@ -81,6 +83,8 @@ class Checkpoint:
                 f"{self.where} holds no part of Wan2.1: its {len(entries)} tensors are called "
                 f"{_listed([quote(name) for name in entries])}. A checkpoint holds {', '.join(PARTS.values())}."
             )
+        if kind.part == "transformer":
+            refuse_expert_files(tensors.files)
         self.part, self.layout = kind.part, kind.layout
         self._names: dict[str, str] = {}
         self._shapes: Mapping[str, tuple[int, ...]] = {}
@@ -95,6 +99,11 @@ class Checkpoint:
         bias = self._stored.get("patch_embedding.bias") or self._stored.get("blocks.0.modulation")
         shape = self.tensors.entries[bias].shape if bias else ()
         return Size(shape[-1] if shape else 0, 1 + max(blocks, default=-1))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor with the original name `name`, as it is stored; () if there is none."""
+        entry = self._entry(self._alias(converted(self.part, name) if self.layout == "diffusers" else name))
+        return entry.shape if entry else ()
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
         """Makes the tensors readable under the names of `shapes`, whose shapes they must have.

@@ -57,6 +57,7 @@ _ROUNDED_TO = {
 }
 
 IMAGE_CHANNELS = 36  # of latents, a mask and the latents of an image
+CHANNELS_5B = 48  # of the latents of Wan2.2's own VAE
 
 
 def stranger(entries: Mapping[str, Entry]) -> str | None:
@@ -75,6 +76,11 @@ def stranger(entries: Mapping[str, Entry]) -> str | None:
             return (
                 f"an image-to-video model ('patch_embedding.weight' takes {channels} channels): it needs an image as "
                 "input; take the text-to-video model"
+            )
+        if channels == CHANNELS_5B:
+            return (
+                f"Wan2.2-TI2V-5B or a model made from it ('patch_embedding.weight' takes {channels} channels): its "
+                "latents are of another VAE, which is not exported yet; take a Wan2.1 text-to-video model"
             )
     for name, entry in entries.items():
         if entry.dtype in _ROUNDED_TO and name.endswith(".weight"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line names: a model and where its weights are. Without `checkpoints` and `seed`: the weights
-    that come with the package. `decoder` and `text_encoder` are weights of other people's models."""
+    """What the command line names: a model (None: its tensors say which) and where its weights are. Without
+    `checkpoints` and `seed`: the weights that come with the package. `decoder` and `text_encoder` are weights of other
+    people's models."""
 
-    model: str
+    model: str | None
     checkpoints: tuple[Path, ...] = ()
     seed: int | None = None
     decoder: Path | None = None
@@ -42,6 +43,8 @@ class ExportFamily(ABC):
     `exact` and `products` are patterns of the names of layers in the two graphs of the denoiser: those that stay in
     float32 in every precision, because the whole result would feel their rounding, and the linear ones that can have 8
     bits. `small_patches` (frames, height, width) is what a model of large videos is calibrated on.
+
+    With `any_size`, `open` takes a model of any size without a name.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ExportFamily(ABC):
     exact: str
     products: str
     small_patches: tuple[int, int, int] = (2, 10, 10)
+    any_size: bool = False
 
     @abstractmethod
     def open(self, request: Request) -> Source:
@@ -61,6 +65,10 @@ class ExportFamily(ABC):
 
         The source can be one of another family that shares the model: what a checkpoint is, its tensors say.
         """
+
+    def found_in(self, checkpoints: Sequence[Path]) -> list[str]:
+        """The models of this family that `checkpoints` hold by what they alone are called; see `any_size` too."""
+        return []
 
     def builders(self) -> dict[str, Builder]:
         """Graph -> what makes it from the model of `parts.MODEL_OF`."""

@@ -8,6 +8,9 @@ from ..presets.tim import PRESETS
 from .family import ExportFamily, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from ..sources.source import Source
     from .family import Arrays, Builder
 
@@ -50,9 +53,16 @@ class _Tim(ExportFamily):
             return inputs
         return {**inputs, "guidance": inputs["guidance"] / (inputs["t"] - inputs["r"])}
 
+    def found_in(self, checkpoints: Sequence[Path]) -> list[str]:
+        from ..sources.tim import find_tim
+
+        return find_tim(checkpoints)
+
     def open(self, request: Request) -> Source:
         from ..sources.tim import open_tim
 
+        if request.model is None:
+            raise ValueError("a Transition Model is opened by its name: see found_in")
         return open_tim(request.model, request.checkpoints, request.seed, request.decoder, request.text_encoder)
 
     def builders(self) -> dict[str, Builder]:

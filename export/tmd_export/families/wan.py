@@ -22,6 +22,7 @@ class Wan21(ExportFamily):
     # Wan itself computes its time embedding and its output layer in float32.
     exact = r"(time|interval)_(embedding|projection)|patch_embedding|head\.head"
     products = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"
+    any_size = True
     fusion: str | None  # of random weights
 
     def open(self, request: Request) -> Source:
@@ -42,9 +43,12 @@ class Wan21(ExportFamily):
         model, paths = request.model, request.checkpoints
         if request.text_encoder is not None:
             raise ExportError(
-                f"--text-encoder is for tim-t2i: the text encoder of {model} comes with its --checkpoint, so leave it "
-                "out."
+                f"--text-encoder is for tim-t2i: the text encoder of {model or 'Wan'} comes with its --checkpoint, so "
+                "leave it out."
             )
+        if model is None:
+            own = len(paths) == 1 and (paths[0] / FILE_OF["student"]).is_file()
+            return FolderSource(paths[0]) if own else WanSource(paths)
         if request.seed is not None:
             if paths:
                 raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")

@@ -103,3 +103,10 @@ PRESETS: Mapping[str, Preset] = {
         VIDEO_480P,
     ),
 }
+
+
+def scheduled_sampler(rule: str, shift: float | None) -> dict[str, Any]:
+    """The manifest's `sampler` of Wan2.1 itself with another update rule, and with another shift unless it is None."""
+    base = PRESETS["wan"].sampler
+    rounding = base["time_rounding"] if rule == base["rule"] else "none"
+    return {**base, "rule": rule, "shift": base["shift"] if shift is None else shift, "time_rounding": rounding}

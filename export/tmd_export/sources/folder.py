@@ -17,11 +17,13 @@ from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Tensors, open_tensors
+from ..checkpoints.contents import refuse_incomplete
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
 from ..presets.tmd import student_sampler
 from .source import FILE_OF, TOKENIZER, on_meta, read_file
 from .wan21 import Wan21Source, vae_name
+from .wan_sizes import known_name
 
 
 class FolderSource(Wan21Source):
@@ -32,20 +34,23 @@ class FolderSource(Wan21Source):
 
     default_parts = VIDEO_PARTS
 
-    def __init__(self, folder: str | Path, model: str, origin: str | None = None) -> None:
-        """Reads the student's sizes. `model` names the bundle, and the sizes of the VAE if the folder has none.
+    def __init__(self, folder: str | Path, model: str | None = None, origin: str | None = None) -> None:
+        """Reads the student's sizes. `model` names the bundle, and the sizes of the VAE if the folder has none; None:
+        the sizes say it.
 
         Raises ExportError if there is no student or it cannot be read.
         """
-        self.folder, self.model = Path(folder), model
+        self.folder = Path(folder)
         self.origin = origin or f"checkpoint {self.folder.name}"
         if not self._existing(FILE_OF["student"]):
             raise ExportError(f"{self.folder} has no {FILE_OF['student']}: it is no folder of tmd-distill.")
+        refuse_incomplete(self.folder)
         self._files: dict[str, Tensors] = {}
         student = self.module("student")
         if not isinstance(student, TMDStudent):
             raise TypeError(f"read_student gave a {type(student).__name__}")
         self.wan, self.head_blocks, self.fusion = student.config, student.head_blocks, student.fusion
+        self.model = model or known_name(self.wan)
         self.sampler = student_sampler(student.grids)
         self.tokenizer = self._existing(TOKENIZER)
 

@@ -32,8 +32,9 @@ class Source(ABC):
     `model` is the name in the manifest, `family` that of its family, `origin` the sentence in its provenance.
     `tokenizer` is the file that belongs to the text encoder, None if there is none; `parts` are the graphs that such a
     model can have, `default_parts` those to export when none are named. `sampler` is the manifest's entry of that name,
-    None for the default preset of the family; `notes` are sentences that the user should read. `trained` is False for
-    weights from a seed, to which words are noise like any other.
+    None for the default preset of the family, and `sampler_note` the sentence that says where it was found; `notes` are
+    sentences that the user should read. `trained` is False for weights from a seed, to which words are noise like any
+    other.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Source(ABC):
     parts: tuple[str, ...] = VIDEO_PARTS
     default_parts: tuple[str, ...]
     sampler: dict[str, Any] | None = None
+    sampler_note: str | None = None
     notes: tuple[str, ...] = ()
     trained: bool = True
 

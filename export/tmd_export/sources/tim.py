@@ -6,7 +6,7 @@ models, each of which comes from a folder of its own (`gemma.py`, `still_vae.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Tensors, open_tensors
+from ..checkpoints.contents import refuse_incomplete
 from ..errors import ExportError
 from ..parts import MODEL_OF, PARTS
 from ..presets.tim import PRESETS
@@ -190,6 +191,7 @@ class TiMFolder(TiMSource):
         self._folder = self._file.parent
         if not self._file.is_file():
             raise ExportError(f"{path} has no {name}: expected the weights of {model}.")
+        refuse_incomplete(self._folder)
         stated = None if model in RELEASED else read_file(self._file, lambda file: read_config(file, TiM))
         wanted = config or TIM_CONFIGS[model]
         if stated not in (None, wanted):
@@ -256,6 +258,27 @@ class TiMFolder(TiMSource):
                 f"{self._file} does not hold the weights of {self.model}: it has {have} as {quote(wrong[0])} where "
                 f"{want} belongs{more}. Copy it again, or choose its own --model."
             )
+
+
+def find_tim(paths: Sequence[Path]) -> list[str]:
+    """The models that `paths`, files or folders, hold by the names of their files."""
+    named = {file: model for model, file in RELEASED.items()}
+    return [
+        named.get(file) or _model_of_size(path)
+        for path in paths
+        for file in (*named, WEIGHTS)
+        if path.name == file or (path / file).is_file()
+    ]
+
+
+def _model_of_size(path: Path) -> str:
+    """Of what tmd-distill left. Raises ExportError if its sizes are those of none."""
+    file = path / WEIGHTS if path.is_dir() else path
+    stated = read_file(file, lambda file: read_config(file, TiM))
+    model = next((name for name, config in TIM_CONFIGS.items() if config == stated), None)
+    if model is None:
+        raise ExportError(f"the model in {file} has sizes of its own ({stated}): give one of {', '.join(TIM_CONFIGS)}.")
+    return model
 
 
 def open_tim(

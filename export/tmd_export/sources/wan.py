@@ -17,20 +17,24 @@ from torch import Tensor, nn
 from tmd_engines.bundle.files import sha256_hex
 from tmd_ref.checkpoint import read_config
 from tmd_ref.split import SplitWan
-from tmd_ref.student import TMDStudent, read_student
+from tmd_ref.student import TimeGrids, TMDStudent, read_student
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 
 from ..checkpoints import Checkpoint, Found, WeightFiles, find
+from ..checkpoints.contents import MODEL_INDEX
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
+from ..checkpoints.scheduler import Scheduler, read_scheduler
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
 from ..presets.tmd import student_sampler
+from ..presets.wan import scheduled_sampler
 from .source import on_meta, read_file
 from .wan21 import HEAD_BLOCKS, Wan21Source, check_architecture, vae_name
+from .wan_sizes import check_config, known_name, read_sizes
 
 # What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
 _MODEL_OF_FILE = {"transformer": "student", "student": "student", "vae": "vae", "text_encoder": "text_encoder"}
@@ -52,31 +56,37 @@ class WanSource(Wan21Source):
     def __init__(
         self,
         paths: Sequence[str | Path],
-        model: str,
+        model: str | None = None,
         *,
         head_blocks: int | None = None,
         wan: WanConfig | None = None,
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
     ) -> None:
-        """`model` is one of `HEAD_BLOCKS`, whose sizes the transformer must have, or any name if all sizes are given.
+        """`model` is one of `HEAD_BLOCKS`, whose sizes the transformer must have, or any name if all sizes are given;
+        None: its tensors say what it is.
 
         `paths` are files and folders; a file given by itself comes before the same part of a folder.
-        Raises ExportError if a path holds nothing that is known, two of them the same, or another model.
+        Raises ExportError if a path holds nothing that is known, two of them the same, another model, or more than is
+        used.
         """
-        self.model = model
-        self.wan = wan or WAN_CONFIGS[model]
-        self._vae_config, self._text_config = vae, text
-        found = [find(Path(path)) for path in paths]
+        found = [find(Path(path), [Path(other) for other in paths if other != path]) for path in paths]
+        self._found = found
         self.origin = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
         self._parts = _by_model(found)
         self._roots = [one.path for one in found if one.path.is_dir()]
         self.tokenizer = _tokenizer(found)
         self.fusion = None
-        self.head_blocks = min(head_blocks or HEAD_BLOCKS[model], self.wan.num_layers - 1)
+        self._grids: TimeGrids | None = None
+        self.wan = wan or (WAN_CONFIGS[model] if model else self._sizes())
+        self.model = model or known_name(self.wan)
+        self._vae_config, self._text_config = vae, text
+        self.head_blocks = min(head_blocks or _head_blocks(self.model, self.wan), self.wan.num_layers - 1)
         if "student" in self._parts:
             self._take_student(self._parts["student"].open())
-        self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in self._parts)
+        self._named = {_MODEL_OF_FILE[name]: one.path for one in found for name in one.named}
+        here = {*self._parts, *self._named}
+        self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in here)
         self.notes = self._notes()
 
     @property
@@ -93,10 +103,41 @@ class WanSource(Wan21Source):
             self._text_config = self._own_config("text_encoder", UMT5Encoder) or xxl
         return self._text_config
 
+    @cached_property
+    def sampler(self) -> dict[str, Any] | None:  # type: ignore[override]  # read when it is needed
+        """What a student was distilled for, or what the scheduler of a folder in diffusers' layout says; else None.
+
+        Raises ExportError if that scheduler is not computed here.
+        """
+        if self._grids is not None:
+            return student_sampler(self._grids)
+        scheduler = self._scheduler
+        return None if scheduler is None else scheduled_sampler(scheduler.rule, scheduler.shift)
+
+    @property
+    def sampler_note(self) -> str | None:  # type: ignore[override]
+        return None if self._scheduler is None else f"sampled as its folder says: {self._scheduler}."
+
+    @cached_property
+    def _scheduler(self) -> Scheduler | None:
+        """Of the folder that the transformer is taken from."""
+        part = self._parts.get("student")
+        if part is None or self._grids is not None:
+            return None
+        roots = [root for root in self._roots if part.files.files[0].is_relative_to(root)]
+        return read_scheduler(roots[0]) if roots else None
+
     def check(self, parts: tuple[str, ...]) -> None:
         for part in parts:
             if MODEL_OF[part] not in self._parts:
-                possible = f" (--parts {','.join(self.default_parts)})" if self.default_parts else ""
+                there = [part for part in self.default_parts if MODEL_OF[part] in self._parts]
+                possible = f" (--parts {','.join(there)})" if there else ""
+                if MODEL_OF[part] in self._named:
+                    raise ExportError(
+                        f"{self._named[MODEL_OF[part]] / MODEL_INDEX} names a model that {part} is made from, and its "
+                        "weights are not there: the download is incomplete. Start it again, give these weights as a "
+                        f"--checkpoint of their own, or choose other parts{possible}."
+                    )
                 raise ExportError(
                     f"{self.origin} has nothing to make {part} from: add a --checkpoint with "
                     f"{_WHERE_FROM[MODEL_OF[part]]}, or choose other parts{possible}."
@@ -140,6 +181,20 @@ class WanSource(Wan21Source):
                 found[self._name(path)] = sha256_hex(file)
         return found
 
+    def _sizes(self) -> WanConfig:
+        """Of the transformer or student that there is. Raises ExportError if there is none."""
+        if "student" not in self._parts:
+            raise ExportError(
+                f"{self.origin} has no transformer, which says what model this is: name it with --model, or add the "
+                "--checkpoint of its transformer."
+            )
+        checkpoint = self._parts["student"].open()
+        if checkpoint.part != "student":
+            return read_sizes(checkpoint)
+        student: Any = on_meta(lambda: read_file(checkpoint.tensors.files[0], read_student))
+        config: WanConfig = student.config
+        return config
+
     def _checkpoint(self, which: str) -> Checkpoint:
         """The tensors of a model, complete and of the right sizes. Raises ExportError."""
         part = self._parts[which]
@@ -163,7 +218,7 @@ class WanSource(Wan21Source):
             student: TMDStudent = read_file(path, read_student)
             check_architecture(student.config, self.wan, self.model, path)
             self.fusion, self.head_blocks = student.fusion, student.head_blocks
-            self.sampler = student_sampler(student.grids)
+            self._grids = student.grids
         else:
             found, wanted = checkpoint.size(), (self.wan.dim, self.wan.num_layers)
             if (found.dim, found.blocks) != wanted and found.dim and found.blocks:
@@ -171,8 +226,9 @@ class WanSource(Wan21Source):
                 raise ExportError(
                     f"{checkpoint.where} is {f'that of {known[0]}' if known else 'a Wan transformer of another size'} "
                     f"({found}), and {self.model} has width {wanted[0]}, {wanted[1]} blocks: "
-                    f"choose {f'--model {known[0]}' if known else 'its own --model'}, or another checkpoint."
+                    f"choose {f'--model {known[0]}' if known else 'another checkpoint'}, or leave --model out."
                 )
+            check_config(checkpoint, self.wan)
         self._checkpoint("student")
 
     def _own_config(self, which: str, kind: type) -> Any:
@@ -201,7 +257,7 @@ class WanSource(Wan21Source):
         return path.name if root is None else f"{root.resolve().name}/{path.relative_to(root).as_posix()}"
 
     def _notes(self) -> tuple[str, ...]:
-        notes = []
+        notes = [note for one in self._found for note in one.notes]
         student = self._parts["student"].open() if "student" in self._parts else None
         wrapper = student.tensors.wrapper if student else None
         if student is not None and wrapper is not None:
@@ -253,6 +309,11 @@ def _by_model(found: Sequence[Found]) -> dict[str, _Part]:
             if other is None or part.itself:
                 chosen[which] = part
     return chosen
+
+
+def _head_blocks(model: str, wan: WanConfig) -> int:
+    """Blocks of the flow head: those of a known model, else one in six, as Wan 1.3B's."""
+    return HEAD_BLOCKS.get(model, max(1, wan.num_layers // 6))
 
 
 def _tokenizer(found: Sequence[Found]) -> Path | None:

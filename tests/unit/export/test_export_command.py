@@ -63,7 +63,7 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
     [
         (["--model", "wan1.3b"], "give --checkpoint PATH or --random-weights SEED"),
         (["--model", "wan2"], "'wan2' is not one of"),
-        ([], "Missing option '--model'"),
+        ([], "there is no --model and no --checkpoint"),
         (["--model", "tiny", "--parts", "head"], "there is no part 'head': choose among encoder, text_encoder"),
         (["--model", "tiny", "--parts", ","], "no part is named"),
         (["--model", "tiny", "--random-weights", "x"], "'x' is not a valid integer"),

@@ -1,0 +1,121 @@
+"""The sizes of a Wan transformer, read from its tensors; `config.json` beside them tells what tensors cannot, and must
+agree in everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tmd_engines.bundle.strict_json import read_json
+from tmd_engines.errors import quote
+from tmd_ref.wan import WAN_CONFIGS, WanConfig
+
+from ..checkpoints import Checkpoint
+from ..errors import ExportError
+
+_HEAD = 128  # numbers in a head of every Wan that was published
+_PATCH = (1, 2, 2)
+_MAX_CONFIG = 1 << 20
+
+# What config.json calls a size, in the original layout and in that of diffusers.
+_STATED: Mapping[str, Callable[[WanConfig], Any]] = {
+    "dim": lambda c: c.dim,
+    "num_layers": lambda c: c.num_layers,
+    "ffn_dim": lambda c: c.ffn_dim,
+    "freq_dim": lambda c: c.freq_dim,
+    "text_dim": lambda c: c.text_dim,
+    "text_len": lambda c: c.text_len,
+    "in_dim": lambda c: c.in_channels,
+    "in_channels": lambda c: c.in_channels,
+    "out_dim": lambda c: c.out_channels,
+    "out_channels": lambda c: c.out_channels,
+    "num_heads": lambda c: c.num_heads,
+    "num_attention_heads": lambda c: c.num_heads,
+    "attention_head_dim": lambda c: c.head_dim,
+    "patch_size": lambda c: list(c.patch_size),
+}
+
+
+def read_sizes(checkpoint: Checkpoint) -> WanConfig:
+    """The sizes of the transformer in `checkpoint`. Raises ExportError if they cannot be told or contradict."""
+    path, stated = _config(checkpoint)
+    size = checkpoint.size()
+    shapes = {name: checkpoint.shape(name) for name in _TELLING}
+    absent = [name for name, shape in shapes.items() if len(shape) < 2]
+    if not size.dim or not size.blocks or absent:
+        raise ExportError(
+            f"{checkpoint.where} is not a whole transformer: it lacks {quote(absent[0] if absent else 'blocks')}. "
+            "Copy it again."
+        )
+    if size.blocks < 2:
+        raise ExportError(f"{checkpoint.where} has a single block: a backbone and a flow head need one each.")
+    usual = size.dim // _HEAD if size.dim % _HEAD == 0 else None
+    heads = stated.get("num_heads", stated.get("num_attention_heads", usual))
+    if type(heads) is not int or heads < 1 or size.dim % heads:
+        raise ExportError(
+            f"{checkpoint.where} has width {size.dim}, and tensors do not tell the number of attention heads: put the "
+            "config.json of this model beside it, with num_heads."
+        )
+    patch = shapes["patch_embedding.weight"]
+    cells = _PATCH[0] * _PATCH[1] * _PATCH[2]
+    try:
+        return WanConfig(
+            dim=size.dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            num_heads=heads,
+            num_layers=size.blocks,
+            in_channels=patch[1] if len(patch) == 5 else patch[1] // cells,
+            out_channels=shapes["head.head.weight"][0] // cells,
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            text_dim=shapes["text_embedding.0.weight"][1],
+            text_len=_length(path, stated),
+        )
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.where}: {error}") from None
+
+
+_TELLING = (
+    "patch_embedding.weight",
+    "blocks.0.ffn.0.weight",
+    "head.head.weight",
+    "time_embedding.0.weight",
+    "text_embedding.0.weight",
+)
+
+
+def check_config(checkpoint: Checkpoint, wan: WanConfig) -> None:
+    """Raises ExportError if config.json beside `checkpoint` states another size than `wan` has."""
+    path, stated = _config(checkpoint)
+    for name, size in _STATED.items():
+        if name in stated and stated[name] != size(wan):
+            raise ExportError(
+                f"{path} says that {name} is {quote(stated[name])}, and the weights beside it are of a model with "
+                f"{quote(size(wan))}: they do not belong together. Copy both again from one place."
+            )
+
+
+def known_name(wan: WanConfig) -> str:
+    """What a model of these sizes is called: one of `--model`, or a name made of its sizes."""
+    return next((name for name, config in WAN_CONFIGS.items() if config == wan), f"wan-{wan.dim}x{wan.num_layers}")
+
+
+def _length(path: Path, stated: Mapping[str, Any]) -> int:
+    length = stated.get("text_len", WanConfig.text_len)
+    if type(length) is not int or not 1 <= length <= 65536:
+        raise ExportError(f"{path} says that text_len is {quote(length)}: it is a number of tokens. Copy it again.")
+    return length
+
+
+def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
+    """config.json beside the weights, and what it states; empty if there is none."""
+    path = checkpoint.tensors.files[0].parent / "config.json"
+    if not path.is_file():
+        return path, {}
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise ValueError(f"larger than {_MAX_CONFIG >> 20} MiB")
+        document = read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again, or move it away.") from None
+    return path, document if isinstance(document, dict) else {}
