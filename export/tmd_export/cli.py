@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .console import Line, print_table, record, reporter
-from .families import FAMILIES, built_in, models, presets
+from .families import FAMILIES, GRIDS, built_in, models, presets
 from .parts import PARTS, QUANTIZED, ordered, parse_precision
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ Examples:
   tmd-export --model tiny --out my-bundle
   tmd-export --model tiny --checkpoint runs/student --precision fp16 --out my-bundle
   tmd-export --model wan1.3b --random-weights 0 --out wan-noise
-  tmd-export --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
+  tmd-export --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
+  tmd-export --checkpoint Wan2.1-T2V-1.3B-Diffusers --inspect
   tmd-export --model tim-t2i --checkpoint TiM-T2I --text-encoder gemma-3-1b-it \\
       --decoder dc-ae-f32c32-sana-1.1-diffusers --precision bf16,decoder=fp32 --out tim
   tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
@@ -144,7 +145,8 @@ The bundle appears under its name only when it is complete.""",
     metavar="DIR",
     help="For tim-t2i, whose file holds the transformer alone: the folder of its text encoder (gemma-3-1b-it).",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The bundle to write.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle to write.")
+@click.option("--inspect", is_flag=True, help="Say what the checkpoint is and what would be exported; write nothing.")
 @click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")
 @click.option(
     "--precision",
@@ -164,6 +166,12 @@ The bundle appears under its name only when it is complete.""",
     type=click.Choice(tuple(presets())),
     help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
     "students, wan for all others]",
+)
+@click.option(
+    "--grid",
+    type=click.Choice(GRIDS),
+    help="Time grid of a Wan of any number of steps: that of Wan's own code, or that of diffusers, to compare with it; "
+    "the same seed gives another picture.  [default: wan]",
 )
 @click.option(
     "--calibration",
@@ -190,11 +198,13 @@ def command(
     random_weights: int | None,
     decoder: Path | None,
     text_encoder: Path | None,
-    out: Path,
+    out: Path | None,
+    inspect: bool,
     parts: tuple[str, ...] | None,
     precision: str,
     text_encoder_weights: str | None,
     preset: str | None,
+    grid: str | None,
     calibration: Path | None,
     keep_no_layers: bool,
     overwrite: bool,
@@ -212,12 +222,18 @@ def command(
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
         if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
             raise click.UsageError(f"{option} is for --precision int8 or fp8: nothing else needs it.")
+    if out is None and not inspect:
+        raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     start = perf_counter()
     try:
+        if out is None or inspect:
+            _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder), grid, as_json)
+            return
         options = {
             "precision": precision,
             "text_encoder_weights": text_encoder_weights,
             "preset": preset,
+            "grid": grid,
             "calibration": calibration,
             "verify": not no_verify,
             "keep_layers": not keep_no_layers,
@@ -263,6 +279,19 @@ def _export(
                 click.echo(f"tmd-export: {note}", err=True)
         options["calibration"] = _calibration(options["calibration"])
         return export_bundle(source, out, parts, **options, report=line or reporter(quiet))
+
+
+def _inspect(means: tuple[Any, ...], grid: str | None, as_json: bool) -> None:
+    """`means` are the arguments of `open_source`."""
+    from .families.open import open_source
+    from .inspection import inspect, print_inspection
+
+    source = open_source(*means)
+    found = inspect(source, means[4], grid)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(found)
 
 
 def _calibration(path: Path | None) -> Calibration | tuple[str, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle.reader import format_size
 
 from .errors import ExportError
-from .families import FAMILIES, find_preset
+from .families import FAMILIES, sampling_of
 from .families.build import build, sections
 from .graph_export import GraphReport, Tell, export_graph
 from .parts import QUANTIZED, UPDATE, ordered, parse_precision
@@ -56,6 +56,7 @@ def export_bundle(
     precision: str = "fp32",
     text_encoder_weights: str | None = None,
     preset: str | None = None,
+    grid: str | None = None,
     calibration: Calibration | Sequence[str] | None = None,
     verify: bool = True,
     keep_layers: bool = True,
@@ -67,7 +68,8 @@ def export_bundle(
     `precision` is that of the large products, for all graphs or by graph: see `parts.parse_precision`. Inputs and
     outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
     text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `families.presets()`, says
-    how the model is sampled (None: as the source says, or as its family usually is). `calibration` is for int8 and fp8:
+    how the model is sampled (None: as the source says, or as its family usually is), `grid` one of `families.GRIDS`
+    (None: the model's own times). `calibration` is for int8 and fp8:
     one of the same checkpoint, prompts to make one with, or None for built-in prompts; `keep_layers=False` spares the
     measurement of their layers, and quantizes all. `verify=False` skips the
     comparison with the reference, and the manifest then says that nothing was measured. `report` hears of progress.
@@ -87,9 +89,7 @@ def export_bundle(
         raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
     if text_encoder_weights and "text_encoder" in precisions:
         precisions["text_encoder"] = f"{text_encoder_weights}-weights"
-    sampling = find_preset(family, preset)
-    if preset is None and source.sampler is not None:
-        sampling = replace(sampling, sampler=source.sampler)
+    sampling = sampling_of(source, preset, grid)
     foreign = [part for part in chosen if part not in source.parts]
     if foreign:
         raise ExportError(

@@ -149,6 +149,35 @@ def test_a_layout_with_a_preset_gives_the_latents_of_diffusers(layout: list[Path
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_folder_of_diffusers_on_its_grid_gives_the_latents_of_its_pipeline(name: str, tmp_path: Path) -> None:
+    """The pipeline and its scheduler as they are, with their own times, noise and guidance."""
+    settings: dict[str, Any] = made.UNIPC | {"flow_shift": 5.0} if name.startswith("UniPC") else {"shift": 5.0}
+    scheduler = getattr(diffusers, name)(**settings)
+    folder = made.write_diffusers(tmp_path / "Wan2.1-T2V-small")
+    made.write_scheduler(folder, scheduler)
+    done = export([folder], tmp_path / "b", "--no-verify", "--grid", "diffusers")
+    assert done.exit_code == 0, done.output
+    sampler: Any = Bundle.open(tmp_path / "b").manifest.sampler
+    theirs = made.models().theirs
+    pipeline = diffusers.WanPipeline(None, None, theirs["vae"], scheduler, theirs["transformer"])
+    expected = pipeline(
+        prompt_embeds=expected_embeds(PROMPT),
+        negative_prompt_embeds=expected_embeds(sampler.negative_prompt),
+        guidance_scale=sampler.guidance,
+        height=16,
+        width=32,
+        num_frames=5,
+        num_inference_steps=4,
+        max_sequence_length=made.WAN.text_len,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).frames
+    found = latents_of(tmp_path / "b", "--steps", 4)
+    assert 0.1 < expected.std() < 10
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+
+
 def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tmp_path: Path) -> None:
     torch.manual_seed(1)
     student = TMDStudent.from_teacher(made.models().transformer, 1)

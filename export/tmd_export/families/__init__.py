@@ -8,17 +8,33 @@ imported here: the command line reads the names.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from ..errors import ExportError
 from ..presets import Preset
-from .family import ExportFamily, Request
+from .family import GRIDS, ExportFamily, Request
 from .tim import TIM
 from .tmd import TMD
 from .wan import WAN
 
+if TYPE_CHECKING:
+    from ..sources.source import Source
+
 FAMILIES: dict[str, ExportFamily] = {family.name: family for family in (TMD, WAN, TIM)}
 """`model.family` of a manifest -> the family. A new one is added here, or put in by a program of its own."""
 
-__all__ = ["FAMILIES", "ExportFamily", "Request", "built_in", "find_preset", "models", "presets"]
+__all__ = [
+    "FAMILIES",
+    "GRIDS",
+    "ExportFamily",
+    "Request",
+    "built_in",
+    "find_preset",
+    "models",
+    "presets",
+    "sampling_of",
+]
 
 
 def models() -> tuple[str, ...]:
@@ -49,3 +65,13 @@ def find_preset(family: ExportFamily, name: str | None = None) -> Preset:
         f"the preset {name} is for {known[name].about}, and this checkpoint {family.known_by}: choose among "
         f"{', '.join(family.presets)}."
     )
+
+
+def sampling_of(source: Source, preset: str | None = None, grid: str | None = None) -> Preset:
+    """How the model of `source` is sampled: as `preset` says, else as the source says itself, else as its family
+    usually is; on the time grid `grid`, one of `GRIDS` (None: the model's own times). Raises ExportError."""
+    family = FAMILIES[source.family]
+    sampling = find_preset(family, preset)
+    if preset is None and source.sampler is not None:
+        sampling = replace(sampling, sampler=source.sampler)
+    return sampling if grid is None else replace(sampling, sampler=family.on_grid(sampling.sampler, grid))

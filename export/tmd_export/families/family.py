@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ExportError
 from ..presets import Preset
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, np.ndarray]
     Builder = Callable[[Any, Interface], Graph]
+
+
+GRIDS = ("wan", "diffusers")
+"""Whose time grid a model of any number of steps is sampled on."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class ExportFamily(ABC):
     def found_in(self, checkpoints: Sequence[Path]) -> list[str]:
         """The models of this family that `checkpoints` hold by what they alone are called; see `any_size` too."""
         return []
+
+    def on_grid(self, sampler: Mapping[str, Any], grid: str) -> dict[str, Any]:
+        """The manifest's `sampler` on the time grid of another project, one of `GRIDS`. Raises ExportError."""
+        raise ExportError(f"--grid {grid} is for Wan without inner steps, and this checkpoint {self.known_by}.")
 
     def builders(self) -> dict[str, Builder]:
         """Graph -> what makes it from the model of `parts.MODEL_OF`."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
-from ..presets.wan import PRESETS
+from ..presets.wan import PRESETS, on_grid
 from .family import ExportFamily, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..sources.source import Source
     from .family import Builder
 
@@ -74,6 +76,14 @@ class _Wan(Wan21):
     presets = PRESETS
     known_by = "has not a flow head with inner steps"
     fusion = None
+
+    def on_grid(self, sampler: Mapping[str, Any], grid: str) -> dict[str, Any]:
+        if sampler["times"] is not None:
+            raise ExportError(
+                f"--grid {grid} is for a model of any number of steps, and the preset of this one has a list of times: "
+                "leave it out."
+            )
+        return {**sampler, "grid": on_grid(sampler["rule"], grid)}
 
     def samplings(self, sampler: Any) -> list[tuple[int, int]]:
         """Every number of steps that the model is made for; of one for any number its default."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import ExportError
 from . import Preset
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
@@ -110,3 +111,13 @@ def scheduled_sampler(rule: str, shift: float | None) -> dict[str, Any]:
     base = PRESETS["wan"].sampler
     rounding = base["time_rounding"] if rule == base["rule"] else "none"
     return {**base, "rule": rule, "shift": base["shift"] if shift is None else shift, "time_rounding": rounding}
+
+
+def on_grid(rule: str, grid: str) -> str:
+    """The manifest's name of the time grid that the project `grid` has for `rule`. Raises ExportError for none."""
+    if grid == "wan":
+        return grid
+    names = {"unipc": "diffusers-unipc", "euler": "diffusers-euler"}
+    if rule not in names:
+        raise ExportError(f"--grid {grid} is for the rules {', '.join(names)}, and this model steps by {rule}.")
+    return names[rule]

@@ -336,7 +336,7 @@ json answer(const json& question) {
     return {{"ok", hex(cosine)}, {"sine", hex(sine)}};
   }
   if (what == "grid") return {{"ok", shift_grid(question.at("steps"), question.at("shift"), question.at("t_max"))}};
-  if (what == "wan_grid") return {{"ok", wan_grid(question.at("steps"), question.at("shift"))}};
+  if (what == "make_grid") return {{"ok", make_grid(question.at("name"), question.at("steps"), question.at("shift"))}};
   if (what == "told") return {{"ok", told_time(question.at("t"), question.at("rounding"))}};
   if (what == "rule") {  // the coefficients of every step
     const Rule rule = find_rule(question.at("rule"));

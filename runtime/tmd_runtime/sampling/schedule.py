@@ -50,6 +50,41 @@ def wan_grid(steps: int, shift: float) -> NDArray[np.float64]:
     return np.append(shift * t / ((shift - 1) * t + 1), 0.0)
 
 
+def unipc_grid(steps: int, shift: float) -> NDArray[np.float64]:
+    """The grid of diffusers' UniPCMultistepScheduler with flow sigmas, noise to data, which ends in 0.
+
+    `steps` equispaced times from 1 towards 0.001, that left out, warped as above and rounded to float32; the first is
+    1 - 1e-6, where the solver's logarithm is finite (diffusers 0.42, scheduling_unipc_multistep.py, `set_timesteps`).
+
+    Returns float64 `[steps + 1]`, descending, dimensionless. Raises ValueError if steps < 1 or shift < 1.
+    """
+    return _warped_grid(steps, shift, (0.001 - 1.0) / max(steps, 1), first=1.0 - 1e-6)
+
+
+def euler_grid(steps: int, shift: float) -> NDArray[np.float64]:
+    """The grid of diffusers' FlowMatchEulerDiscreteScheduler, noise to data, which ends in 0.
+
+    `steps` equispaced times from 1 to the warped 0.001, both counted, warped again and rounded to float32 (diffusers
+    0.42, scheduling_flow_match_euler_discrete.py, `set_timesteps`: the end of its table is warped when it is made).
+
+    Returns float64 `[steps + 1]`, descending, dimensionless. Raises ValueError if steps < 1 or shift < 1.
+    """
+    last = shift * 0.001 / ((shift - 1) * 0.001 + 1)
+    return _warped_grid(steps, shift, (last - 1.0) / max(steps - 1, 1), first=1.0)
+
+
+def _warped_grid(steps: int, shift: float, step: float, first: float) -> NDArray[np.float64]:
+    """`steps` times from 1 in distances of `step`, warped; the first one is `first`, and 0 follows."""
+    if steps < 1 or shift < 1:
+        raise ValueError(f"a time grid needs at least one step and a shift of at least 1, not {steps} and {shift}")
+    warped = [shift * t / ((shift - 1) * t + 1) for t in (1.0 + k * step for k in range(1, steps))]
+    return np.array([first, *warped, 0.0], np.float32).astype(np.float64)
+
+
+GRIDS = {"wan": wan_grid, "diffusers-unipc": unipc_grid, "diffusers-euler": euler_grid}
+"""`sampler.grid` of a manifest -> (steps, shift) -> times, noise to data."""
+
+
 def told_time(t: float, rounding: str) -> float:
     """The time that the network is told at time t: 1000·t as it is ("none"), cut off to an integer ("integer"), rounded
     to one ("nearest") or to bfloat16 ("bfloat16", nearest, ties to even), divided by 1000 again. Dimensionless."""

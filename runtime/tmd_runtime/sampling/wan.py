@@ -17,7 +17,7 @@ from ..settings import MAX_STEPS, Settings
 from .backbone import BoundBackbone
 from .calls import Call, Calls, Draws, Launches
 from .family import Denoised, LatentShape, RuntimeFamily, check_guidance, choose, common_settings, refuse_jumps
-from .schedule import told_time, wan_grid
+from .schedule import GRIDS, told_time
 from .update import Updater
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class _Wan(RuntimeFamily):
     name = "wan"
 
     def settings(self, manifest: Manifest, wishes: Wishes) -> WanSettings:
-        """A model has its own list of times, or Wan's grid for any number of steps. Raises UsageFailure."""
+        """A model has its own list of times, or a grid for any number of steps. Raises UsageFailure."""
         refuse_jumps(wishes)
         sampler: Any = manifest.sampler
         if wishes.inner_steps not in (None, 1):
@@ -87,7 +87,7 @@ def _times(sampler: Any, steps: int, shift: float | None) -> tuple[float, ...]:
         raise UsageFailure(f"a shift of {shift:g} is out of range: choose 1 to 1000 (default {sampler.shift:g}).")
     if sampler.times is not None:
         return (*sampler.times[:steps], 0.0)
-    return tuple(map(float, wan_grid(steps, sampler.shift if shift is None else shift)))
+    return tuple(map(float, GRIDS[sampler.grid](steps, sampler.shift if shift is None else shift)))
 
 
 def _guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]]:

@@ -19,7 +19,7 @@ from tmd_engines.bundle.manifest import parse_manifest
 from tmd_runtime.built_in import BUILT_IN, BUNDLES
 from tmd_runtime.errors import RuntimeFailure, UsageFailure
 from tmd_runtime.sampling import resolve_settings
-from tmd_runtime.sampling.schedule import rope_tables, shift_grid, told_time, wan_grid
+from tmd_runtime.sampling.schedule import GRIDS, rope_tables, shift_grid, told_time, wan_grid
 from tmd_runtime.text.embedding import TokenEmbedding
 
 
@@ -46,7 +46,8 @@ def test_rope_refuses_the_same_grids() -> None:
 def test_time_grids() -> None:
     for steps in (1, 2, 3, 4, 7, 50, 1000):
         for shift in (1.0, 3.0, 5.0, 12.5):
-            assert twin().ask("wan_grid", steps=steps, shift=shift)["ok"] == wan_grid(steps, shift).tolist()
+            for name, grid in GRIDS.items():
+                assert twin().ask("make_grid", name=name, steps=steps, shift=shift)["ok"] == grid(steps, shift).tolist()
             answer = twin().ask("grid", steps=steps, shift=shift, t_max=0.999)
             try:
                 expected = shift_grid(steps, shift).tolist()

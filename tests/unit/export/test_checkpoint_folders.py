@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal, saved, small
 from tmd_export import FolderSource, open_source
+from tmd_export.cli import command
 from tmd_export.parts import MODEL_OF, VIDEO_PARTS
 from tmd_export.sources.source import built_in_folder
 from tmd_export.sources.wan import WanSource
@@ -344,3 +346,28 @@ def test_parts_alone_do_not_tell_a_model(official: Path) -> None:
 def test_folders_of_our_own_need_no_name() -> None:
     assert open_source(None, built_in_folder() / "student.safetensors").model == "tiny"
     assert open_source(None, built_in_folder() / "tim.safetensors").model == "tim-tiny"
+
+
+# What --inspect tells
+
+
+def test_inspect_tells_model_parts_and_sampling_and_writes_nothing(diffusers: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["--checkpoint", str(diffusers), "--inspect", "--json"])
+    assert done.exit_code == 1, "a text encoder of small width does not fit UMT5-XXL"
+    for name in ("text_encoder", "vae", "tokenizer"):
+        shutil.rmtree(diffusers / name)
+    (diffusers / "model_index.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(command, ["--checkpoint", str(diffusers), "--inspect", "--json"])
+    found = json.loads(done.stdout)
+    assert (found["model"], found["family"], found["num_heads"]) == ("wan-48x3", "wan", made.WAN.num_heads)
+    assert found["parts"] == ["backbone", "flow_head"] and "decoder_first" in found["absent"]
+    assert found["sampler"].startswith("unipc: 50 steps (of any number), shift 3") and len(found["notes"]) == 1
+    shown = CliRunner().invoke(command, ["--checkpoint", str(diffusers), "--inspect", "--preset", "rcm"])
+    assert "renoise" in shown.output and "wan-48x3" in shown.output and "note:" not in shown.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_out_and_inspect_nothing_is_done() -> None:
+    done = CliRunner().invoke(command, ["--model", "tiny"])
+    assert done.exit_code == 2 and "--out" in done.output and "--inspect" in done.output

@@ -15,7 +15,7 @@ from tmd_engines import Bundle, load
 from tmd_engines.bundle.families.rules import RULES, Coefficients
 from tmd_ref.samplers import wan_sigmas, wan_time
 from tmd_runtime import NoiseStream
-from tmd_runtime.sampling.schedule import told_time, wan_grid
+from tmd_runtime.sampling.schedule import euler_grid, told_time, unipc_grid, wan_grid
 from tmd_runtime.sampling.update import Updater
 
 SHAPE = (1, 16, 3, 4, 6)
@@ -159,6 +159,21 @@ def test_wan_grid_and_whole_thousandths_equal_the_reference(steps: int, shift: f
     assert [told_time(t, "integer") for t in grid] == [wan_time(t) for t in grid]
     with pytest.raises(ValueError, match="at least"):
         wan_grid(0, shift)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+def test_grids_of_diffusers_are_what_its_schedulers_set(steps: int, shift: float) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    for scheduler, grid, rounding in (
+        (diffusers.UniPCMultistepScheduler(**flow), unipc_grid(steps, shift), "integer"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), euler_grid(steps, shift), "none"),
+    ):
+        scheduler.set_timesteps(steps)
+        np.testing.assert_allclose(grid, scheduler.sigmas.numpy(), rtol=3e-6, atol=0)
+        told = [1000 * told_time(t, rounding) for t in grid[:-1]]
+        np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=3e-6, atol=0)
 
 
 def test_wan_grid_of_the_official_code() -> None:

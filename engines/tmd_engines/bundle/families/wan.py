@@ -29,15 +29,17 @@ class WanModel(ModelInfo):
 class WanSampler(SamplerInfo):
     """How to sample a model whose output is the velocity at the time it was asked for.
 
-    `times` (noise to data, 0 left out): n steps go through the first n of them, then to 0; null: Wan's own grid of n
-    times, warped by `shift`. `allowed_steps` null: any number. `time_rounding` is what the network is told of 1000·t;
-    the update itself uses t as it is. `init_scale` multiplies the first noise. `guidance` 1 means one pass per step,
-    anything else a second one with `negative_prompt` (null: the empty prompt).
+    `times` (noise to data, 0 left out): n steps go through the first n of them, then to 0; null: n times of `grid`,
+    warped by `shift`; `grid` is Wan's own or that of a scheduler of diffusers. `allowed_steps` null: any number.
+    `time_rounding` is what the network is told of 1000·t; the update itself uses t as it is. `init_scale` multiplies
+    the first noise. `guidance` 1 means one pass per step, anything else a second one with `negative_prompt` (null: the
+    empty prompt).
     """
 
     rule: Annotated[str, AfterValidator(_known_rule)]
     allowed_steps: Annotated[tuple[StepCount, ...], Field(min_length=1, max_length=1000)] | None = None
     shift: Shift
+    grid: Literal["wan", "diffusers-unipc", "diffusers-euler"] = "wan"
     times: Annotated[tuple[TimeLevel, ...], Field(min_length=1, max_length=1000)] | None = None
     time_rounding: Literal["none", "integer", "nearest", "bfloat16"]
     init_scale: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
@@ -74,6 +76,8 @@ class _Wan(Family):
 
     def describe(self, sampler: WanSampler) -> str:
         grid = f"times {'/'.join(f'{t:g}' for t in sampler.times)}" if sampler.times else f"shift {sampler.shift:g}"
+        if sampler.grid != "wan":
+            grid += f" on the grid {sampler.grid}"
         allowed = listed(sampler.allowed_steps)
         return f"{sampler.rule}: {sampler.steps} steps (of {allowed}), {grid}, guidance {sampler.guidance:g}"
 

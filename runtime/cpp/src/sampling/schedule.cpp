@@ -37,6 +37,31 @@ std::vector<double> wan_grid(std::int64_t steps, double shift) {
   return grid;
 }
 
+namespace {
+
+// As sampling/schedule.py: diffusers keeps its times in float32.
+std::vector<double> warped_grid(std::int64_t steps, double shift, double step, double first) {
+  std::vector<double> grid = {static_cast<double>(static_cast<float>(first))};
+  for (std::int64_t k = 1; k < steps; ++k) {
+    const double t = 1.0 + static_cast<double>(k) * step;
+    grid.push_back(static_cast<double>(static_cast<float>(shift * t / ((shift - 1) * t + 1))));
+  }
+  grid.push_back(0.0);
+  return grid;
+}
+
+}  // namespace
+
+std::vector<double> make_grid(const std::string& name, std::int64_t steps, double shift) {
+  if (name == "diffusers-unipc")
+    return warped_grid(steps, shift, (0.001 - 1.0) / static_cast<double>(steps), 1.0 - 1e-6);
+  if (name == "diffusers-euler") {
+    const double last = shift * 0.001 / ((shift - 1) * 0.001 + 1);
+    return warped_grid(steps, shift, (last - 1.0) / static_cast<double>(std::max<std::int64_t>(steps - 1, 1)), 1.0);
+  }
+  return wan_grid(steps, shift);
+}
+
 double told_time(double t, const std::string& rounding) {
   if (rounding == "integer") return std::floor(1000 * t) / 1000;
   if (rounding == "nearest") return std::floor(1000 * t + 0.5) / 1000;

@@ -13,6 +13,9 @@ inline constexpr std::int64_t kRopePositions = 1024;  // per axis; no model has 
 // Throws Error(RUN) if so many steps do not fit below t_max.
 std::vector<double> shift_grid(std::int64_t steps, double shift, double t_max);
 
+// The grids of a velocity model by their names in a manifest, noise to data: `steps` times, then 0.
+std::vector<double> make_grid(const std::string& name, std::int64_t steps, double shift);
+
 // Wan2.1's own grid, noise to data: `steps` equispaced times from 0.999, warped as above, then 0.
 std::vector<double> wan_grid(std::int64_t steps, double shift);
 

@@ -16,7 +16,8 @@ namespace {
 // How to sample a model whose output is the velocity at the time it was asked for.
 struct WanSampler : SamplerInfo {
   double shift = 1.0;
-  std::vector<double> times;  // noise to data, 0 left out; empty: Wan's own grid
+  std::vector<double> times;  // noise to data, 0 left out; empty: those of `grid`
+  std::string grid = "wan";
   std::string time_rounding = "none";
   double init_scale = 1.0, guidance = 1.0;
   std::optional<std::string> negative_prompt;
@@ -160,6 +161,8 @@ class Wan : public RuntimeFamily {
     sampler->steps = read_steps(steps);
     if (!allowed.is_null()) sampler->allowed_steps = read_allowed_steps(allowed, 1000, steps, sampler->steps);
     sampler->shift = object.need("shift").number(1, 1000);
+    if (const Field grid = object.maybe("grid"); grid.present())
+      sampler->grid = grid.one_of({"wan", "diffusers-unipc", "diffusers-euler"});
     sampler->time_rounding = object.need("time_rounding").one_of({"none", "integer", "nearest", "bfloat16"});
     if (const Field scale = object.maybe("init_scale"); scale.present())
       sampler->init_scale = scale.number(0, 1000, false);
@@ -176,7 +179,7 @@ class Wan : public RuntimeFamily {
     return sampler;
   }
 
-  // A model has its own list of times, or Wan's grid for any number of steps.
+  // A model has its own list of times, or a grid for any number of steps.
   void resolve(const Manifest& manifest, const tmd_run_options& options, Settings& settings) const override {
     refuse_jumps(options);
     const auto& sampler = static_cast<const WanSampler&>(*manifest.sampler);
@@ -190,7 +193,7 @@ class Wan : public RuntimeFamily {
       refuse_usage("this shift is out of range: choose 1 to 1000.");
     resolve_guidance(options, sampler.guidance, sampler.negative_prompt, settings);
     if (sampler.times.empty()) {
-      settings.times = wan_grid(settings.steps, options.shift >= 0 ? options.shift : sampler.shift);
+      settings.times = make_grid(sampler.grid, settings.steps, options.shift >= 0 ? options.shift : sampler.shift);
     } else {
       settings.times.assign(sampler.times.begin(), sampler.times.begin() + settings.steps);
       settings.times.push_back(0.0);

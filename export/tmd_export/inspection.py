@@ -1,0 +1,53 @@
+"""What a checkpoint is and what an export of it would hold, without making one: files' headers are read, no weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from tmd_engines.bundle.families import FAMILIES as ENGINE_FAMILIES
+
+from .families import FAMILIES, sampling_of
+from .families.build import sections
+from .sources.source import Source
+
+
+def inspect(source: Source, preset: str | None, grid: str | None) -> dict[str, Any]:
+    """What `tmd-export` would make of `source`. Raises ExportError if the parts that there are do not fit together."""
+    source.check(source.default_parts)
+    sampling = sampling_of(source, preset, grid)
+    family, model = ENGINE_FAMILIES[source.family], sections(source).model
+    sampler = family.sampler.model_validate_json(json.dumps(dict(sampling.sampler)))
+    said = source.sampler_note if preset is None else None
+    return {
+        "source": source.origin,
+        "model": source.model,
+        "family": source.family,
+        "architecture": model.architecture,
+        "dim": model.dim,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "parts": list(source.default_parts),
+        "absent": [part for part in source.parts if part not in source.default_parts],
+        "sampler": family.describe(sampler),
+        "notes": [*source.notes, *([said] if said else [])],
+    }
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    sizes = f"width {found['dim']}, {found['num_layers']} blocks, {found['num_heads']} heads"
+    rows = [
+        ("checkpoint", found["source"]),
+        ("model", f"{found['model']}: {found['architecture']}, {sizes}"),
+        ("family", f"{found['family']}: this checkpoint {FAMILIES[found['family']].known_by}"),
+        ("exported", ", ".join(found["parts"])),
+        ("sampled", found["sampler"]),
+    ]
+    if found["absent"]:
+        rows.insert(4, ("no weights", ", ".join(found["absent"])))
+    for title, text in rows:
+        click.echo(f"{title:<12}{text}")
+    for note in found["notes"]:
+        click.echo(f"note: {note}")
