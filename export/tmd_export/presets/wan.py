@@ -91,6 +91,12 @@ PRESETS: Mapping[str, Preset] = {
         _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
         VIDEO_480P,
     ),
+    # hao-ai-lab/FastVideo, mlx_runtime/fastwan.py (FastMetal's 1.3B and 14B): the same list, table and shift.
+    "fastmetal": Preset(
+        "FastMetal, 3 steps, 77 frames",
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        {**VIDEO_480P, "frames": 77, "height": 448},
+    ),
     # tianweiy/CausVid, bidirectional_inference.py and configs/wan_bidirectional_dmd.yaml: the same list and table.
     "causvid": Preset(
         "CausVid, the bidirectional checkpoints, 3 steps",

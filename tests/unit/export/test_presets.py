@@ -34,8 +34,8 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     manifest = manifest_of(name)
     settings = resolve_settings(manifest, seed=0)
     assert not settings.warnings and settings.rule == PRESETS[name].sampler["rule"]
-    of_stills = (1024, 1024, 1) if name == "tim" else (832, 480, 16)
-    assert (settings.width, settings.height, settings.fps) == of_stills
+    sizes = {"tim": (1024, 1024, 1), "fastmetal": (832, 448, 16)}
+    assert (settings.width, settings.height, settings.fps) == sizes.get(name, (832, 480, 16))
     assert settings.passes == (2 if name in ("wan", "tim") else 1)
     assert find_preset(FAMILY_OF[name], name) is PRESETS[name]
 
@@ -47,6 +47,7 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
         ("rcm", "renoise", [988, 932, 852, 608], 0.987654, 77),
         ("lightx2v", "euler", [1000, 937.5, 833.333, 625], 1, 81),
         ("fastwan-qad", "renoise", [1000, 757, 522], 1, 81),
+        ("fastmetal", "renoise", [1000, 757, 522], 1, 77),
         ("causvid", "renoise", [1000, 757, 522], 1, 81),
         ("accvideo", "unipc", [999, 978, 952, 920, 882, 833, 768, 681, 555, 356], 1, 81),
     ],
@@ -68,7 +69,7 @@ def test_rcm_times_in_closed_form() -> None:
         assert resolve_settings(manifest_of("rcm"), seed=0, steps=steps).times == (*times[:steps], 0.0)
 
 
-@pytest.mark.parametrize("name", ["fastwan-qad", "causvid"])
+@pytest.mark.parametrize("name", ["fastwan-qad", "fastmetal", "causvid"])
 def test_steps_of_whole_numbers_go_through_the_times_that_their_table_has(name: str) -> None:
     """Both projects look for the nearest entry; diffusers' scheduler makes the same table."""
     diffusers = pytest.importorskip("diffusers")
