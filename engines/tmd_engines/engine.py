@@ -58,7 +58,7 @@ class Engine(ABC):
     needs and the command that installs it.
     """
 
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "fp8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8", "fp8", "nvfp4")
     storages: ClassVar[tuple[str | None, ...]] = (None, "fp32", "fp16", "int8")
     package: ClassVar[str]
     install: ClassVar[str]

@@ -23,10 +23,10 @@ MODEL_OF = {
 }
 """Part -> the model that it is cut from."""
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "nvfp4")
 """What the large products of a graph can be computed in."""
 
-QUANTIZED = ("int8", "fp8")
+QUANTIZED = ("int8", "fp8", "nvfp4")
 """Precisions that need a calibration; `backbone` and `flow_head` can have them."""
 
 
@@ -44,8 +44,9 @@ def parse_precision(text: str) -> dict[str, str]:
     """Part -> precision for every part of `PARTS`, from "bf16" or "bf16,decoder=fp16,text_encoder=fp32".
 
     A precision alone is for all parts that are not named; "decoder" names both decoders. Without one, those parts stay
-    fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. "int8" and "fp8" alone
-    give bf16 to what they are not for. The encoder, which runs once, is fp32 unless it is named. Raises ValueError.
+    fp32. Residual sums of UMT5 leave float16's range: "fp16" alone gives the text encoder bf16. "int8", "fp8" and
+    "nvfp4" alone give bf16 to what they are not for. The encoder, which runs once, is fp32 unless it is named. Raises
+    ValueError.
     """
     default, named = "fp32", dict[str, str]()
     for item in filter(None, (item.strip() for item in text.split(","))):

@@ -89,3 +89,22 @@ def quantized_model(zero: int = 0, dims: tuple[int, ...] = (), raw: bool = False
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
     graph = helper.make_graph(nodes, "g", [x], [y], [scale, zero_point])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def _float4(*inputs: str, **attributes: int) -> onnx.ModelProto:
+    """x quantized to float4 with given scales."""
+    given = {"axis": -1, "block_size": 16, **attributes}
+    kept = {name: value for name, value in given.items() if value is not None}
+    node = helper.make_node("QuantizeLinear", ["x", "s", *inputs], ["q"], name="it", output_dtype=23, **kept)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "s")]
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("q", TensorProto.FLOAT4E2M1, None)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+BROKEN_FLOAT4 = {
+    "another axis": _float4(axis=1),
+    "no axis": _float4(axis=None),  # type: ignore[arg-type]
+    "blocks of 32": _float4(block_size=32),
+    "no blocks": _float4(block_size=0),
+    "a zero point": _float4("z"),
+}

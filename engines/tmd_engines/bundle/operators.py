@@ -45,6 +45,7 @@ OPERATORS: dict[str, frozenset[str]] = {
         "RMSNormalization": "axis epsilon stash_type",
         "Range": "",
         "Reciprocal": "",
+        "ReduceMax": "keepdims noop_with_empty_axes",
         "ReduceMean": "keepdims noop_with_empty_axes",
         "ReduceSum": "keepdims noop_with_empty_axes",
         "Relu": "",
@@ -68,9 +69,9 @@ OPERATORS: dict[str, frozenset[str]] = {
 }
 """Operator -> attributes that it may have."""
 
-TENSOR_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2, 17: 1}
-"""TensorProto's number of a type of weights -> bytes of a value: float32, uint8, int8, int32, int64, bool, float16,
-bfloat16, float8 (E4M3FN)."""
+TENSOR_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 16: 16, 17: 8, 23: 4}
+"""TensorProto's number of a type of weights -> bits of a value: float32, uint8, int8, int32, int64, bool, float16,
+bfloat16, float8 (E4M3FN), float4 (E2M1, two values in a byte)."""
 
 _TYPES = {1: "f", 2: "i", 3: "s", 7: "ints"}  # AttributeProto's types that such attributes have, and their field
 _TENSOR_FIELDS = {"dims", "data_type", "name", "raw_data", "external_data", "data_location"}
@@ -106,8 +107,8 @@ def _is_plain(attribute: onnx.AttributeProto) -> bool:
 
 
 def _weight_problem(tensor: onnx.TensorProto) -> str | None:
-    itemsize = TENSOR_BYTES.get(tensor.data_type)
-    if itemsize is None:
+    bits = TENSOR_BITS.get(tensor.data_type)
+    if bits is None:
         return f"has the type {tensor.data_type}, which no graph of a bundle has"
     if any(size < 0 for size in tensor.dims) or len(tensor.dims) > 8:
         return "has an impossible shape"
@@ -117,6 +118,9 @@ def _weight_problem(tensor: onnx.TensorProto) -> str | None:
         return "keeps values in other forms than bytes"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     have = int(entries.get("length", "0")) if entries else len(tensor.raw_data)
-    if have != prod(tensor.dims) * itemsize:
-        return f"has {have} bytes, and its shape and type take {prod(tensor.dims) * itemsize}"
+    need, rest = divmod(prod(tensor.dims) * bits, 8)
+    if rest:
+        return "ends in half a byte"
+    if have != need:
+        return f"has {have} bytes, and its shape and type take {need}"
     return None

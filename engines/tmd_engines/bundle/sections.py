@@ -135,7 +135,7 @@ class GraphInfo(Part):
     file: FileName
     data: FileName | None = None
     opset: Annotated[int, Field(ge=1, le=1000)]
-    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "nvfp4"]
     storage: Literal["fp32", "fp16", "int8"] | None = None
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=MAX_TENSORS)]

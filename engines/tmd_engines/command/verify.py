@@ -19,7 +19,7 @@ from ..errors import EngineError, one_line
 from ..registry import ENGINES, check_engine, choose, engine_class, load
 
 MAX_ERROR_FP32 = 1e-4  # in units of the output's RMS where that is above 1, otherwise absolute
-MIN_COSINE = {"fp16": 0.9999, "bf16": 0.9999, "int8": 0.99, "fp8": 0.99}
+MIN_COSINE = {"fp16": 0.9999, "bf16": 0.9999, "int8": 0.99, "fp8": 0.99, "nvfp4": 0.99}
 MAX_LEVELS = 1  # of 255: frames that were rounded from values next to a half
 
 _LATENT_CELLS = {"frames": 3, "height": 4, "width": 6}  # in patches: small, and no two alike

@@ -18,8 +18,10 @@ from ..device.paths import utf8_name
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import EngineError, one_line
+from .float4 import float4_to_float8
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
 
+_LITERAL = ("fp8", "nvfp4")  # computed in float32 on rounded values
 _FOR_GPU = "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
@@ -27,8 +29,8 @@ class OnnxRuntimeEngine(Engine):
     """One ONNX Runtime session. Buffers are C-contiguous numpy arrays; nothing is copied in or out.
 
     Graphs in 16 bits run in float32 on their weights, which take twice the memory of their file then. So do those in
-    fp8, on values that are rounded as the graph says: to see what a GPU computes, not to be fast. int8 products are
-    int8 here too.
+    fp8 and nvfp4, on values that are rounded as the graph says: to see what a GPU computes, not to be fast. int8
+    products are int8 here too.
     """
 
     shares = True
@@ -134,9 +136,10 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     """The lowered graph as a session. Its weights stay in the bundle's data file, which ONNX Runtime maps."""
     path = bundle.graph_path(graph)
     model = parse_graph(bundle.read_graph(graph), str(path))
+    float4_to_float8(model, str(path))
     low_precision_to_float32(model, rounding=as_stored, where=str(path))
     attention_to_multi_head_attention(model)
-    literal = as_stored or bundle.graph_info(graph).precision == "fp8"
+    literal = as_stored or bundle.graph_info(graph).precision in _LITERAL
     if not literal and fast_unsigned_products():
         signed_to_unsigned_activations(model)
 

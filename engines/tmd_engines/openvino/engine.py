@@ -71,6 +71,7 @@ class OpenVinoEngine(Engine):
     kept, and those of older sizes as long as a step uses them.
     """
 
+    precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     shares = True
     package, install = "openvino", "pip install openvino"
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .run import LoadedPlan, Plan
 
 _STREAM_ABOVE = 0.8  # of the device's memory: weights that take more stay on the host and are streamed
+_SINCE = {"fp8": (8, 9), "nvfp4": (10, 0)}  # precision -> the first capability that TensorRT computes it on
 _SERVER_CARDS = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
@@ -121,8 +122,8 @@ class TensorRtEngine(DeviceEngine):
         return bundle.manifest.graphs
 
     def _refusal(self, info: GraphInfo) -> str | None:
-        if info.precision == "fp8" and self._device.capability < (8, 9):
-            return refusal_on("fp8", self._device.capability)
+        if self._device.capability < _SINCE.get(info.precision, (0, 0)):
+            return refusal_on(info.precision, self._device.capability)
         return None
 
     def compile_range(

@@ -11,6 +11,7 @@ from ..bundle.reader import Bundle, format_size
 from ..device.plan_cache import PlanCache, cache_folder, map_file
 from ..errors import EngineError
 from . import library as libraries
+from .float4 import check_version, use_dynamic_quantize
 from .fusion import mark_decomposable
 from .lint import check_graph
 from .lowering import lower
@@ -45,11 +46,13 @@ def lowered_graph(model: onnx.ModelProto, shapes: Shapes, version: tuple[int, in
 
     `shapes` are the largest that it will run with.
     """
+    check_version(model, version, where)
     lowered: onnx.ModelProto = type(model)()
     lowered.CopyFrom(model)
     lower(lowered, version, shapes)
     check_graph(lowered, shapes, version, where)
     mark_decomposable(lowered, shapes)
+    use_dynamic_quantize(lowered, where)
     return lowered
 
 

@@ -11,7 +11,8 @@ from ..errors import EngineError, quote
 EVERY_RTX_CARD: tuple[str, ...] = ()
 KNOWN = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _BY_DEFAULT = ("8.0", "8.6", "8.9", "12.0")  # and later ones
-_SINCE = {"bf16": (8, 0), "fp8": (8, 9), "fp4": (12, 0)}
+_SINCE = {"bf16": (8, 0), "fp8": (8, 9), "nvfp4": (12, 0)}
+_INSTEAD = {"fp8": "fp16 or bf16", "nvfp4": "fp8 (from 8.9 on) or bf16"}  # what older cards compute
 _TURING = (7, 5)
 
 
@@ -46,7 +47,7 @@ def refusal(precision: str, targets: tuple[str, ...]) -> str | None:
     if oldest == _TURING:
         reason = (
             "it has no bfloat16 and no fp8: a bundle for it would have to be in fp16"
-            if precision in ("bf16", "fp8")
+            if precision in _SINCE
             else "it has no products and 3-D convolutions in float32, and graphs exported in fp16 keep a few of them"
         )
         return (
@@ -58,7 +59,8 @@ def refusal(precision: str, targets: tuple[str, ...]) -> str | None:
         able = [each for each in KNOWN if _numbers(each) >= since]
         return (
             f"it is {precision}, which GPUs compute from compute capability {since[0]}.{since[1]} on: build with "
-            f"--for {','.join(each for each in able if not each.endswith('.1'))}, or use a bundle in fp16 or bf16"
+            f"--for {','.join(each for each in able if not each.endswith('.1'))}, or export one with --precision "
+            f"{_INSTEAD.get(precision, 'fp16')}"
         )
     return None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmd_engines import TensorSpec
+from tmd_engines.bundle.float4 import BLOCK, BLOCK_SCALES, FLOAT4, find_blocks, makes_float4
 from tmd_engines.bundle.operators import OPERATORS
 
 from ..errors import ExportError
@@ -87,8 +88,9 @@ def quantization(model: onnx.ModelProto, *_: object) -> Problems:
     weights = {weight.name: weight for weight in model.graph.initializer}
     users = {name: node for node in model.graph.node for name in node.input}
     products = {weight.data_type for weight in weights.values() if weight.name.endswith(".scale")}
+    of_blocks = set(_of_blocks(model))
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.output[0] in of_blocks:
             continue
         if any(name not in weights for name in node.input[1:]):
             yield f"node {node.name} has a scale or zero point that is computed"
@@ -105,6 +107,38 @@ def quantization(model: onnx.ModelProto, *_: object) -> Problems:
             yield f"the weight of node {node.name} goes into {users[node.output[0]].op_type}, not into a product"
         elif len(scale.dims) == 1 and scale.dims[0] != weight.dims[1]:
             yield f"node {node.name} has {scale.dims[0]} scales for {weight.dims[1]} channels"
+
+
+def float4(model: onnx.ModelProto, *_: object) -> Problems:
+    """Float4 in the form that the engines recognise (see `tmd_engines.bundle.float4`), and nowhere else."""
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    users = {name: node for node in model.graph.node for name in node.input}
+    known = {blocks.values.output[0] for blocks in find_blocks(model)}
+    for node in model.graph.node:
+        if makes_float4(node) and node.output[0] not in known:
+            yield f"node {node.name} quantizes to float4 in another form than blocks with scales found while running"
+    for weight in weights.values():
+        if weight.data_type != FLOAT4:
+            continue
+        node = users[weight.name]
+        numbers = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type != "DequantizeLinear" or numbers != {"axis": 0, "block_size": BLOCK}:
+            yield f"the weight {weight.name} is not dequantized in blocks of {BLOCK} along its first axis"
+        elif users[node.output[0]].op_type != "MatMul":
+            yield f"the weight of node {node.name} goes into {users[node.output[0]].op_type}, not into a product"
+
+
+def _of_blocks(model: onnx.ModelProto) -> Iterator[str]:
+    """The outputs of nodes that have scales of blocks or make them, which have rules of their own."""
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    found = {name for blocks in find_blocks(model) for name in (blocks.scales.output[0], blocks.values.output[0])}
+    yield from found
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            source = weights.get(node.input[0])
+            is_part = source is not None and (source.data_type == FLOAT4 or source.name.endswith(BLOCK_SCALES))
+            if is_part or node.input[0] in found:
+                yield node.output[0]
 
 
 def one_data_file(model: onnx.ModelProto, name: str, *_: object) -> Problems:
@@ -151,6 +185,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     allowed_operators,
     canonical_attention,
     quantization,
+    float4,
     one_data_file,
     interface,
     no_notes,

@@ -34,6 +34,12 @@ class Layer:
         return self.node.op_type == "Attention"
 
     @property
+    def rows(self) -> int:
+        """Rows of its weight, which are the columns of its activation; 0 of an attention."""
+        weight = None if self.is_attention else self.node.inputs[1]
+        return 0 if weight is None or weight.shape is None else int(weight.shape[0])  # type: ignore[arg-type]
+
+    @property
     def operands(self) -> dict[str, ir.Value]:
         """Name of a range -> the activation that has it."""
         if not self.is_attention:

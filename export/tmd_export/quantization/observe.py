@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tmd_engines import Bundle, Engine, EngineError, Step
 from tmd_engines.device.buffers import check_buffers, empty_array
+from tmd_engines.onnxruntime.float4 import float4_to_float8
 from tmd_engines.onnxruntime.lowering import attention_to_multi_head_attention
 
+from .format import Format
 from .formats import FORMATS
 from .layers import find
-from .qdq import add, constant, rewrite
+from .nodes import add
+from .qdq import rewrite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Arrays = dict[str, np.ndarray]
-_LEAST_SCALE = 1e-12  # of a weight whose column is zero
 
 
 class Observed(Engine):
@@ -86,16 +89,23 @@ class Observed(Engine):
 
 
 class Switched:
-    """A graph of which every layer in `layers` can be computed as it is or as it would be in `precision`."""
+    """A graph of which every layer in `layers` can be computed as it is or as it would be in `precision`.
+
+    Where a precision has another format for the layers that are kept, these are computed in that one.
+    """
 
     def __init__(self, path: Path, precision: str, ranges: Mapping[str, float], products: str) -> None:
         import onnx_ir as ir
 
-        model = ir.load(path)
+        model, asked = ir.load(path), FORMATS[precision]
         self._outputs = [value.name or "" for value in model.graph.outputs]
-        found = find(model, products, FORMATS[precision].attention)
-        self.layers = [layer.name for layer in found]
-        rewrite(model.graph, found, ranges, _Switches(model.graph, self.layers, precision))
+        found = [
+            (layer, asked.of(layer), asked.of(layer, kept=True)) for layer in find(model, products, asked.attention)
+        ]
+        kept = {layer.name: other for layer, format, other in found if format != other}
+        self.layers = list(kept)
+        chosen = [(layer, format) for layer, format, _ in found if format]
+        rewrite(model.graph, chosen, ranges, _Switches(model.graph, kept))
         self._session = _session(model, path.parent)
 
     def __call__(self, inputs: Mapping[str, np.ndarray], layers: Collection[str]) -> Arrays:
@@ -105,38 +115,48 @@ class Switched:
 
 
 class _Switches:
-    """Rounds in float32, and only where the layer's switch, an input of the graph, is on."""
+    """Rounds in float32, and only where the layer's switch, an input of the graph, is on.
 
-    def __init__(self, graph: ir.Graph, layers: list[str], precision: str) -> None:
+    `kept`: layer -> its format while its switch is off; None: it is not rounded. Other layers are rounded always.
+    """
+
+    def __init__(self, graph: ir.Graph, kept: Mapping[str, Format | None]) -> None:
         import onnx_ir as ir
 
-        self.format, self._graph = FORMATS[precision], graph
-        self._type = int(ir.DataType[self.format.onnx])
+        self._graph, self._kept = graph, kept
         self._switches = {
             name: ir.Value(name=_switch(name), shape=ir.Shape(()), type=ir.TensorType(ir.DataType.BOOL))
-            for name in layers
+            for name in kept
         }
         graph.inputs.extend(self._switches.values())
 
-    def activation(self, value: ir.Value, name: str, largest: float, before: ir.Node) -> ir.Value:
-        scale = constant(self._graph, f"{name}.scale", np.asarray(largest / self.format.largest or 1.0, np.float32))
-        return self._rounded(value, scale, name, before)
+    def activation(self, value: ir.Value, name: str, largest: float, before: ir.Node, format: Format) -> ir.Value:
+        def rounded(how: Format, called: str) -> ir.Value:
+            return how.activation(self._graph, value, called, largest, before, torch.float32)
 
-    def weight(self, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        size = add("Abs", [value], f"{name}.weight.abs", before)
-        axes = constant(self._graph, "switches.rows", np.array([0]))
-        largest = add("ReduceMax", [size, axes], f"{name}.weight.max", before, keepdims=0)
-        end = constant(self._graph, "switches.largest", np.asarray(self.format.largest, np.float32))
-        exact = add("Div", [largest, end], f"{name}.weight.exact_scale", before)
-        least = constant(self._graph, "switches.least", np.asarray(_LEAST_SCALE, np.float32))
-        scale = add("Max", [exact, least], f"{name}.weight.scale", before)
-        return self._rounded(value, scale, f"{name}.weight", before, axis=1)
+        return self._chosen(value, name, before, format, rounded)
 
-    def _rounded(self, value: ir.Value, scale: ir.Value, name: str, before: ir.Node, **axis: int) -> ir.Value:
-        layer = next(layer for layer in self._switches if name == layer or name.startswith(f"{layer}."))
-        narrow = add("QuantizeLinear", [value, scale], f"{name}.narrow", before, output_dtype=self._type, **axis)
-        rounded = add("DequantizeLinear", [narrow, scale], f"{name}.rounded", before, **axis)
-        return add("Where", [self._switches[layer], rounded, value], f"{name}.chosen", before)
+    def weight(self, value: ir.Value, name: str, before: ir.Node, format: Format) -> ir.Value:
+        def rounded(how: Format, called: str) -> ir.Value:
+            return how.weight(self._graph, value, called, before)
+
+        return self._chosen(value, f"{name}.weight", before, format, rounded)
+
+    def _chosen(
+        self,
+        value: ir.Value,
+        name: str,
+        before: ir.Node,
+        format: Format,
+        rounded: Callable[[Format, str], ir.Value],
+    ) -> ir.Value:
+        on = rounded(format, name)
+        layer = next((layer for layer in self._kept if name == layer or name.startswith(f"{layer}.")), None)
+        if layer is None:
+            return on
+        other = self._kept[layer]
+        off = value if other is None else rounded(other, f"{name}.kept")
+        return add("Where", [self._switches[layer], on, off], f"{name}.chosen", before)
 
 
 def _switch(layer: str) -> str:
@@ -148,6 +168,7 @@ def _session(model: ir.Model, folder: Path) -> Any:
     import onnxruntime
 
     proto = ir.to_proto(model)
+    float4_to_float8(proto)
     attention_to_multi_head_attention(proto)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

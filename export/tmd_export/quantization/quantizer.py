@@ -219,8 +219,8 @@ class Quantizer:
         switched = Switched(path, precision, calibration.ranges[part], self._family.products)
         small = path.with_name(f"{path.name}.data").stat().st_size <= MAX_TABLE_BYTES
         passes = self._passes[part][self._document["sampler"]["steps"]]
-        each = small if self._keep_layers else None
-        return measure(switched, switched.layers, passes, each, lambda *done: tell("calibrate", *done))
+        each, budget = small if self._keep_layers else None, FORMATS[precision].budget
+        return measure(switched, switched.layers, passes, each, lambda *done: tell("calibrate", *done), budget)
 
 
 def _copied(arrays: Arrays) -> Arrays:

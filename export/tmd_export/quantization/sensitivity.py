@@ -21,11 +21,12 @@ def measure(
     passes: Sequence[tuple[Arrays, Arrays]],
     each: bool | None,
     tell: Callable[..., Any] = lambda *_: None,
+    goal: float = GOAL,
 ) -> Sensitivity:
     """The table of `layers`, and those of them to keep.
 
     `compute`: inputs and the layers to quantize -> outputs. `passes`: inputs, and outputs in float32. The worst layers
-    by the table stay in high precision, one after the other, until the rest is within `GOAL`. `each`: make the table
+    by the table stay in high precision, one after the other, until the rest is within `goal`. `each`: make the table
     even if nothing needs to be kept; None: do not make it, and keep nothing. `tell` hears how many of how many layers
     are done.
     """
@@ -41,13 +42,13 @@ def measure(
 
     everything = left = error(set(layers))
     table: dict[str, float] = {}
-    if each or (each is not None and left > GOAL):
+    if each or (each is not None and left > goal):
         for done, layer in enumerate(layers):
             tell(done, len(layers))
             table[layer] = error({layer})
     kept: list[str] = []
     for layer in sorted(table, key=table.__getitem__, reverse=True):
-        if left <= GOAL:
+        if left <= goal:
             break
         kept.append(layer)
         left = error(set(layers) - set(kept))

@@ -21,9 +21,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "int8": torch.bfloat16,
     "fp8": torch.bfloat16,
+    "nvfp4": torch.bfloat16,
     "int8-weights": torch.float32,
 }
-"""Precision of a graph -> type of the weights of its large products. That of int8 and fp8 is what their products
+"""Precision of a graph -> type of the weights of its large products. That of int8, fp8 and nvfp4 is what their products
 return, and what stays unquantized (see `quantization`); bfloat16, because sums of attention leave float16's range.
 int8-weights are int8 in the file only (see `int8`)."""
 

@@ -142,10 +142,10 @@ def _check(slot: _Slot, weights: Stored, where: str) -> None:
     """Raises ExportError unless the values of this initializer are known, and those that the graph expects."""
     if slot.name in weights:
         shape, dtype = weights.form(slot.name)
-        if tuple(shape) != slot.shape or _IR_NAMES[dtype] != slot.dtype.name:
+        if tuple(shape) != slot.shape or IR_NAMES[dtype] != slot.dtype.name:
             raise ExportError(
                 f"{where}: the graph takes {slot.name} as {slot.dtype.name}{list(slot.shape)}, and the weight is "
-                f"{_IR_NAMES[dtype]}{list(shape)}. Use the versions in constraints.txt."
+                f"{IR_NAMES[dtype]}{list(shape)}. Use the versions in constraints.txt."
             )
     elif slot.value.const_value is None or slot.value.const_value.size > FOLDED:
         raise ExportError(
@@ -154,13 +154,15 @@ def _check(slot: _Slot, weights: Stored, where: str) -> None:
         )
 
 
-_IR_NAMES = {
+IR_NAMES = {
     torch.float32: "FLOAT",
     torch.float16: "FLOAT16",
     torch.bfloat16: "BFLOAT16",
     torch.int8: "INT8",
     torch.float8_e4m3fn: "FLOAT8E4M3FN",
+    torch.float4_e2m1fn_x2: "FLOAT4E2M1",  # two in a byte, and torch names the byte
 }
+"""Type of a weight -> what ONNX calls it."""
 
 
 def _pieces(slot: _Slot, weights: Stored) -> Iterator[np.ndarray]:

@@ -75,7 +75,7 @@ def operators_text() -> str:
         ("std::string_view kOperators[]", [f'"{name}"' for name in names]),
         ("OperatorAttribute kOperatorAttributes[]", [f'{{"{name}", "{attribute}"}}' for name, attribute in pairs]),
         ("std::int64_t kAttributeTypes[]", [str(number) for number in sorted(operators._TYPES)]),
-        ("TensorType kTensorTypes[]", [f"{{{number}, {size}}}" for number, size in operators.TENSOR_BYTES.items()]),
+        ("TensorType kTensorTypes[]", [f"{{{number}, {size}}}" for number, size in operators.TENSOR_BITS.items()]),
     ):
         lines += ["", f"inline constexpr {heading} = {{", *[f"    {row}," for row in rows], "};"]
     return "\n".join([*lines, ""])

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from tests.helpers.cpp_tools import BUNDLE, twin
 from tests.helpers.lowering_models import (
     BROKEN_CASTS,
+    BROKEN_FLOAT4,
     NOT_PLAIN,
     attention_model,
     low_precision_model,
@@ -20,6 +21,7 @@ from tests.helpers.lowering_models import (
 from tests.helpers.synthetic_quantized import quantized_models
 from tmd_engines import BundleError
 from tmd_engines.onnxruntime.engine import fast_unsigned_products
+from tmd_engines.onnxruntime.float4 import float4_to_float8
 from tmd_engines.onnxruntime.lowering import (
     attention_to_multi_head_attention,
     low_precision_to_float32,
@@ -76,7 +78,11 @@ MODELS = {
     "zero point, raw": quantized_model(raw=True),
     "another zero point": quantized_model(zero=3, raw=True),
     "zero points of a channel": quantized_model(dims=(1,)),
-    **{f"{name} in {kind}": model for kind in ("int8", "fp8") for name, model in quantized_models(kind).items()},
+    **{
+        f"{name} in {kind}": model
+        for kind in ("int8", "fp8", "nvfp4")
+        for name, model in quantized_models(kind).items()
+    },
     **{path.stem: onnx.load(path, load_external_data=False) for path in sorted(Path(BUILT_IN).glob("*.onnx"))},
 }
 
@@ -87,6 +93,7 @@ def test_the_same_graph_is_lowered_to_the_same_graph(model: onnx.ModelProto, uns
     answer = twin().ask("lower", model=model.SerializeToString().hex(), unsigned=unsigned)
     expected = onnx.ModelProto()
     expected.CopyFrom(model)
+    float4_to_float8(expected)
     low_precision_to_float32(expected)
     attention_to_multi_head_attention(expected)
     if unsigned:
@@ -100,6 +107,14 @@ def test_broken_casts_are_refused_with_the_same_words(model: onnx.ModelProto) ->
     answer = twin().ask("lower", model=model.SerializeToString().hex())
     with pytest.raises(BundleError) as refused:
         low_precision_to_float32(model, where="it.onnx")
+    assert (answer["status"], answer["error"]) == (BUNDLE, str(refused.value))
+
+
+@pytest.mark.parametrize("model", BROKEN_FLOAT4.values(), ids=BROKEN_FLOAT4)
+def test_float4_in_another_form_is_refused_with_the_same_words(model: onnx.ModelProto) -> None:
+    answer = twin().ask("lower", model=model.SerializeToString().hex())
+    with pytest.raises(BundleError) as refused:
+        float4_to_float8(copy.deepcopy(model), where="it.onnx")
     assert (answer["status"], answer["error"]) == (BUNDLE, str(refused.value))
 
 

@@ -66,8 +66,8 @@ std::string node_problem(std::string_view node) {
   return plain ? "" : which + "is not a number, a word or numbers";
 }
 
-// Bytes of so many values; absent if no file could have them.
-std::optional<std::uint64_t> bytes_of(const std::vector<std::int64_t>& dims, std::uint64_t item) {
+// Bits of so many values; absent if no file could have them.
+std::optional<std::uint64_t> bits_of(const std::vector<std::int64_t>& dims, std::uint64_t item) {
   for (const std::int64_t size : dims)
     if (size == 0) return 0;
   for (const std::int64_t size : dims)
@@ -102,7 +102,9 @@ std::string weight_problem(std::string_view tensor) {
       if (last_text(field.bytes, 1) == "length") have = std::stoull(std::string(last_text(field.bytes, 2)));
     }
   }
-  const std::optional<std::uint64_t> need = bytes_of(dims, type->bytes);
+  const std::optional<std::uint64_t> bits = bits_of(dims, type->bits);
+  if (bits && *bits % 8) return "ends in half a byte";
+  const std::optional<std::uint64_t> need = bits ? std::optional(*bits / 8) : std::nullopt;
   if (need == have) return "";
   return "has " + std::to_string(have) + " bytes, and its shape and type take " +
          (need ? std::to_string(*need) : "more than any file has");

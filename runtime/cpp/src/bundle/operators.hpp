@@ -15,7 +15,7 @@ struct OperatorAttribute {
 
 struct TensorType {
   std::int64_t number;  // TensorProto's
-  std::uint64_t bytes;  // of a value
+  std::uint64_t bits;   // of a value
 };
 
 #include "bundle/operators.inc"

@@ -217,7 +217,7 @@ GraphInfo read_graph(const Field& field) {
   graph.file = object.need("file").file_name();
   if (const Field data = object.maybe("data"); !data.is_null()) graph.data = data.file_name();
   graph.opset = object.need("opset").integer(1, 1000);
-  graph.precision = object.need("precision").one_of({"fp32", "fp16", "bf16", "fp8", "int8"});
+  graph.precision = object.need("precision").one_of({"fp32", "fp16", "bf16", "fp8", "int8", "nvfp4"});
   if (const Field storage = object.maybe("storage"); !storage.is_null())
     graph.storage = storage.one_of({"fp32", "fp16", "int8"});
   for (const Field& item : object.need("inputs").list(1, kMaxTensors)) graph.inputs.push_back(read_tensor(item));

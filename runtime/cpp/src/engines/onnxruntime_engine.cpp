@@ -57,7 +57,7 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
   // The settings are Python's, except for the order of nodes, which the lowering sees to.
   Owner<OrtSession> open(const Bundle& bundle, std::int32_t threads) const {
     const std::string path = bundle.graph_path(info_), what = library_->version + " cannot load " + path;
-    const bool literal = info_.precision == "fp8";
+    const bool literal = info_.precision == "fp8" || info_.precision == "nvfp4";
     const bool unsigned_activations = !literal && fast_unsigned_products();
     const std::string model = lower_for_onnxruntime(bundle.read_graph(info_), path, unsigned_activations);
     OrtSessionOptions* made = nullptr;

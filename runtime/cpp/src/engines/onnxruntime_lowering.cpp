@@ -11,6 +11,8 @@
 #include "base/error.hpp"
 #include "base/quote.hpp"
 #include "bundle/protobuf_wire.hpp"
+#include "engines/onnx_nodes.hpp"
+#include "engines/onnxruntime_float4.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -61,14 +63,6 @@ struct Node {
   }
 };
 
-std::string int_attribute(const std::string& name, std::int64_t value) {
-  WireWriter out;
-  out.bytes(kAttributeName, name);
-  out.number(kAttributeI, static_cast<std::uint64_t>(value));
-  out.number(kAttributeType, kTypeInt);
-  return out.data();
-}
-
 std::string float_attribute(const std::string& name, float value) {
   WireWriter out;
   out.bytes(kAttributeName, name);
@@ -88,13 +82,7 @@ float float_of(std::string_view attribute) {
 }
 
 std::string cast_node(const std::string& source, const std::string& target, std::int64_t to) {
-  WireWriter out;
-  out.bytes(kNodeInput, source);
-  out.bytes(kNodeOutput, target);
-  out.bytes(kNodeName, "cast/" + target);
-  out.bytes(kNodeOpType, "Cast");
-  out.bytes(kNodeAttribute, int_attribute("to", to));
-  return out.data();
+  return make_node("cast/", "Cast", {source}, target, {{"to", to}});
 }
 
 // The type that a Cast converts to, changed to float32 if it is a low one.
@@ -273,7 +261,8 @@ std::vector<const Node*> in_lean_order(const std::vector<Node>& nodes) {
 
 }  // namespace
 
-std::string lower_for_onnxruntime(std::string_view model, const std::string& where, bool unsigned_activations) {
+std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations) {
+  const std::string model = float4_to_float8(stored, where);
   const std::string_view graph = last_text(model, kModelGraph);
   Widening widening(graph, where);
   bool replaced = false;

@@ -6,13 +6,14 @@
 
 namespace tmd::internal {
 
-// The ONNX file `model` with these changes, of which all but the last are Python's (tmd_engines.onnxruntime.lowering):
+// The ONNX file `stored` with these changes, of which all but the last are Python's (tmd_engines.onnxruntime.lowering):
+//   - float4 tensors become float8 ones (onnxruntime_float4.hpp);
 //   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
 //   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;
 //   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
 // For graphs that check_graph has accepted; the encoding stays canonical. `where` names the file in messages.
 // Throws Error(BUNDLE) for a Cast that does not say to what.
-std::string lower_for_onnxruntime(std::string_view model, const std::string& where, bool unsigned_activations);
+std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations);
 
 }  // namespace tmd::internal

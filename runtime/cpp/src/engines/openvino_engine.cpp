@@ -203,6 +203,8 @@ class OpenVinoEngine : public Engine {
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
     check_graph_types(info);
+    if (info.precision == "nvfp4")
+      fail_engine("the graph " + info.file + " is nvfp4, which the engine openvino does not compute: use onnxruntime.");
     return std::make_shared<OpenVinoGraph>(library_, bundle, info, threads_);
   }
 

@@ -14,6 +14,12 @@ using Library = std::shared_ptr<TensorRt>;
 using Shapes = std::map<std::string, Shape>;
 using Lock = std::lock_guard<std::recursive_mutex>;
 
+struct Since {
+  const char* precision;
+  int capability;  // times 10
+  const char *shown, *instead;
+};
+constexpr Since kSince[] = {{"fp8", 89, "8.9", "fp16 or bf16"}, {"nvfp4", 100, "10.0", "fp8 or bf16"}};
 constexpr double kStreamAbove = 0.8;  // of the device's memory; tmd_engines.tensorrt.engine gives the reason
 
 nvinfer1::DataType element_type(DType dtype) {
@@ -243,9 +249,10 @@ class TensorRtEngine : public Engine {
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
     check_graph_types(info);
     const std::string capability = std::to_string(library_->major) + "." + std::to_string(library_->minor);
-    if (info.precision == "fp8" && library_->major * 10 + library_->minor < 89)
-      fail_engine("the graph " + info.file + " is fp8, which GPUs multiply from compute capability 8.9 on, and " +
-                  library_->device + " has " + capability + ": use a bundle in fp16 or bf16.");
+    for (const auto& [precision, since, shown, instead] : kSince)
+      if (info.precision == precision && library_->major * 10 + library_->minor < since)
+        fail_engine("the graph " + info.file + " is " + precision + ", which GPUs multiply from compute capability " +
+                    shown + " on, and " + library_->device + " has " + capability + ": use a bundle in " + instead + ".");
     std::uint64_t weights = 0;
     for (const auto& [name, graph] : bundle.manifest.graphs)
       for (const std::string& file : {graph.file, graph.data.value_or("")})

@@ -83,6 +83,7 @@ std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
       bytes = plus(bytes, found->second.size);
   const std::string& stored = graph.storage.empty() ? graph.precision : graph.storage;
   if (stored == "fp8") return times(4, bytes);
+  if (stored == "nvfp4") return times(8, bytes);
   // Of int8 the large weights stay as they are, and the rest is bf16.
   return stored == "fp16" || stored == "bf16" ? times(2, bytes) : bytes;
 }
