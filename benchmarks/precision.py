@@ -37,7 +37,8 @@ from tmd_export.quantization.calibration import FILE, read_calibration
 from tmd_export.quantization.prompts import default_prompts
 from tmd_export.quantization.samplings import Condition, Samplings
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4")
+CALIBRATED = ("fp8", "int8", "nvfp4")  # each on the calibration of the one before
 GRAPHS = ("backbone", "flow_head")
 STEPS = {"tiny": ((1, 1), (2, 2), (4, 4)), "tim-tiny": tuple((steps,) for steps in JUMPS)}
 SCALES = 3  # of MS-SSIM: pictures of 64 pixels have no more
@@ -122,13 +123,14 @@ def sizes(specs: Any, inputs: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def export(folder: Path, model: str, checkpoint: Path | None) -> dict[str, Bundle]:
-    """Bundle by precision; int8 on the calibration of fp8."""
+    """Bundle by precision."""
     found = {}
     for precision in PRECISIONS:
         path = folder / precision
         options: dict[str, Any] = {}
-        if precision == "int8":
-            options["calibration"] = read_calibration(folder / "fp8" / FILE)
+        if precision in CALIBRATED[1:]:
+            before = CALIBRATED[CALIBRATED.index(precision) - 1]
+            options["calibration"] = read_calibration(folder / before / FILE)
         if not path.exists():
             click.echo(f"exporting {precision}", err=True)
             parts = None if precision == "fp32" else ("text_encoder", *GRAPHS)
@@ -192,11 +194,11 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
     """The layers that change a graph's result most, alone."""
     lines = []
     for name in GRAPHS:
-        known = read_calibration(bundles["int8"].folder / FILE).sensitivity
-        tables = {precision: known[precision][name] for precision in ("fp8", "int8")}
+        known = read_calibration(bundles[CALIBRATED[-1]].folder / FILE).sensitivity
+        tables = {precision: known[precision][name] for precision in CALIBRATED}
         ranked = sorted({layer for table in tables.values() for layer in table.layers}, reverse=True,
                         key=lambda layer: max(table.layers.get(layer, 0.0) for table in tables.values()))  # fmt: skip
-        lines += [f"| {name}, relative L2 | fp8 | int8 |", "|---|---|---|"]
+        lines += [f"| {name}, relative L2 | {' | '.join(CALIBRATED)} |", "|---|" + "---|" * len(CALIBRATED)]
         cells = [("all", *(table.everything for table in tables.values()))]
         cells += [(layer, *(table.layers.get(layer) for table in tables.values())) for layer in ranked[:SHOWN_LAYERS]]
         rest = [
@@ -211,7 +213,7 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
             for row in cells
         ]
         kept = "; ".join(f"{precision}: {', '.join(table.kept) or 'none'}" for precision, table in tables.items())
-        lines += ["", f"Kept in bf16: {kept}.", ""]
+        lines += ["", f"Kept (in fp8 of nvfp4, in bf16 of the others): {kept}.", ""]
     return lines
 
 

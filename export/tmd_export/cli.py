@@ -100,14 +100,15 @@ tmd-distill pack leaves.
 A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
 what would feel the rounding stay fp32. For single graphs:
 --precision bf16,decoder=fp16,text_encoder=fp32
-backbone and flow_head can also be int8 (for CPUs) or fp8 (E4M3, for GPUs); the
-others are bf16 then. Both are calibrated by sampling a few prompts in fp32; what
+backbone and flow_head can also be int8 (for CPUs), fp8 (E4M3, for GPUs) or nvfp4
+(linear layers in 4 bits, attention in fp8, for GPUs from Blackwell on); the
+others are bf16 then. All are calibrated by sampling a few prompts in fp32; what
 was measured is calibration.json in the bundle, good for the same checkpoint.
 
 \b
 Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
 error above 1e-4 is a failure, in units of an output's RMS where that is above 1
-(in fp16 and bf16: a cosine below 0.9999; with 8 bits: below 0.99).
+(in fp16 and bf16: a cosine below 0.9999; with 8 or 4 bits: below 0.99).
 
 \b
 Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
@@ -177,13 +178,14 @@ The bundle appears under its name only when it is complete.""",
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="For int8 and fp8: prompts to calibrate on, one per line, or the calibration.json of an earlier bundle of "
-    "this checkpoint.  [default: built-in prompts]",
+    help="For int8, fp8 and nvfp4: prompts to calibrate on, one per line, or the calibration.json of an earlier bundle "
+    "of this checkpoint.  [default: built-in prompts]",
 )
 @click.option(
     "--keep-no-layers",
     is_flag=True,
-    help="For int8 and fp8: quantize every layer, without the slow measurement of which ones should stay bfloat16.",
+    help="For int8, fp8 and nvfp4: quantize every layer, without the slow measurement of which ones should stay in "
+    "more bits.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
@@ -221,7 +223,7 @@ def command(
         raise click.UsageError(f"{model} has no built-in weights: give --checkpoint PATH or --random-weights SEED.")
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
         if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
-            raise click.UsageError(f"{option} is for --precision int8 or fp8: nothing else needs it.")
+            raise click.UsageError(f"{option} is for --precision int8, fp8 or nvfp4: nothing else needs it.")
     if out is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     start = perf_counter()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .contest import Entry
 
 MODELS = ("tiny", "wan1.3b", "wan14b")  # as in tmd_export, which is not imported for --help; a test compares the two
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "nvfp4")
 PARTS = "backbone,flow_head"
 
 
@@ -52,7 +52,7 @@ Every contender has its own process; they are loaded one after the other, run
 once (cold), and then in turn (--rounds). Only what the bundle holds is run;
 rivals in torch run the denoising loop alone. diffusers has no flow head: its
 figure is the time of full passes, scaled to the same number of evaluations.
-Beside a bundle in int8 or fp8, rivals in torch compute in bf16.
+Beside a bundle in int8, fp8 or nvfp4, rivals in torch compute in bf16.
 cpu is what the loop took of the processor, on all threads together: on a shared
 machine a fairer figure than the time by the clock.
 The limit is one large float32 matrix product of numpy with as many threads.

@@ -94,7 +94,7 @@ def quantized_model(zero: int = 0, dims: tuple[int, ...] = (), raw: bool = False
 def _float4(*inputs: str, **attributes: int) -> onnx.ModelProto:
     """x quantized to float4 with given scales."""
     given = {"axis": -1, "block_size": 16, **attributes}
-    kept = {name: value for name, value in given.items() if value is not None}
+    kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     node = helper.make_node("QuantizeLinear", ["x", "s", *inputs], ["q"], name="it", output_dtype=23, **kept)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "s")]
     graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("q", TensorProto.FLOAT4E2M1, None)])

@@ -254,6 +254,7 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def doctor(as_json: bool) -> None:
     """Print what this machine has for running graphs, and what to install for the rest."""
+    from ..tensorrt.targets import lacking
     from .doctor import examine
 
     found = examine()
@@ -271,6 +272,10 @@ def doctor(as_json: bool) -> None:
     else:
         gpus = "; ".join(f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in nvidia["gpus"])
         click.echo(f"nvidia     driver {nvidia['driver']}: {gpus or 'GPUs not listed, nvidia-smi is missing'}")
+        for gpu in nvidia["gpus"]:
+            lacks = lacking(gpu["compute_capability"])
+            if lacks:
+                click.echo(f"           {gpu['name']} {lacks}")
     click.echo("engines")
     for name, engine in found["engines"].items():
         state = engine["version"] or f"{engine['problem']}: {engine['install']}"
@@ -285,6 +290,7 @@ def _plain(value: Any) -> Any:
 
 def _describe(bundle: Bundle) -> Iterator[str]:
     from ..bundle.reader import format_size
+    from ..tensorrt.targets import needed
 
     manifest = bundle.manifest
     model, sampler, video, text, origin = (
@@ -309,6 +315,8 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     for name, graph in manifest.graphs.items():
         size = sum(manifest.files[file].size for file in (graph.file, graph.data) if file)
         yield f"  {name}: {graph.precision}, opset {graph.opset}, {format_size(size)}, {_accuracy(graph)}"
+        if asks := needed(graph.precision):
+            yield f"    for  {asks}"
         yield f"    in   {_tensors(graph.inputs)}"
         yield f"    out  {_tensors(graph.outputs)}"
     yield f"made from  {origin.source}"

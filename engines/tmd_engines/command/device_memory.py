@@ -86,6 +86,6 @@ def predicted(bundle: Bundle, size: tuple[int, int, int]) -> dict[str, dict[str,
         model = parse_graph(bundle.read_graph(graph), where)
         lower(model, CANONICAL_SINCE, shapes)
         shaped = infer_shapes(model, shapes, where)
-        weights = sum(shaped.tensors[name].elements * shaped.tensors[name].itemsize for name in shaped.weights)
+        weights = sum(shaped.tensors[name].nbytes for name in shaped.weights)
         found[graph] = {"weights": weights, "scratch": scratch_bytes(shaped)}
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..bundle.float4 import FLOAT4
 from .shapes import ShapedGraph
 
 MARGIN = 1.2  # the builder's order of the nodes is another; the figures of 1.3B and 14B lie on both sides of this
@@ -33,7 +34,7 @@ def scratch_bytes(graph: ShapedGraph) -> int:
         if node.op_type in _VIEWS and node.input:
             root |= dict.fromkeys(node.output, root.get(node.input[0], node.input[0]))
     constants, elsewhere = set(graph.weights), {*graph.inputs, *graph.outputs}
-    inside = _inside_attention(graph, readers) | _unpacked(graph)
+    inside = _inside_attention(graph, readers) | _unpacked(graph) | _inside_blocks(graph)
     if kinds & _CONVOLUTIONS:
         inside |= _inside_kernels(graph, readers)
     live: dict[str, int] = {}
@@ -44,7 +45,7 @@ def scratch_bytes(graph: ShapedGraph) -> int:
             continue
         for name in filter(None, node.output):
             if root.get(name, name) == name and name not in elsewhere | inside:
-                live[name] = graph.tensors[name].elements * graph.tensors[name].itemsize
+                live[name] = graph.tensors[name].nbytes
         peak = max(peak, sum(live.values()))
         live = {name: size for name, size in live.items() if end.get(name, index) > index}
     return int(MARGIN * peak) + (WORKSPACE if kinds & _PRODUCTS else 0)
@@ -73,6 +74,21 @@ def _inside_attention(graph: ShapedGraph, readers: Mapping[str, list[int]]) -> s
 def _unpacked(graph: ShapedGraph) -> set[str]:
     """What comes out of 8 bits on the way into a product, which takes the 8 bits."""
     return {name for node in graph.nodes if node.op_type == "DequantizeLinear" for name in node.output}
+
+
+def _inside_blocks(graph: ShapedGraph) -> set[str]:
+    """What lies between an activation and the scales of its blocks in float4: one operator makes both."""
+    makers = {name: node for node in graph.nodes for name in node.output}
+    inside: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type == "QuantizeLinear" and graph.tensors[node.output[0]].dtype == FLOAT4:
+            x, name = node.input[:2]
+            while name in makers and name not in inside | {x}:
+                scales = makers[name].op_type == "QuantizeLinear"
+                inside |= set() if scales else {name}
+                name = makers[name].input[0]
+    inside |= {node.output[0] for node in graph.nodes if node.op_type == "Cast" and node.input[0] in inside}
+    return inside
 
 
 def _inside_kernels(graph: ShapedGraph, readers: Mapping[str, list[int]]) -> set[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.operators import TENSOR_BITS
 from ..errors import BundleError, quote
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.elements * self.itemsize
+        return -(-self.elements * TENSOR_BITS.get(self.dtype, 8 * self.itemsize) // 8)
 
 
 class ShapedGraph(NamedTuple):

@@ -70,6 +70,25 @@ def refusal_on(precision: str, capability: tuple[int, int]) -> str | None:
     return refusal(precision, (f"{capability[0]}.{capability[1]}",))
 
 
+def needed(precision: str) -> str | None:
+    """What a graph of this precision asks of an RTX card that not every one has, and what else to export."""
+    since = _SINCE.get(precision, (0, 0))
+    if since <= _numbers(_BY_DEFAULT[0]):
+        return None
+    return f"RTX cards from compute capability {since[0]}.{since[1]} on; for others export {_INSTEAD[precision]}"
+
+
+def lacking(capability: str) -> str | None:
+    """The precisions that a card cannot compute, and what to export for it; None: it computes all, or none of ours."""
+    found = _numbers(capability)
+    missing = [name for name, since in _SINCE.items() if found < since]
+    if not missing or found <= _TURING:
+        return None
+    able = "bf16" if "fp8" in missing else "fp8 or bf16"
+    shown = " and ".join(f"{name} (from {_SINCE[name][0]}.{_SINCE[name][1]} on)" for name in missing)
+    return f"does not compute {shown}: export {able} for it"
+
+
 def _numbers(capability: str) -> tuple[int, int]:
     major, _, minor = capability.partition(".")
     return int(major), int(minor)

@@ -18,7 +18,8 @@ from .graph import Graph
 
 MAX_ERROR = 1e-4  # for float outputs of an fp32 graph, times their RMS where that is above 1 (a decoder's caches)
 MIN_COSINE = 0.9999  # for all outputs of a graph in low precision
-MIN_COSINE_QUANTIZED = 0.99  # and of one with 8 bits
+MIN_COSINE_QUANTIZED = 0.99  # and of one with 8 or 4 bits
+_INSTEAD = {"int8": "bf16", "fp8": "bf16", "nvfp4": "fp8"}  # precision -> what is closer to fp32; all others: fp32
 MAX_LEVELS = 1  # for uint8 frames: a value may round the other way,
 MAX_LEVEL_SHARE = 0.005  # but few may
 
@@ -141,7 +142,7 @@ def check(name: str, found: Accuracy, precision: str) -> None:
     elif exact and found.levels_changed > MAX_LEVEL_SHARE * found.levels_total:
         problem = f"{found.levels_changed} of {found.levels_total} values of its frames are a level off"
     if problem:
-        instead = "bf16" if least == MIN_COSINE_QUANTIZED else "fp32"
+        instead = _INSTEAD.get(precision, "fp32")
         remedy = "Use the versions in constraints.txt." if exact else f"Choose --precision {name}={instead}."
         raise ExportError(f"{name} on ONNX Runtime differs from the reference: {problem}. {remedy}")
 

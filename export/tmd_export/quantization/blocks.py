@@ -37,6 +37,7 @@ class Blocks(Format):
     """
 
     instead: Format
+    ir_version = 11
 
     def of(self, layer: Layer, kept: bool = False) -> Format | None:
         """See `Format.of`."""

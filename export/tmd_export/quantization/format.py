@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,7 @@ class Format(ABC):
     headroom: float
     attention: bool
     budget: float
+    ir_version: ClassVar[int] = 10  # of ONNX files, from which on there is the type
 
     def of(self, layer: Layer, kept: bool = False) -> Format | None:
         """The format of `layer` in a graph that is asked for in this one; None: it is not quantized.

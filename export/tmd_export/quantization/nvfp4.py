@@ -76,5 +76,4 @@ def decode_scales(scales: NDArray[np.uint8]) -> Floats:
 def pack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two codes to a byte, the first in its low bits, as ONNX stores them. Their number is even."""
     flat = codes.reshape(-1, 2)
-    packed: NDArray[np.uint8] = flat[:, 0] | (flat[:, 1] << 4)
-    return packed
+    return (flat[:, 0] | (flat[:, 1] << 4)).astype(np.uint8)

@@ -65,6 +65,7 @@ def quantize(
     rounding = _Stored(model.graph, weights, DTYPES[precision])
     chosen = [(layer, asked.of(layer, layer.name in kept)) for layer in find(model, products, asked.attention)]
     rewrite(model.graph, [(layer, format) for layer, format in chosen if format], ranges, rounding)
+    model.ir_version = max(model.ir_version, *(format.ir_version for _, format in chosen if format), 0)
     return QuantizedWeights(weights, rounding.formats)
 
 

@@ -2,7 +2,8 @@
 
 Built are all graphs of the built-in models in fp32, fp16 and bf16, and backbone and flow head of small models of every
 family in int8 and fp8, as tmd-export writes them; in both lowerings, for one size and for a range of sizes. Of these
-four combinations the built-in models are built in two per precision, the small ones in all.
+four combinations the built-in models are built in two per precision, the small ones in all. One small model is built in
+nvfp4, in the lowering that has it.
 Full sizes, and the memory that shows whether attention is fused, are left to `test_tensorrt_full_size.py` (slow).
 
 A query and a key that are the same tensor end the builder of 1.7.1 with a segmentation fault. No model has that, but
@@ -115,6 +116,38 @@ def test_small_models_build_in_8_bits_and_of_every_family(name: str) -> None:
     for form in FORMS:
         for graph in bundle.manifest.graphs:
             check(bundle, graph, form, STILLS if bundle.manifest.family.makes_stills else SMALL)
+
+
+def four_bits() -> Bundle:
+    return small("tmd nvfp4 nvfp4")
+
+
+@pytest.mark.parametrize("kind", [FIXED, RANGE])
+def test_small_models_build_in_4_bits_for_blackwell(kind: str) -> None:
+    bundle = four_bits()
+    for graph in bundle.manifest.graphs:
+        model, ranges = build_graph(bundle, graph, CANONICAL, SMALL if kind == RANGE else SMALL[1:2])
+        quantizing = sum(node.op_type == "TRT_FP4DynamicQuantize" for node in model.graph.node)
+        assert bool(quantizing) == (graph != "update")
+        assert not any(node.op_type == "ReduceMax" for node in model.graph.node)  # scales are that operator's
+        assert figures_of(model, ranges, str(bundle.graph_path(graph)), ("12.0",))["plan"] > 1000
+
+
+def test_4_bits_are_refused_in_one_sentence_where_they_are_not_computed(tmp_path: Path) -> None:
+    bundle = four_bits()
+    with pytest.raises(
+        EngineError, match=r"is nvfp4, which takes TensorRT 11 or TensorRT for RTX, and this is .*10\.3"
+    ):
+        build_graph(bundle, "backbone", PRIMITIVES, SMALL[1:2])
+    model, ranges = build_graph(bundle, "backbone", CANONICAL, SMALL[1:2])
+    with pytest.raises(EngineError, match="fp4_e2m1"):  # what the builder itself says, and for no target does not
+        figures_of(model, ranges, str(bundle.graph_path("backbone")), ("8.9",))
+    for targets in ("8.9", "rtx", "8.9,12.0"):
+        words = ["build", str(bundle.folder), "--engine", "tensorrt-rtx", "--out", str(tmp_path / "plans")]
+        refused = CliRunner().invoke(main, [*words, "--for", targets, "--size", "16x16", "--frames", "1"])
+        assert refused.exit_code == 1 and not (tmp_path / "plans").exists()
+        assert "it is nvfp4, which GPUs compute from compute capability 12.0 on" in refused.stderr
+        assert "build with --for 12.0, or export one with --precision fp8" in refused.stderr
 
 
 Asked = tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]

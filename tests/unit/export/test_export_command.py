@@ -71,8 +71,8 @@ def test_quiet_says_nothing_and_no_verify_says_not_measured(quick: None, tmp_pat
         (["--model", "tiny", "--random-weights", "1", "--checkpoint", "c"], "two sources of weights"),
         (["--model", "tiny", "--precision", "fp4"], "there is no precision 'fp4': choose among fp32, fp16, bf16, int8"),
         (["--model", "tiny", "--precision", "decoder=fp8"], "decoder_first cannot be fp8, only backbone and flow_head"),
-        (["--model", "tiny", "--calibration", "prompts.txt"], "--calibration is for --precision int8 or fp8"),
-        (["--model", "tiny", "--keep-no-layers"], "--keep-no-layers is for --precision int8 or fp8"),
+        (["--model", "tiny", "--calibration", "prompts.txt"], "--calibration is for --precision int8, fp8 or nvfp4"),
+        (["--model", "tiny", "--keep-no-layers"], "--keep-no-layers is for --precision int8, fp8 or nvfp4"),
         (["--model", "tiny", "--precision", "head=fp16"], "there is no part 'head'"),
     ],
 )
