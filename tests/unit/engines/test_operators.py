@@ -84,6 +84,8 @@ def body() -> onnx.GraphProto:
         (weight(plain(data_type=0)), "has the type 0"),
         (weight(plain(data_type=99)), "has the type 99"),
         (weight(plain(dims=[1 << 20, 1 << 12])), "and its shape and type take 17179869184"),
+        (weight(plain(data_type=TensorProto.FLOAT4E2M1)), "has 24 bytes, and its shape and type take 3"),
+        (weight(plain(data_type=TensorProto.FLOAT4E2M1, dims=[3, 3])), "ends in half a byte"),
         (twice_stored, "other forms than bytes"),
         (weight(plain(dims=[-1, 3])), "impossible shape"),
         (weight(plain(dims=[1] * 9)), "impossible shape"),
@@ -96,6 +98,11 @@ def body() -> onnx.GraphProto:
 def test_what_tmd_export_does_not_write_is_refused(synthetic_bundle: Path, edit: Edit, message: str) -> None:
     edit_graph(synthetic_bundle, edit)
     assert message in refused(synthetic_bundle)
+
+
+def test_float4_has_two_values_in_a_byte(synthetic_bundle: Path) -> None:
+    edit_graph(synthetic_bundle, weight(plain(data_type=TensorProto.FLOAT4E2M1, raw_data=b"\x21\x43\x65")))
+    Bundle.open(synthetic_bundle)
 
 
 def varint(value: int, length: int) -> bytes:

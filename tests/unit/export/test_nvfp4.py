@@ -180,9 +180,11 @@ def test_weights_are_four_bits_in_the_file_and_the_same_numbers_in_a_graph() -> 
         for ending in (".quantized", ".block_scale", ".tensor_scale")
     }
     assert 2 * parts[".quantized"].size == 16 * parts[".block_scale"].size == exact.size
-    kinds = {".quantized": TensorProto.FLOAT4E2M1, ".block_scale": TensorProto.FLOAT8E4M3FN, ".tensor_scale": 1}
+    kinds = dict(zip(parts, (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT), strict=True))
     weights = [
-        TensorProto(name=ending, data_type=kinds[ending], dims=stored.form(name + ending)[0], raw_data=part.tobytes())
+        TensorProto(
+            name=ending, data_type=kinds[ending], dims=list(stored.form(name + ending)[0]), raw_data=part.tobytes()
+        )
         for ending, part in parts.items()
     ]
     scale = float(numpy_helper.to_array(weights[2]))

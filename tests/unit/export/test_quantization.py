@@ -22,15 +22,17 @@ from tmd_export import ExportError
 from tmd_export.families.build import build
 from tmd_export.families.tmd import TMD
 from tmd_export.graphs import rules as lint
-from tmd_export.quantization import qdq, sensitivity
+from tmd_export.quantization import nvfp4, qdq, sensitivity
 from tmd_export.quantization.calibration import FILE, read_calibration
-from tmd_export.quantization.formats import FORMATS
+from tmd_export.quantization.formats import FP8, INT8
 from tmd_export.quantization.observe import Observed, Switched
 from tmd_export.quantization.prompts import default_prompts, read_prompts
 from tmd_export.quantization.qdq import quantize
-from tmd_export.quantization.weights import SCALES, VALUES, QuantizedWeights
+from tmd_export.quantization.scaled import SCALES, VALUES
+from tmd_export.quantization.weights import QuantizedWeights
 
 SIZES = {"batch": 2, "frames": 2, "height": 4, "width": 6, "text": 8}
+FORMATS = {"int8": INT8, "fp8": FP8}
 LINEARS, ATTENTIONS, FUSION = 10, 2, 2  # of a block, of a block, of the flow head
 
 
@@ -171,8 +173,12 @@ def test_a_weight_that_is_transposed_behind_its_dequantize_is_refused(tmp_path: 
 
 
 def in_torch(precision: str, ranges: Mapping[str, float], module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds inputs and weights of the linear layers of `module`, and for fp8 all factors of its attention."""
-    format = FORMATS[precision]
+    """Rounds inputs and weights of the linear layers of `module`, and but for int8 all factors of its attention."""
+    format = FORMATS["fp8" if precision == "nvfp4" else precision]
+
+    def four_bits(x: Tensor, largest: float) -> Tensor:
+        scale = nvfp4.tensor_scale(largest)
+        return torch.from_numpy(nvfp4.dequantize(*nvfp4.quantize(x.numpy(), scale), scale))
 
     def rounded(x: Tensor, scale: Tensor | float) -> Tensor:
         if precision == "int8":
@@ -180,7 +186,11 @@ def in_torch(precision: str, ranges: Mapping[str, float], module: nn.Module, mon
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and name in ranges:
+        if isinstance(layer, nn.Linear) and name in ranges and precision == "nvfp4":
+            layer.weight.data = four_bits(layer.weight.data, float(layer.weight.data.abs().max()))
+            most = 4 * ranges[name]
+            layer.register_forward_pre_hook(lambda _, given, most=most: (four_bits(given[0], most),))
+        elif isinstance(layer, nn.Linear) and name in ranges:
             scale = layer.weight.detach().abs().amax(1, keepdim=True) / format.largest
             layer.weight.data = (
                 rounded(layer.weight.data, scale)
@@ -206,7 +216,7 @@ def in_torch(precision: str, ranges: Mapping[str, float], module: nn.Module, mon
     monkeypatch.setattr(tmd_ref.wan, "attention", attention)
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "nvfp4"])
 def test_a_graph_with_all_layers_rounded_is_what_torch_computes(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +227,12 @@ def test_a_graph_with_all_layers_rounded_is_what_torch_computes(
     observed = Observed(small_export().bundle, "backbone", TMD.products)
     exact = observed(arrays)["features"]
     switched = Switched(path, precision, observed.ranges, TMD.products)
-    assert np.abs(switched(arrays, ())["features"] - exact).max() < 1e-5
+    if precision == "nvfp4":  # what is not in it is in fp8
+        fp8 = Switched(path, "fp8", observed.ranges, TMD.products)
+        assert np.abs(switched(arrays, ())["features"] - fp8(arrays, fp8.layers)["features"]).max() < 1e-5
+        assert set(switched.layers) == {name for name in fp8.layers if not name.endswith(".attention")}
+    else:
+        assert np.abs(switched(arrays, ())["features"] - exact).max() < 1e-5
     found = switched(arrays, switched.layers)["features"]
     in_torch(precision, observed.ranges, graph.module, monkeypatch)
     with torch.no_grad():
