@@ -16,8 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.helpers.export_tools import small_source
+from tests.helpers.synthetic_quantized import quantized_models
 from tmd_engines.onnxruntime import float4
 from tmd_export.families.build import build
+from tmd_export.graphs import rules
 from tmd_export.quantization import nvfp4
 from tmd_export.quantization.formats import FP8, NVFP4
 from tmd_export.quantization.layers import Layer
@@ -211,3 +213,23 @@ def test_what_does_not_divide_into_blocks_stays_fp8(rows: int, expected: object)
     product = Layer("it", onnx_ir.node("MatMul", [x, weight]), 8)
     assert NVFP4.of(product) is expected and NVFP4.of(product, kept=True) is FP8
     assert NVFP4.of(Layer("it", onnx_ir.node("Attention", [x, x, x]), 8)) is FP8
+
+
+def test_an_export_in_another_form_is_refused() -> None:
+    def problems(model: onnx.ModelProto) -> list[str]:
+        return [*rules.quantization(model), *rules.float4(model)]
+
+    def node_of(model: onnx.ModelProto, kind: str) -> onnx.NodeProto:
+        return next(node for node in model.graph.node if node.op_type == kind)
+
+    def dequantizes_weight(model: onnx.ModelProto) -> onnx.NodeProto:
+        name = next(weight.name for weight in model.graph.initializer if weight.data_type == TensorProto.FLOAT4E2M1)
+        return next(node for node in model.graph.node if name in node.input)
+
+    assert problems(quantized_models("nvfp4")["flow_head"]) == []
+    means = quantized_models("nvfp4")["flow_head"]
+    node_of(means, "ReduceMax").op_type = "ReduceMean"
+    assert any("another form than blocks with scales found while running" in each for each in problems(means))
+    wide = quantized_models("nvfp4")["flow_head"]
+    next(part for part in dequantizes_weight(wide).attribute if part.name == "block_size").i = 32
+    assert any("is not dequantized in blocks of 16 along its first axis" in each for each in problems(wide))
