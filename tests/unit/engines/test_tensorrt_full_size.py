@@ -44,19 +44,21 @@ def exported(model: str, precision: str) -> Bundle:
     folder = tempfile.TemporaryDirectory(prefix="tmd-test-")
     atexit.register(folder.cleanup)
     source = RandomSource(model, 0, wan=replace(WAN_CONFIGS[model], num_layers=3), head_blocks=1)
-    given: dict[str, Any] = {"calibration": ["a red circle"], "keep_layers": False} if precision == "fp8" else {}
+    given: dict[str, Any] = (
+        {"calibration": ["a red circle"], "keep_layers": False} if precision in ("fp8", "nvfp4") else {}
+    )
     out = Path(folder.name) / "bundle"
     return export_bundle(source, out, ("backbone", "flow_head"), precision=precision, verify=False, **given).bundle
 
 
 @pytest.mark.parametrize("graph", ["backbone", "flow_head"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8", "nvfp4"])
 @pytest.mark.parametrize("model", BOUND)
 def test_scratch_memory_has_no_room_for_the_scores_of_attention(model: str, precision: str, graph: str) -> None:
     bundle = exported(model, precision)
     weights = bundle.manifest.files[f"{graph}.onnx.data"].size
-    for version in (CANONICAL,) if precision == "bf16" else (CANONICAL, PRIMITIVES):
-        for target in ("8.9", "12.0"):
+    for version in (CANONICAL,) if precision in ("bf16", "nvfp4") else (CANONICAL, PRIMITIVES):
+        for target in ("12.0",) if precision == "nvfp4" else ("8.9", "12.0"):
             lowered, ranges = build_graph(bundle, graph, version, (SIZE,))
             figures = figures_of(lowered, ranges, str(bundle.graph_path(graph)), (target,))
             print(f"{model} {graph} {precision} {version} {target}: {figures}")
