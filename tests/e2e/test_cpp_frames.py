@@ -163,7 +163,7 @@ def test_graphs_in_4_bits_are_bit_equal(tmp_path: Path) -> None:
 def test_what_openvino_does_not_compute_is_said_in_one_sentence(tmp_path: Path) -> None:
     engine_options("openvino")
     bundle = write_quantized_bundle(tmp_path / "bundle", dict.fromkeys(QUANTIZED, "nvfp4"))
-    words = ("--engine", "openvino", bundle, "a prompt", tmp_path / "v.rgb")
+    words = (bundle, "a prompt", tmp_path / "v.rgb", "--engine", "openvino")
     command = [str(word) for word in (program("tmd_generate"), *words)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1 and "is nvfp4, which the engine openvino does not compute: use onnxruntime" in run.stderr

@@ -1,6 +1,7 @@
-"""Graphs in int8 and fp8: explicit QuantizeLinear and DequantizeLinear around the large products of the DiT blocks.
+"""Graphs in int8, fp8 and nvfp4: QuantizeLinear and DequantizeLinear around the large products of the DiT blocks.
 
-`layers` says which products these are, `qdq` rewrites a traced graph, `weights` rounds weights as they are written.
+`layers` says which products these are, `formats` in which format each is (`scaled`: 8 bits, `blocks`: 4 bits, whose
+numbers are `nvfp4`), `qdq` rewrites a traced graph, `weights` rounds weights as they are written.
 What ranges activations have is measured on the float32 graphs (`observe`), over whole samplings of real prompts by the
 runtime (`samplings`), and so is what each layer does to the result (`sensitivity`); `calibration` is the file that
 keeps both, and `quantizer` the whole of it, as an export uses it. Which patterns and scales: docs/precision.md.
