@@ -79,7 +79,7 @@ class WithLoras(Wrapped):
 
     def _layers(self) -> Layers:
         shapes, aliases = dict[str, tuple[int, ...]](), dict[str, tuple[str, ...]]()
-        for name, weight in self._inner.module(DENOISER).named_parameters():
+        for name, weight in self._inner.module(DENOISER).named_parameters(remove_duplicate=False):
             published, *others = self._inner.published_names(name)
             self._published[name], shapes[published] = published, tuple(weight.shape)
             aliases[published] = (*aliases.get(published, ()), *others)
@@ -100,7 +100,7 @@ class WithLoras(Wrapped):
     def _refusal(self, lora: Lora, layers: Layers, problems: list[str]) -> str:
         hits = sum(layers.find(name) is not None for name in lora.layers)
         if not hits:
-            expected = next(iter(layers.shapes)).rpartition(".")[0]
+            expected = max(layers.shapes, key=len).removesuffix(".weight")
             return (
                 f"{lora.file} hits none of the tensors of {self.model}: its {len(lora.layers)} layers are called "
                 f"{listed(map(quote, lora.layers))}, and the model's are called {quote(expected)}. It is for another "
