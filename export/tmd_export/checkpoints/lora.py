@@ -108,13 +108,16 @@ class Lora:
             )
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Layers as the file calls them, and the shapes of the differences to their weights."""
+        """Layers as the file calls them, and the shapes of the differences to their weights; () where only a bias is
+        changed."""
         for name, parts in self.layers.items():
             found = {part: self.tensors.entries[stored].shape for part, stored in parts.items()}
             if DIFF in found:
                 yield name, found[DIFF]
             elif UP in found and DOWN in found:
                 yield name, (*found[UP][:1], *found[DOWN][1:])
+            else:
+                yield name, ()
 
     def _sorted(self) -> dict[str, dict[str, str]]:
         names = list(self.tensors.entries)

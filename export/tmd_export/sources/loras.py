@@ -141,7 +141,7 @@ def _bare(lora: Lora, layers: Layers) -> list[tuple[str, tuple[int, ...]]]:
     for name, shape in lora.shapes():
         layer = layers.find(name)
         weight = layers.weight(layer) if layer is not None else None
-        if weight is None or layers.shapes[weight] != shape:
+        if weight is None or shape not in ((), layers.shapes[weight]):
             found.append((layer or name, shape))
     return found
 

@@ -26,6 +26,7 @@ from tmd_export.loras import parse_lora
 from tmd_export.quantization.calibration import check_identity, identity, read_calibration
 from tmd_export.sources.source import Source
 from tmd_export.sources.tim import RandomTiM
+from tmd_export.sources.wrapped import Wrapped
 from tmd_ref.student import TMDStudent, save_student
 
 State = dict[str, Tensor]
@@ -226,6 +227,14 @@ def test_a_student_takes_a_lora_of_its_own(tmp_path: Path) -> None:
     down, up = state.values()
     added = source.tensor("student", name) - small_source().tensor("student", name)
     assert (added - up @ down).abs().max() < 1e-5
+
+
+def test_a_wrapped_source_answers_every_question_with_what_is_inside() -> None:
+    wrapped = Wrapped(small_source())
+    questions = {name for name, value in vars(Source).items() if callable(value) and not name.startswith("_")}
+    assert len(questions) > 9 and questions <= set(vars(Wrapped))
+    facts = {name: getattr(wrapped, name) for name in Source.__annotations__}
+    assert facts == {name: getattr(small_source(), name) for name in facts} and set(facts) <= set(vars(wrapped))
 
 
 def test_a_transition_model_takes_names_of_its_released_file(tmp_path: Path) -> None:
