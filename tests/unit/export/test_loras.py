@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from torch import Tensor
 
 from tests.helpers import lora_files as files
@@ -22,6 +23,7 @@ from tests.helpers.checkpoint_files import refusal, saved, small
 from tests.helpers.export_tools import small_source
 from tests.helpers.tim_models import TEXT
 from tmd_export import ExportError, LoraFile, WithLoras, open_source
+from tmd_export.cli import command
 from tmd_export.loras import parse_lora
 from tmd_export.quantization.calibration import check_identity, identity, read_calibration
 from tmd_export.sources.source import Source
@@ -76,6 +78,20 @@ def test_the_strength_is_the_number_behind_the_last_equals_sign(text: str, path:
 def test_a_strength_that_is_no_finite_number_in_bounds_is_refused(strength: str) -> None:
     with pytest.raises(ValueError, match=r"of the LoRA 'a=b' is not a number from -1000 to 1000: write FILE=0.5"):
         parse_lora(f"a=b={strength}")
+
+
+def test_the_command_line_tells_a_bad_strength_from_a_bad_file(tmp_path: Path) -> None:
+    def run(lora: str) -> Result:
+        return CliRunner().invoke(command, ["--model", "tiny", "--lora", lora, "--out", str(tmp_path / "b")])
+
+    for text, code, words in (
+        (f"{tmp_path}/a=nan", 2, "Invalid value for '--lora': the strength 'nan' of the LoRA"),
+        (f"{tmp_path}/a=strong", 1, f"there is no file {tmp_path}/a=strong: --lora takes the file of a LoRA"),
+        (f"{tmp_path}=0.5", 1, f"{tmp_path} is a folder without adapter_model.safetensors"),
+    ):
+        result = run(text)
+        assert result.exit_code == code and words in result.output
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, True, "1", None])
