@@ -21,7 +21,9 @@ from .errors import ExportError
 if TYPE_CHECKING:
     from .export import ExportResult, GraphReport, Progress, export_bundle
     from .families.open import open_source
+    from .loras import LoraFile
     from .sources.folder import FolderSource
+    from .sources.loras import WithLoras
     from .sources.random_wan import RandomSource
     from .sources.source import Source
     from .sources.wan import WanSource
@@ -31,10 +33,12 @@ __all__ = [
     "ExportResult",
     "FolderSource",
     "GraphReport",
+    "LoraFile",
     "Progress",
     "RandomSource",
     "Source",
     "WanSource",
+    "WithLoras",
     "export_bundle",
     "open_source",
 ]
@@ -47,8 +51,10 @@ _HOME = {
     "FolderSource": "sources.folder",
     "RandomSource": "sources.random_wan",
     "Source": "sources.source",
+    "LoraFile": "loras",
     "open_source": "families.open",
     "WanSource": "sources.wan",
+    "WithLoras": "sources.loras",
 }
 
 

@@ -18,6 +18,7 @@ import click
 
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
+from .loras import LoraFile, parse_lora
 from .parts import PARTS, QUANTIZED, ordered, parse_precision
 
 if TYPE_CHECKING:
@@ -67,6 +68,20 @@ class Precision(click.ParamType[str]):
         return str(value)
 
 
+class Lora(click.ParamType[LoraFile]):
+    """A file, and behind the last "=" its strength."""
+
+    name = "lora"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoraFile:
+        if isinstance(value, LoraFile):
+            return value
+        try:
+            return parse_lora(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @click.command(
     "tmd-export",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -82,6 +97,8 @@ Examples:
       --decoder dc-ae-f32c32-sana-1.1-diffusers --precision bf16,decoder=fp32 --out tim
   tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
+  tmd-export --model wan14b --checkpoint Wan2.1-T2V-14B --lora 4steps.safetensors \\
+      --lora style.safetensors=0.7 --preset lightx2v --precision bf16 --out fast
 
 \b
 The parts are {", ".join(PARTS)}.
@@ -95,6 +112,13 @@ left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
 bidirectional ones and do not work. For the tim models: a folder with the
 released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
 tmd-distill pack leaves.
+
+\b
+A LoRA is added to the weights before they are rounded: strength*(alpha/rank)*
+up*down, and whole differences of weights and biases. Several are added one after
+the other. One that does not fit in every layer is an error that lists them. The
+strength is the number behind the last "=" (default 1; a path that itself ends in
+"=" and a number needs one behind it). DoRA, LoHa and LoKr are refused.
 
 \b
 A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
@@ -145,6 +169,15 @@ The bundle appears under its name only when it is complete.""",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="For tim-t2i, whose file holds the transformer alone: the folder of its text encoder (gemma-3-1b-it).",
+)
+@click.option(
+    "--lora",
+    "loras",
+    type=Lora(),
+    multiple=True,
+    metavar="FILE[=STRENGTH]",
+    help="A LoRA to merge into the weights of backbone and flow_head, as LightX2V, ComfyUI, kohya and musubi, "
+    "diffusers or PEFT write it; may be given several times.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle to write.")
 @click.option("--inspect", is_flag=True, help="Say what the checkpoint is and what would be exported; write nothing.")
@@ -200,6 +233,7 @@ def command(
     random_weights: int | None,
     decoder: Path | None,
     text_encoder: Path | None,
+    loras: tuple[LoraFile, ...],
     out: Path | None,
     inspect: bool,
     parts: tuple[str, ...] | None,
@@ -229,7 +263,7 @@ def command(
     start = perf_counter()
     try:
         if out is None or inspect:
-            _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder), grid, as_json)
+            _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder, loras), grid, as_json)
             return
         options = {
             "precision": precision,
@@ -241,7 +275,7 @@ def command(
             "keep_layers": not keep_no_layers,
             "overwrite": overwrite,
         }
-        result = _export(model, checkpoint, random_weights, decoder, text_encoder, out, parts, options, quiet)
+        result = _export(model, checkpoint, random_weights, decoder, text_encoder, loras, out, parts, options, quiet)
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -262,6 +296,7 @@ def _export(
     random_weights: int | None,
     decoder: Path | None,
     text_encoder: Path | None,
+    loras: tuple[LoraFile, ...],
     out: Path,
     parts: tuple[str, ...] | None,
     options: dict[str, Any],
@@ -274,7 +309,7 @@ def _export(
         from .export import export_bundle
         from .families.open import open_source
 
-        source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder)
+        source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder, loras)
         if not quiet:
             sampled = source.sampler_note if options["preset"] is None else None
             for note in (*source.notes, *([sampled] if sampled else []), *_left_out(source, checkpoint, parts)):

@@ -103,4 +103,6 @@ def record(result: ExportResult, seconds: float) -> dict[str, Any]:
             "accuracy": found,
         }
     total = sum(file.size for file in result.bundle.manifest.files.values())
-    return {"out": str(result.bundle.folder), "bytes": total, "seconds": round(seconds, 3), "graphs": graphs}
+    loras = [lora.model_dump() for lora in result.bundle.manifest.provenance.loras]
+    size = {"bytes": total, "seconds": round(seconds, 3)}
+    return {"out": str(result.bundle.folder), **size, "loras": loras, "graphs": graphs}

@@ -147,6 +147,7 @@ def _manifest(
         "provenance": {
             "source": source.origin,
             "source_sha256": source.sha256(parts),
+            **({"loras": list(loras)} if (loras := source.loras()) else {}),
             "tool": f"tmd-export {_version('tmd-runtime') or 'from its sources'}",
             "versions": _versions(),
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

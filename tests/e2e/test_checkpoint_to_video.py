@@ -8,6 +8,9 @@ gets the weights of each layout anew.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -23,9 +26,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers import lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
-from tmd_export import graph_export
+from tmd_export import Source, WithLoras, graph_export
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
 from tmd_export.families import open as opening
@@ -116,8 +120,9 @@ def small(monkeypatch: pytest.MonkeyPatch, traced: dict[tuple[str, str], onnx_ir
             traced[key] = trace(graph, weights)
         return traced[key].clone()
 
-    def open_source(model: str, paths: tuple[Path, ...], *_: Any) -> WanSource:
-        return WanSource(paths, model, **made.SIZES)
+    def open_source(model: str, paths: tuple[Path, ...], *others: Any) -> Source:
+        source, loras = WanSource(paths, model, **made.SIZES), others[-1]
+        return WithLoras(source, loras) if loras else source
 
     monkeypatch.setattr(opening, "open_source", open_source)
     monkeypatch.setattr(graph_export, "trace", trace_once)
@@ -196,6 +201,42 @@ def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tm
     assert done.exit_code == 1 and "the preset rcm is for rCM" in done.output
 
 
+def test_two_loras_on_a_folder_give_the_latents_of_diffusers_with_both_in_its_weights(tmp_path: Path) -> None:
+    folder, files = made.write_diffusers(tmp_path / "Wan2.1-T2V-small"), []
+    weights, options = made.models().state("transformer"), list[object]()
+    for seed, strength in ((1, 0.5), (2, -0.25)):
+        lora = lora_files.random_lora(seed=seed)
+        files.append(tmp_path / f"steps={seed}.safetensors")
+        save_file(lora.tensors(lora_files.flat if seed == 1 else str), files[-1])
+        weights = lora.merged(weights, strength)
+        options += ["--lora", f"{files[-1]}={strength}"]
+    done = export([folder], tmp_path / "b", "--preset", "lightx2v", "--json", *options)
+    assert done.exit_code == 0, done.output
+    written = [(lora["file"], lora["strength"]) for lora in json.loads(done.stdout)["loras"]]
+    assert written == [("steps=1.safetensors", 0.5), ("steps=2.safetensors", -0.25)]
+    origin = Bundle.open(tmp_path / "b").manifest.provenance
+    assert [lora.sha256 for lora in origin.loras] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    network = copy.deepcopy(made.models().theirs["transformer"])
+    network.load_state_dict({converted("transformer", name): weight.float() for name, weight in weights.items()})
+    expected = expected_latents("lightx2v", network)
+    np.testing.assert_allclose(latents_of(tmp_path / "b"), expected.numpy(), rtol=0, atol=1e-4)
+    assert (expected - expected_latents("lightx2v")).abs().max() > 0.1
+
+
+def test_a_lora_at_strength_0_gives_the_bytes_of_the_graphs_without_it(tmp_path: Path) -> None:
+    folder = made.write_original(tmp_path / "Wan2.1-T2V-small")
+    save_file(lora_files.random_lora().tensors(), tmp_path / "lora.safetensors")
+    graphs: dict[str, list[bytes]] = {}
+    for strength in (None, 0, 1):
+        options = () if strength is None else ("--lora", f"{tmp_path / 'lora.safetensors'}={strength}")
+        assert export([folder], tmp_path / f"{strength}", "--no-verify", *options).exit_code == 0
+        files = sorted(file for file in (tmp_path / f"{strength}").iterdir() if ".onnx" in file.name)
+        graphs[str(strength)] = [file.read_bytes() for file in files]
+        assert len(files) > 4
+    assert graphs["None"] == graphs["0"] != graphs["1"]
+    assert "loras" not in json.loads((tmp_path / "None" / "manifest.json").read_text())["provenance"]
+
+
 @pytest.mark.parametrize(("key", "value", "family"), made.RELATIVES)
 def test_a_relative_in_any_layout_is_refused_and_leaves_nothing(
     key: str, value: Tensor, family: str, tmp_path: Path
@@ -235,12 +276,12 @@ def tokenizer() -> Tokenizer:
 
 @cache
 @torch.no_grad()
-def expected_latents(preset: str) -> Tensor:
+def expected_latents(preset: str, network: Any = None) -> Tensor:
     sampler = PRESETS[preset].sampler
     guidance = sampler["guidance"]
     prompts = (PROMPT, sampler["negative_prompt"]) if guidance != 1 else (PROMPT,)
     embeds = [expected_embeds(prompt) for prompt in prompts]
-    network = made.models().theirs["transformer"]
+    network = network or made.models().theirs["transformer"]
 
     def velocity(x: Tensor, told: Tensor) -> Tensor:
         v = [network(x, told, rows, return_dict=False)[0] for rows in embeds]

@@ -11,6 +11,8 @@ from .fields import Count, Dimension, FileName, Identifier, Part, Sha256, StepCo
 
 MAX_TENSORS = 256  # inputs or outputs of one graph
 MAX_FILE_BYTES = 1 << 40  # 1 TiB
+MAX_LORAS = 64
+MAX_STRENGTH = 1000.0  # of a LoRA, in both directions
 
 
 class ModelInfo(Part):
@@ -166,11 +168,21 @@ _DATE, _TIME = "[0-9]{4}-[0-9]{2}-[0-9]{2}", r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9
 _CREATED = rf"^{_DATE}T{_TIME}(Z|[+-][0-9]{{2}}:[0-9]{{2}})$"  # not \d, which takes the digits of every script
 
 
+class LoraInfo(Part):
+    """A LoRA that was merged into the weights: name and sha256 of its file, and the factor that it was added with."""
+
+    file: Text
+    sha256: Sha256
+    strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+
+
 class Provenance(Part):
-    """Where the bundle comes from: source and the sha256 of its files, tool, library versions, ISO 8601 time."""
+    """Where the bundle comes from: source and the sha256 of its files, the LoRAs merged into it in the order in which
+    they were added, tool, library versions, ISO 8601 time."""
 
     source: Text
     source_sha256: Annotated[dict[Text, Sha256], Field(max_length=1024)]
+    loras: Annotated[tuple[LoraInfo, ...], Field(max_length=MAX_LORAS)] = ()
     tool: Text
     versions: Annotated[dict[Text, Text], Field(max_length=64)]
     created: Annotated[str, StringConstraints(pattern=_CREATED)]

@@ -322,6 +322,8 @@ def _describe(bundle: Bundle) -> Iterator[str]:
     yield f"made from  {origin.source}"
     for file, digest in origin.source_sha256.items():
         yield f"           {file} sha256 {digest}"
+    for lora in origin.loras:
+        yield f"           LoRA {lora.file} at strength {lora.strength:g}, sha256 {lora.sha256}"
     yield f"made by    {origin.tool}, {origin.created}"
     if origin.versions:
         yield f"           {', '.join(f'{library} {version}' for library, version in origin.versions.items())}"

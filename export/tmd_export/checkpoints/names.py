@@ -80,12 +80,12 @@ def converted(part: str, name: str) -> str:
 
 # What wrappers, parallel training and other programs put in front of a name; the longer ones first.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "module.")
-_INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def bare(name: str) -> str:
     """`name` without the prefixes that training programs and other people's formats leave there."""
-    for inside in _INSIDE:
+    for inside in INSIDE:
         name = name.replace(inside, "")
     while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)

@@ -41,7 +41,7 @@ STRANGERS = (
     Stranger(
         r"\.lora_(A|B|up|down)\b|\.diff(_b)?$",
         "a LoRA",
-        "it holds only differences to a model; merge it into that model first, and give the merged file",
+        "it holds only differences to a model; give it as --lora, beside the --checkpoint of that model",
     ),
     Stranger(r"(^|\.)(weight_scale_2|(input|weight)_global_scale)$", "a model quantised to NVFP4", _ROUNDED),
     Stranger(r"^scaled_fp8$|\.(scale_weight|scale_input|comfy_quant)$", "a ComfyUI model in scaled fp8", _ROUNDED),

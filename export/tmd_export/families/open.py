@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ExportError
+from ..loras import LoraFile
 from ..sources.source import Source
 from . import FAMILIES, Request, find_preset, models, presets
 
@@ -17,6 +18,7 @@ def open_source(
     decoder: str | Path | None = None,
     preset: str | None = None,
     text_encoder: str | Path | None = None,
+    loras: Sequence[LoraFile | tuple[str | Path, float]] = (),
 ) -> Source:
     """Raises ExportError if there are no such weights.
 
@@ -25,7 +27,8 @@ def open_source(
     `model`. `random_seed`: weights from this seed, for a model of
     the family that `preset` is for. Neither: the weights that come with the package. `decoder`: a file with another
     decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `still_vae.VAEFolder`). `text_encoder`:
-    for tim-t2i the folder of its text encoder (see `gemma.GemmaFolder`).
+    for tim-t2i the folder of its text encoder (see `gemma.GemmaFolder`). `loras`: files and strengths to merge into the
+    weights of the denoiser (see `loras.WithLoras`).
     """
     paths = tuple(map(Path, [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint or ()))
     if model is None:
@@ -42,7 +45,12 @@ def open_source(
         which = model or "this checkpoint"
         raise ExportError(f"the preset {preset} is for {found.about}, and {which} is not: choose among {possible}.")
     others = [None if path is None else Path(path) for path in (decoder, text_encoder)]
-    return fitting[0].open(Request(model, paths, random_seed, *others))
+    source = fitting[0].open(Request(model, paths, random_seed, *others))
+    if not loras:
+        return source
+    from ..sources.loras import WithLoras
+
+    return WithLoras(source, loras)
 
 
 def _found_in(paths: Sequence[Path]) -> str | None:

@@ -71,8 +71,11 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def identity(source: Source) -> dict[str, str]:
-    """What a calibration is bound to: the files of the two graphs and their sha256, or the seed."""
-    return source.sha256(QUANTIZABLE) or {"origin": source.origin}
+    """What a calibration is bound to: the files of the two graphs and their sha256, or the seed, and the LoRAs."""
+    added = [lora for lora in source.loras() if lora["strength"] != 0]
+    return (source.sha256(QUANTIZABLE) or {"origin": source.origin}) | {
+        f"LoRA {number}, {lora['file']} at {lora['strength']!r}": lora["sha256"] for number, lora in enumerate(added, 1)
+    }
 
 
 def check_identity(calibration: Calibration, found: dict[str, str], where: str) -> None:

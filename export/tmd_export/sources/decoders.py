@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from ..checkpoints.names import bare
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
 from .source import Source, on_meta
+from .wrapped import Wrapped
 
 _TAKE = "Take Wan2.1's own VAE (Wan2.1_VAE.pth), lightvaew2_1, or TAEHV for Wan2.1 (taew2_1 or lighttaew2_1)."
 _ENCODER = re.compile(r"(encoder|conv1|quant_conv)\.")
@@ -38,34 +39,21 @@ class Decoder(NamedTuple):
     read: Callable[[str], Tensor]
 
 
-class WithDecoder(Source):
+class WithDecoder(Wrapped):
     """The models of another source, but for the decoder, which is that of a file."""
 
     def __init__(self, source: Source, path: str | Path) -> None:
         """Raises ExportError if `path` cannot be read, is no decoder that is known here, or is one of other latents."""
-        self._source, self._path = source, Path(path)
-        self.model, self.family, self.sampler = source.model, source.family, source.sampler
-        self.tokenizer, self.notes, self.trained = source.tokenizer, source.notes, source.trained
+        super().__init__(source)
+        self._path = Path(path)
         self.default_parts = tuple(p for p in VIDEO_PARTS if p in source.default_parts or MODEL_OF[p] == "vae")
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")
         self._decoder = read_decoder(self._path)
 
-    def model_entry(self) -> dict[str, Any]:
-        return self._source.model_entry()
-
-    def latents_entry(self) -> dict[str, Any]:
-        return self._source.latents_entry()
-
-    def text_entry(self) -> dict[str, Any]:
-        return self._source.text_entry()
-
-    def null_embeds(self) -> Tensor | None:
-        return self._source.null_embeds()
-
     def check(self, parts: tuple[str, ...]) -> None:
-        self._source.check(_others(parts))
+        super().check(_others(parts))
         have = (_LATENTS, _TEMPORAL, _SPATIAL)
         latents = self.latents_entry()
         want = tuple(latents[name] for name in ("channels", "temporal_stride", "spatial_stride"))
@@ -77,13 +65,13 @@ class WithDecoder(Source):
             )
 
     def module(self, which: str) -> nn.Module:
-        return on_meta(self._decoder.make) if which == "vae" else self._source.module(which)
+        return on_meta(self._decoder.make) if which == "vae" else super().module(which)
 
     def tensor(self, which: str, name: str) -> Tensor:
-        return self._decoder.read(name) if which == "vae" else self._source.tensor(which, name)
+        return self._decoder.read(name) if which == "vae" else super().tensor(which, name)
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
-        found = self._source.sha256(_others(parts))
+        found = super().sha256(_others(parts))
         if _others(parts) != parts:
             with open(self._path, "rb", buffering=0) as file:
                 found[self._path.name] = sha256_hex(file)

@@ -81,6 +81,19 @@ class Source(ABC):
         """sha256 of each file that `parts` are made from."""
         return {}
 
+    def loras(self) -> tuple[dict[str, Any], ...]:
+        """The manifest's `provenance.loras`: what was added to the weights."""
+        return ()
+
+    def published_names(self, name: str) -> tuple[str, ...]:
+        """How files of weights call the parameter `name` of `module("student")`: first as `tmd_ref` does in the model
+        that is not cut in two, then as other layouts do."""
+        return (name,)
+
+    def lora_note(self, file: str) -> str | None:
+        """What the user should know of a LoRA because of the name of its file."""
+        return None
+
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """The module that `make` constructs, in evaluation mode, its parameters on the meta device."""

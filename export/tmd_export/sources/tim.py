@@ -146,6 +146,9 @@ class TiMSource(Source):
             return other.module()
         return on_meta(makers[which])
 
+    def published_names(self, name: str) -> tuple[str, ...]:
+        return (uncut(name),)
+
     def _others(self, which: str) -> VAEFolder | GemmaFolder | None:
         """The folder of the model `which` if it is not TiM's own."""
         return {"vae": self._decoder, "text_encoder": self._text_encoder}.get(which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tmd_ref.text import EOS_ID, PAD_ID
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAEConfig
 from tmd_ref.wan import WanConfig
 
+from ..checkpoints.names import converted, uncut
 from ..errors import ExportError
 from .source import Source, vae_latents
 
@@ -53,6 +55,18 @@ class Wan21Source(Source):
 
     def text_entry(self) -> dict[str, Any]:
         return {"max_length": self.wan.text_len, "dim": self.wan.text_dim, "pad_id": PAD_ID, "eos_id": EOS_ID}
+
+    def published_names(self, name: str) -> tuple[str, ...]:
+        """Those of the transformer that was cut, in both layouts; of a student also its own."""
+        original = uncut(name, self.wan.num_layers - self.head_blocks)
+        return (original, converted("transformer", original), *(() if self.fusion is None else (name,)))
+
+    def lora_note(self, file: str) -> str | None:
+        expert = re.search(r"(high|low)[_-]?noise", file, re.IGNORECASE)
+        return expert and (
+            f"by its name {file} is for the {expert[1].lower()}-noise expert of a Wan2.2 A14B. Its tensors are those "
+            "of any model of that size: if this checkpoint is another one, nothing here can tell."
+        )
 
 
 def check_architecture(found: WanConfig, wanted: WanConfig, model: str, where: Path) -> None:

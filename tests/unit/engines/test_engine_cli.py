@@ -84,12 +84,16 @@ def test_inspect_prints_a_bundle_that_lacks_parts(synthetic_bundle: Path) -> Non
             del document["graphs"][name]
         document["graphs"]["backbone"]["accuracy"] = None
         document["provenance"]["source_sha256"] = {"weights.safetensors": "0" * 64}
+        document["provenance"]["loras"] = [{"file": "fast.safetensors", "sha256": "1" * 64, "strength": -0.125}]
 
     edit_manifest(synthetic_bundle, edit)
     result = invoke("inspect", synthetic_bundle)
     assert result.exit_code == 0
     assert "no tokenizer" in result.output and "accuracy not measured" in result.output
     assert "weights.safetensors sha256 0000" in result.output
+    assert "LoRA fast.safetensors at strength -0.125, sha256 1111" in result.output
+    origin = json.loads(invoke("inspect", synthetic_bundle, "--json").stdout)["provenance"]
+    assert [lora["strength"] for lora in origin["loras"]] == [-0.125]
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])

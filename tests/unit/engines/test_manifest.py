@@ -79,6 +79,16 @@ def test_parts_that_a_bundle_may_lack_are_optional() -> None:
         # text that could rewrite a terminal
         ("provenance/source", "\x1b[2Jnothing to see", "provenance.source"),
         ("provenance/created", "yesterday", "created"),
+        ("provenance/loras", None, "loras"),
+        ("provenance/loras", {"file": "a", "sha256": SHA, "strength": 1.0}, "loras"),
+        ("provenance/loras", [{"file": "a", "sha256": SHA}], "loras[0].strength"),
+        ("provenance/loras", [{"file": "", "sha256": SHA, "strength": 1.0}], "loras[0].file"),
+        ("provenance/loras", [{"file": "a\n", "sha256": SHA, "strength": 1.0}], "loras[0].file"),
+        ("provenance/loras", [{"file": "a", "sha256": "1", "strength": 1.0}], "loras[0].sha256"),
+        ("provenance/loras", [{"file": "a", "sha256": SHA, "strength": "1"}], "loras[0].strength"),
+        ("provenance/loras", [{"file": "a", "sha256": SHA, "strength": 1000.5}], "loras[0].strength"),
+        ("provenance/loras", [{"file": "a", "sha256": SHA, "strength": 1.0, "rank": 4}], "loras[0].rank"),
+        ("provenance/loras", [{"file": "a", "sha256": SHA, "strength": 1.0}] * 65, "loras"),
         ("files/backbone.onnx/sha256", "F" * 64, "sha256"),
         # parts that contradict each other
         ("model/num_heads", 3, "num_heads 3"),
@@ -104,6 +114,22 @@ def test_each_rule_of_the_schema_is_held(path: str, value: Any, said: str) -> No
         parse(document)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_provenance_names_the_loras_that_were_merged_in() -> None:
+    assert parse(valid_document()).provenance.loras == ()
+    document = valid_document()
+    entries = [
+        {"file": f"{k}.safetensors", "sha256": SHA, "strength": strength} for k, strength in enumerate((1, -0.5))
+    ]
+    document["provenance"]["loras"] = entries
+    found = parse(document).provenance.loras
+    assert [(lora.file, lora.sha256, lora.strength) for lora in found] == [
+        ("0.safetensors", SHA, 1.0),
+        ("1.safetensors", SHA, -0.5),
+    ]
+    document["provenance"]["loras"] = []
+    assert parse(document).provenance.loras == ()
 
 
 def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:

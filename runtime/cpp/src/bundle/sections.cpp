@@ -14,6 +14,8 @@ namespace {
 constexpr std::size_t kMaxTensors = 256;
 constexpr std::int64_t kMaxCount = 1 << 20;
 constexpr std::int64_t kMaxTokenId = 1 << 24;
+constexpr std::size_t kMaxLoras = 64;
+constexpr double kMaxStrength = 1000.0;
 
 // [[1-9]digits*]symbol: "height", "8*height".
 Dimension symbolic(const Field& field, const std::string& text) {
@@ -50,6 +52,15 @@ TensorSpec read_tensor(const Field& field) {
   }
   object.done();
   return spec;
+}
+
+// A LoRA that was merged into the weights. What it says is for the reader of the manifest alone.
+void read_lora(const Field& field) {
+  Object object(field);
+  object.need("file").text();
+  object.need("sha256").sha256();
+  object.need("strength").number(-kMaxStrength, kMaxStrength);
+  object.done();
 }
 
 EmbeddingTable read_table(const Field& field) {
@@ -176,6 +187,9 @@ std::string read_provenance(const Field& field) {
     key.text();
     value.sha256();
   });
+  if (const Field loras = object.maybe("loras"); loras.present()) {
+    for (const Field& item : loras.list(0, kMaxLoras)) read_lora(item);
+  }
   object.need("tool").text();
   object.need("versions").entries(0, 64, [](const Field& key, const Field& value) {
     key.text();
