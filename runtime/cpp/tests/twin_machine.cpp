@@ -72,7 +72,7 @@ json stop(const json& question) {
   const std::string error = tmd_error(context);
   tmd_cancel(context);  // nothing runs: it is not meant for the next call
   options.on_progress = nullptr;
-  check(context, decode(3, options));
+  check(context, decode(1, options));
   return {{"ok", status}, {"said", error}, {"whole", watched.whole}, {"waited", waited}};
 }
 

@@ -17,7 +17,7 @@ from tmd_runtime.built_in import BUILT_IN
 
 ENGINES = ["onnxruntime", "openvino"]
 CANCELLED = 8  # tmd_status
-SIDE = 24  # latents of 24x24: a graph of the decoder takes about a second
+SIDE = 32  # latents of 32x32: a graph of the decoder takes half a second, and many on a busy machine
 HALF, SLACK = 0.5, 1.5  # of a machine that does other things as well
 
 
