@@ -44,8 +44,7 @@ def german(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_decimal_comma_changes_no_frame(german: Twin, engine: str, bundle: Path) -> None:
     question = {"bundle": str(bundle), "engine": engine, "library": library(engine), "prompt": "a red circle"}
-    wishes = {"seed": 1, "frames": 5} if bundle == BUILT_IN else {"seed": 1, "steps": 2}
-    expected, found = (each.ask("run", **question, wishes=wishes) for each in (twin(), german))
+    expected, found = (each.ask("run", **question, wishes={"seed": 1}) for each in (twin(), german))
     assert found["ok"] == expected["ok"] and found["times"] == expected["times"]
 
 
@@ -57,12 +56,12 @@ def test_a_decimal_comma_changes_no_text(german: Twin, tmp_path: Path) -> None:
 
 
 def test_compilation_counts_as_loading() -> None:
-    """OpenVINO compiles for about as long as it reads; to run takes a hundredth of that."""
+    """OpenVINO compiles for longer than it reads, and to run takes a hundredth of that."""
     for bundle, picture in ((BUILT_IN, False), (STILLS, True)):
         question = {"bundle": str(bundle), "engine": "openvino", "library": library("openvino"), "picture": picture}
         seconds = twin().ask("cold", **question)["ok"]
         assert seconds["encode"][TEXT] < seconds["encode"][LOAD] / 2, seconds
-        assert seconds["decode"][DECODE] < seconds["decode"][LOAD] / 2, seconds
+        assert seconds["decode"][DECODE] < seconds["decode"][LOAD] / 6, seconds
         if picture:
             assert seconds["encode_image"][ENCODE] < seconds["encode_image"][LOAD] / 2, seconds
 
