@@ -3,10 +3,16 @@
  *     tmd_generate BUNDLE "a red circle moving right on a black background" out.y4m
  *
  * out.y4m is what every player and encoder reads (full-range 4:4:4, so nothing is lost but the rounding of a colour
- * matrix); out.ppm takes a still, the first frame; out.rgb the frames as they are, uint8 [F, H, W, 3]. */
+ * matrix); out.ppm takes a still, the first frame; out.rgb the frames as they are, uint8 [F, H, W, 3].
+ *
+ * Ctrl-C, SIGTERM and SIGHUP end it, in the middle of a graph too, and leave no file behind. */
+#define _XOPEN_SOURCE 700 /* sigaction, setitimer */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
+#include <unistd.h>
 
 #include <tmd/tmd.h>
 
@@ -16,11 +22,43 @@ static const char usage[] =
     "                    [--memory auto|all|low] [--engine NAME] [--engine-library FILE]\n"
     "PROMPT is \"\" for a model of classes.\n";
 
+static tmd_context* volatile running;
+static char* volatile unfinished; /* the file that is being written */
+static volatile sig_atomic_t ending; /* the signal that ends the program, 0: none */
+
+/* The first signal stops the run. At a second one, or if an engine that compiles takes longer than a quarter of a second,
+ * the process ends here. */
+static void on_signal(int number) {
+  static const struct itimerval patience = {{0, 0}, {0, 250000}};
+  if (ending) {
+    if (unfinished) unlink(unfinished);
+    _exit(128 + ending);
+  }
+  if (number == SIGALRM) return; /* nobody is ending: somebody else's */
+  ending = number;
+  if (running) tmd_cancel(running);
+  setitimer(ITIMER_REAL, &patience, NULL);
+}
+
+static void watch_signals(void) {
+  static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGALRM};
+  struct sigaction action, before;
+  size_t i;
+  memset(&action, 0, sizeof action);
+  action.sa_handler = on_signal;
+  action.sa_flags = SA_RESTART;
+  for (i = 0; i < sizeof numbers / sizeof *numbers; ++i) {
+    /* What the caller ignores (nohup, a job in the background) stays ignored. */
+    if (sigaction(numbers[i], NULL, &before) == 0 && before.sa_handler == SIG_IGN && numbers[i] != SIGALRM) continue;
+    sigaction(numbers[i], &action, NULL);
+  }
+}
+
 static int show_progress(void* user, const tmd_progress* progress) {
   (void)user;
   fprintf(stderr, "\r%3.0f %% %-9s %d/%d ", 100 * progress->fraction, tmd_stage_name(progress->stage), progress->step,
           progress->total);
-  return 0; /* anything else would cancel */
+  return ending; /* anything but 0 cancels */
 }
 
 static unsigned char clamp(double value) {
@@ -55,11 +93,21 @@ static int ends_in(const char* path, const char* end) {
   return length > strlen(end) && strcmp(path + length - strlen(end), end) == 0;
 }
 
+/* Writes beside `path` first: an older video stays until this one is whole. */
 static int write_file(const char* path, const unsigned char* frames, const tmd_plan* plan) {
   const size_t picture = 3 * (size_t)plan->width * (size_t)plan->height;
-  FILE* file = fopen(path, "wb");
+  char* part = malloc(strlen(path) + sizeof ".part");
+  FILE* file;
   int good;
-  if (!file) return 0;
+  if (!part) return 0;
+  strcat(strcpy(part, path), ".part");
+  unfinished = part; /* before it is there: whoever ends the process shall find it */
+  file = fopen(part, "wb");
+  if (!file) {
+    unfinished = NULL;
+    free(part);
+    return 0;
+  }
   if (ends_in(path, ".rgb")) {
     good = fwrite(frames, 1, plan->frames_size, file) == plan->frames_size;
   } else if (ends_in(path, ".ppm")) {
@@ -68,7 +116,11 @@ static int write_file(const char* path, const unsigned char* frames, const tmd_p
   } else {
     good = write_y4m(file, frames, plan);
   }
-  return fclose(file) == 0 && good;
+  good = fclose(file) == 0 && good && !ending && rename(part, path) == 0;
+  if (!good) unlink(part);
+  unfinished = NULL;
+  free(part);
+  return good;
 }
 
 static int whole_number(const char* text, long long* value) {
@@ -124,6 +176,8 @@ int main(int argc, char** argv) {
   }
   run.on_progress = show_progress;
   if (tmd_create(&tmd) != TMD_OK) return 1;
+  running = tmd;
+  watch_signals();
 
   status = tmd_open(tmd, argv[1], &open);
   if (status == TMD_OK) status = tmd_plan_run(tmd, &run, &plan);
@@ -131,9 +185,9 @@ int main(int argc, char** argv) {
   if (status == TMD_OK) status = tmd_generate(tmd, argv[2], &run, frames, plan.frames_size, &result);
   fputc('\n', stderr);
   if (status != TMD_OK) {
-    fprintf(stderr, "%s: %s\n", tmd_status_name(status), tmd_error(tmd));
+    fprintf(stderr, "%s: %s\n", tmd_status_name(status), *tmd_error(tmd) ? tmd_error(tmd) : "out of memory");
   } else if (!write_file(argv[3], frames, &plan)) {
-    fprintf(stderr, "cannot write %s\n", argv[3]);
+    if (!ending) fprintf(stderr, "cannot write %s\n", argv[3]);
     status = TMD_ERROR_USAGE;
   } else {
     fprintf(stderr, "%s", tmd_warnings(tmd));
@@ -143,7 +197,9 @@ int main(int argc, char** argv) {
       printf(" %s %.3f s", tmd_stage_name(stage), result.seconds[stage]);
     printf("\n");
   }
+  running = NULL;
   free(frames);
   tmd_free(tmd);
+  if (ending) return 128 + ending;
   return status == TMD_OK ? 0 : status == TMD_ERROR_USAGE ? 2 : 1;
 }

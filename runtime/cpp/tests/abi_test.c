@@ -185,6 +185,8 @@ int main(void) {
   CHECK(tmd_generate(tmd, "x", NULL, frame, 3, NULL) == TMD_ERROR_USAGE && frame[0] == 7);
   CHECK(tmd_encode(tmd, "x", &number, 1, NULL) == TMD_ERROR_USAGE && number == 7);
   CHECK(tmd_unload(tmd) == TMD_ERROR_USAGE);
+  tmd_cancel(NULL);
+  tmd_cancel(tmd); /* nothing runs */
 
   /* A struct that nobody prepared, and wishes that no engine has. */
   memset(&open, 0, sizeof open);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -141,6 +142,29 @@ TEST_CASE("a run can be stopped in every stage, and the context goes on") {
   options.pieces = [](const tmd::Piece& piece) { return piece.first == 0; };
   CHECK(shared().try_generate(kPrompt, options).status == TMD_CANCELLED);
   CHECK(shared().generate(kPrompt, seeded()).frames == expected().frames);
+}
+
+TEST_CASE("another thread stops a run at any moment, and the context goes on") {
+  const std::vector<std::uint8_t> frames = expected().frames;
+  shared().cancel();  // nothing runs: it is not meant for the next call
+  CHECK(shared().generate(kPrompt, seeded()).frames == frames);
+  std::atomic<bool> done{false};
+  int stopped = 0;
+  std::thread other([&] {
+    for (int wait = 0; !done; wait = (wait + 7) % 60) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(wait));
+      shared().cancel();
+    }
+  });
+  for (int run = 0; run < 12; ++run) {
+    const auto video = shared().try_generate(kPrompt, seeded());
+    stopped += video.status == TMD_CANCELLED;
+    CHECK((video.status == TMD_CANCELLED || video.value.frames == frames));
+  }
+  done = true;
+  other.join();
+  CHECK(stopped > 0);
+  CHECK(shared().generate(kPrompt, seeded()).frames == frames);
 }
 
 TEST_CASE("an exception of a callback comes out of the throwing functions") {

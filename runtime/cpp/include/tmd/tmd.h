@@ -29,6 +29,7 @@
  *   On failure  outputs are as they were before the call, and the context stays usable.
  *   Threads     A context serves one thread at a time: a call while another one runs is answered with TMD_ERROR_BUSY.
  *               Different contexts are independent. tmd_clone gives a second thread a context on the same weights.
+ *               tmd_cancel is for any thread at any time.
  *   Callbacks   are called on the thread of the running call. They must not throw, and must not call the context that
  *               calls them (TMD_ERROR_BUSY), except tmd_error.
  *   NULL        is allowed only where a comment says what it means; elsewhere it is TMD_ERROR_USAGE.
@@ -37,7 +38,8 @@
  *               against an older header stays correct with a newer library of the same major version: new fields come
  *               at the end, and the library reads and writes only as many bytes as struct_size says.
  *   Manners     The library throws nothing, ends no process, writes to no stream, installs no signal handler, opens no
- *               connection and reads no environment variable. It is silent unless tmd_set_log asks for lines.
+ *               connection and reads no environment variable but TMPDIR. It is silent unless tmd_set_log asks for lines.
+ *               Its own threads block all signals. The host's locale changes no frame.
  *
  * Numbers: lengths in bytes are size_t; counts are int32_t; TMD_DEFAULT (-1) means "what the bundle says".
  * Layout: row-major, no padding. Frames uint8 [F, H, W, 3], RGB. Latents float32 [C, T, h, w]. Embeddings float32
@@ -86,7 +88,7 @@ typedef enum tmd_status {
   TMD_ERROR_MEMORY = 5,   /* out of memory */
   TMD_ERROR_BUSY = 6,     /* this context is in use by another call */
   TMD_ERROR_INTERNAL = 7, /* a bug of this library: please report it with tmd_build_info() */
-  TMD_CANCELLED = 8       /* a callback asked to stop; nothing is wrong */
+  TMD_CANCELLED = 8       /* a callback or tmd_cancel asked to stop; nothing is wrong */
 } tmd_status;
 
 /* "TMD_OK", "TMD_ERROR_USAGE", ...; static, never NULL, whatever the number. */
@@ -105,6 +107,13 @@ TMD_API void tmd_free(tmd_context* context);
 /* Text of the last failure on this context; "" if there was none. Valid until the next call on the context. May be
  * called from callbacks. NULL: a fixed text. */
 TMD_API const char* tmd_error(const tmd_context* context);
+
+/* Stops the call that runs on this context, which ends with TMD_CANCELLED: an engine in the middle of a graph stops after
+ * the operation that it is at, a GPU after its launch. An engine that loads or compiles a graph is not interrupted: the
+ * call ends behind that. The context works on. Without a running call, nothing happens; one that is about to end may end
+ * as if nobody had asked. For any thread, and for handlers of signals: it takes no lock and no memory. The context must
+ * not be freed meanwhile. NULL does nothing. */
+TMD_API void tmd_cancel(tmd_context* context);
 
 /* What a finished run would like a person to know ("the prompt is too long ..."), one line each; "" if nothing.
  * Belongs to the last tmd_plan_run, tmd_encode, tmd_denoise, tmd_decode or tmd_generate. Valid until the next call. */
@@ -136,8 +145,10 @@ typedef struct tmd_open_options {
   const char* engine;         /* "openvino"; "onnxruntime"; "tensorrt" (NVIDIA GPUs; runs the plans that tmd-engine build
                                * made); "auto" or NULL: the first of them whose library is there */
   const char* device;         /* "cpu"; "cuda"; NULL: the engine's own */
-  int32_t threads;            /* CPU threads of one run, 1 to 1024; TMD_DEFAULT: 2 for models of up to 64 MiB, so that one
-                               * seed gives one video on every machine; for larger ones the engine decides */
+  int32_t threads;            /* CPU threads of one run, 1 to 1024, of which at most as many as the machine has processors
+                               * are used (tmd_warnings says so); TMD_DEFAULT: 2 for models of up to 64 MiB, so that one
+                               * seed gives one video on every machine; for larger ones what a container's quota of
+                               * processors is worth, and without a quota the engine decides */
   int32_t memory;             /* a tmd_memory; the default is TMD_MEMORY_AUTO */
   const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...,
                                * libnvinfer.so...); NULL: searched for, first beside this library, then by the system's

@@ -108,6 +108,9 @@ class Context {
     return tmd_open(get(), bundle.c_str(), &options);
   }
 
+  // Stops the call that runs on this context, from any thread or from a handler of a signal; see tmd_cancel.
+  void cancel() noexcept { tmd_cancel(get()); }
+
   Context clone() { return take(try_clone()); }
   Expected<Context> try_clone() noexcept {
     tmd_context* made = nullptr;

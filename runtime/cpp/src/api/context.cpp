@@ -1,19 +1,20 @@
 // The C functions about contexts, bundles and what they are; runs are in api_run.cpp.
 #include "api/context.hpp"
+
+#include <sys/resource.h>
+
+#include <cstdio>
+
 #include "base/quote.hpp"
+#include "engines/cpu.hpp"
 
 namespace tmd::internal {
 namespace {
 
-// Frames depend on the number of threads. Of a small model, as the built-in ones are, every machine gets the same, as in
-// Python (tmd_engines.device.cpu).
-constexpr std::uint64_t kSmallBytes = 64u << 20;
-constexpr std::int32_t kSmallThreads = 2;
-
-bool is_small(const Manifest& manifest) {
+std::uint64_t bytes_of(const Manifest& manifest) {
   std::uint64_t bytes = 0;
   for (const auto& [name, file] : manifest.files) bytes += file.size;
-  return bytes <= kSmallBytes;
+  return bytes;
 }
 
 #define TMD_TEXT_OF(x) #x
@@ -80,6 +81,20 @@ void fill_description_places(tmd_context* context) {
 }
 
 }  // namespace
+
+void add_address_space(tmd_context* context) noexcept {
+  rlimit limit;
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+  char text[256];
+  const int length = std::snprintf(
+      text, sizeof text,
+      " The address space of this process is limited to %llu MB (ulimit -v), which may be the reason: raise that limit, "
+      "or limit the memory itself (a container's limit).",
+      static_cast<unsigned long long>(limit.rlim_cur / 1000000));
+  const std::size_t room = sizeof context->error - static_cast<std::size_t>(length) - 1;
+  std::strcpy(context->error + std::min(std::strlen(context->error), room), text);
+}
+
 }  // namespace tmd::internal
 
 using namespace tmd::internal;
@@ -148,6 +163,10 @@ const char* tmd_error(const tmd_context* context) { return context ? context->er
 
 const char* tmd_warnings(const tmd_context* context) { return context ? context->warnings.c_str() : ""; }
 
+void tmd_cancel(tmd_context* context) {
+  if (context) context->stopping.ask();
+}
+
 tmd_status tmd_set_log(tmd_context* context, tmd_log_fn log, void* user, tmd_log_level level) {
   return guarded(context, [&] { context->log = {log, user, level}; });
 }
@@ -167,7 +186,7 @@ void tmd_description_init(tmd_description* description) {
 }
 
 tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_options* options) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     if (!path) refuse_usage("the path of the bundle is NULL: name its folder.");
     const tmd_open_options wanted = read_options(options, tmd_open_options_init, "tmd_open_options_init");
     if (wanted.memory < TMD_MEMORY_ALL || wanted.memory > TMD_MEMORY_AUTO)
@@ -181,7 +200,10 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
 
     auto shared = std::make_shared<Shared>();
     shared->bundle = Bundle::open(path);
-    if (engine.threads == TMD_DEFAULT && is_small(shared->bundle.manifest)) engine.threads = kSmallThreads;
+    check_threads(engine.threads);
+    const Threads threads = resolve_threads(bytes_of(shared->bundle.manifest), engine.threads);
+    engine.threads = threads.count;
+    shared->note = threads.note;
     shared->engine = open_engine(engine);
     shared->memory = static_cast<tmd_memory>(wanted.memory);
     const std::string engine_name = shared->engine->name();

@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "base/stopping.hpp"
 #include "run/pipeline.hpp"
 #include "tmd/tmd.h"
 
@@ -17,6 +18,7 @@ struct tmd_context {
   std::atomic<bool> busy{false};
   char error[2048] = "";  // a fixed place: an error must be told when memory is short
   std::string warnings;
+  tmd::internal::Stopping stopping;
   tmd::internal::Log log;
   std::unique_ptr<tmd::internal::Pipeline> pipeline;
   // Behind the pointers of a description.
@@ -32,6 +34,9 @@ inline void set_error(tmd_context* context, const char* text) noexcept {
   std::strncpy(context->error, text, sizeof context->error - 1);
   context->error[sizeof context->error - 1] = '\0';
 }
+
+// Behind the error of what needed memory: that the address space is limited, if it is. Takes no memory.
+void add_address_space(tmd_context* context) noexcept;
 
 // Runs `work` for a context that nobody else uses, and turns whatever it throws into a status.
 template <typename Work>
@@ -54,6 +59,7 @@ tmd_status guarded(tmd_context* context, const Work& work) noexcept {
   } catch (...) {
     set_error(context, "something was thrown that is no exception of ours: a callback must not throw.");
   }
+  if (status == TMD_ERROR_ENGINE || status == TMD_ERROR_MEMORY) add_address_space(context);
   if (status != TMD_OK && status != TMD_CANCELLED && context->log.write) {
     try {
       context->log(TMD_LOG_ERROR, context->error);
@@ -62,6 +68,15 @@ tmd_status guarded(tmd_context* context, const Work& work) noexcept {
   }
   context->busy.store(false, std::memory_order_release);
   return status;
+}
+
+// As `guarded`, of work that tmd_cancel can stop.
+template <typename Work>
+tmd_status stoppable(tmd_context* context, const Work& work) noexcept {
+  return guarded(context, [&] {
+    const StoppableCall call(context->stopping);
+    work();
+  });
 }
 
 inline Pipeline& opened(tmd_context* context) {

@@ -166,7 +166,7 @@ tmd_status tmd_plan_run(tmd_context* context, const tmd_run_options* given, tmd_
 
 tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_options* given, uint8_t* frames,
                         size_t size, tmd_result* result) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);
     const Manifest& manifest = pipeline.manifest();
@@ -210,7 +210,7 @@ tmd_status tmd_tokenize(tmd_context* context, const char* prompt, int64_t* ids, 
 }
 
 tmd_status tmd_encode(tmd_context* context, const char* prompt, float* embeds, size_t count, tmd_result* result) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     if (!prompt || !embeds) refuse_usage("the prompt or the place for its embeddings is NULL.");
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);
@@ -231,7 +231,7 @@ tmd_status tmd_encode(tmd_context* context, const char* prompt, float* embeds, s
 
 tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* negative, int32_t tokens,
                        const tmd_run_options* given, float* latents, size_t count, tmd_result* result) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);
     const Manifest& manifest = pipeline.manifest();
@@ -266,7 +266,7 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
 tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent_frames, int32_t latent_height,
                       int32_t latent_width, const tmd_run_options* given, uint8_t* frames, size_t size,
                       tmd_result* result) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     if (!latents) refuse_usage("the latents are NULL.");
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);
@@ -296,7 +296,7 @@ tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent
 
 tmd_status tmd_encode_image(tmd_context* context, const uint8_t* rgb, int32_t width, int32_t height, float* latents,
                             size_t count, tmd_result* result) {
-  return guarded(context, [&] {
+  return stoppable(context, [&] {
     if (!rgb || !latents) refuse_usage("the picture or the place for its latents is NULL.");
     check_struct(result, "tmd_result_init");
     Pipeline& pipeline = opened(context);

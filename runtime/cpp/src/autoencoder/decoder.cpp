@@ -44,7 +44,10 @@ void Decoder::run(const float* latents, std::int64_t frames, const LoadStep& loa
   const auto pixels = places * static_cast<std::size_t>(geometry_.spatial_stride * geometry_.spatial_stride);
   std::int64_t first = 0;
   for (std::int64_t k = 0; k < frames; ++k) {
-    if (k && !turns_[1]) bind_step(load_step());
+    if (k && !turns_[1]) {
+      std::shared_ptr<LoadedGraph> later = load_step();
+      progress.timed(TMD_STAGE_LOAD, [&] { bind_step(std::move(later)); });  // an engine may compile here
+    }
     const Stopwatch step;
     float* one = latents_.values<float>(channels * places);
     for (std::size_t c = 0; c < channels; ++c)

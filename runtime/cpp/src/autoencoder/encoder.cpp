@@ -5,14 +5,18 @@
 namespace tmd::internal {
 
 std::vector<float> encode_picture(LoadedGraph& encoder, const LatentInfo& geometry, const std::uint8_t* rgb,
-                                  std::int64_t width, std::int64_t height) {
+                                  std::int64_t width, std::int64_t height, Progress& progress) {
   const std::int64_t stride = geometry.spatial_stride, channels = geometry.channels;
   const Tiling rows(height / stride, stride), columns(width / stride, stride);
   const Dims dims = {{"batch", 1}, {"frames", 1}, {"height", rows.tile}, {"width", columns.tile}};
   const Buffer frames = encoder.empty("frames", dims), latents = encoder.empty("latents", dims);
   const std::int64_t places = rows.tile * columns.tile;
   const auto pixels = static_cast<std::size_t>(places * stride * stride * 3);
-  const std::unique_ptr<Step> step = encoder.bind({{"frames", frames}}, {{"latents", latents}});
+  std::unique_ptr<Step> step;
+  progress.timed(TMD_STAGE_LOAD, [&] {  // an engine may compile here
+    step = encoder.bind({{"frames", frames}}, {{"latents", latents}});
+  });
+  const Stopwatch encoding;
   std::vector<float> whole(static_cast<std::size_t>(rows.side * columns.side * channels));  // [h, w, C]
   join_tiles<float>(rows, columns, 1, channels, whole.data(), [&](std::int64_t top, std::int64_t left, float* part) {
     auto* tile = frames.values<std::uint8_t>(pixels);
@@ -32,6 +36,7 @@ std::vector<float> encode_picture(LoadedGraph& encoder, const LatentInfo& geomet
   for (std::int64_t k = 0; k < all; ++k)
     for (std::int64_t c = 0; c < channels; ++c)
       found[static_cast<std::size_t>(c * all + k)] = whole[static_cast<std::size_t>(k * channels + c)];
+  progress.add(TMD_STAGE_ENCODE, encoding.seconds());
   return found;
 }
 

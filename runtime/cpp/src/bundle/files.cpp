@@ -7,13 +7,14 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
+#include <charconv>
 #include <memory>
 #include <new>
 #include <system_error>
 #include <vector>
 
 #include "base/error.hpp"
+#include "base/stopping.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -58,6 +59,7 @@ std::uint64_t File::size() const {
 }
 
 std::size_t File::read_some(void* to, std::size_t count, const std::string& path) const {
+  check_stopped();
   for (;;) {
     const ssize_t got = ::read(descriptor_, to, count);
     if (got >= 0) return static_cast<std::size_t>(got);
@@ -121,9 +123,9 @@ std::string format_size(std::uint64_t bytes) {
     size /= 1000;
     unit = next;
   }
-  char text[40];
-  std::snprintf(text, sizeof text, "%.1f %s", size, unit);
-  return text;
+  char text[40];  // of the C library's functions the host's language would choose the point
+  const auto end = std::to_chars(text, text + sizeof text, size, std::chars_format::fixed, 1).ptr;
+  return std::string(text, end) + " " + unit;
 }
 
 }  // namespace tmd::internal

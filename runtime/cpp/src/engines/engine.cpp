@@ -1,6 +1,7 @@
 #include "engines/engine.hpp"
 
 #include "base/quote.hpp"
+#include "base/stopping.hpp"
 #ifdef TMD_WITH_OPENVINO
 #include "engines/openvino_engine.hpp"
 #endif
@@ -56,6 +57,7 @@ std::shared_ptr<Engine> open_first(const EngineOptions& options) {
 }  // namespace
 
 std::unique_ptr<Step> LoadedGraph::bind(const Buffers& inputs, const Buffers& outputs) {
+  check_stopped();  // an engine may compile for seconds, which nothing interrupts
   const std::pair<const std::vector<TensorSpec>&, const Buffers&> sides[] = {{info().inputs, inputs},
                                                                              {info().outputs, outputs}};
   for (const auto& [specs, buffers] : sides) {
@@ -72,11 +74,14 @@ std::unique_ptr<Step> LoadedGraph::bind(const Buffers& inputs, const Buffers& ou
   return tie(inputs, outputs);
 }
 
+void check_threads(std::int32_t threads) {
+  if (threads != TMD_DEFAULT && (threads < 1 || threads > 1024))
+    refuse_usage("threads is " + std::to_string(threads) + ": give 1 to 1024, or TMD_DEFAULT.");
+}
+
 std::shared_ptr<Engine> open_engine(const EngineOptions& options) {
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
     refuse_usage("there is no device " + quote(options.device) + " in this version of tmd: use cpu or cuda.");
-  if (options.threads != TMD_DEFAULT && (options.threads < 1 || options.threads > 1024))
-    refuse_usage("threads is " + std::to_string(options.threads) + ": give 1 to 1024, or TMD_DEFAULT.");
   if (options.engine == "auto") return open_first(options);
   for (const Known* each = kKnown; each->name; ++each) {
     if (options.engine != each->name) continue;

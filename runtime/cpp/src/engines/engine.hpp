@@ -67,6 +67,9 @@ class Engine {
   virtual std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) = 0;  // throws Error(ENGINE)
 };
 
+// Throws Error(USAGE) unless that many threads can be wished for.
+void check_threads(std::int32_t threads);
+
 // Finds and opens the engine's library. Throws Error(USAGE) for an unknown name, Error(ENGINE) if it is not to be had.
 std::shared_ptr<Engine> open_engine(const EngineOptions& options);
 

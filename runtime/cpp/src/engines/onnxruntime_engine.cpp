@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "base/stopping.hpp"
 #include "engines/cpu.hpp"
 #include "engines/onnxruntime_library.hpp"
 #include "engines/onnxruntime_lowering.hpp"
@@ -86,21 +87,32 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
   Owner<OrtSession> session_;
 };
 
-class OnnxRuntimeStep : public Step {
+class OnnxRuntimeStep : public Step, private Stoppable {
  public:
   OnnxRuntimeStep(std::shared_ptr<OnnxRuntimeGraph> graph, const Buffers& inputs, const Buffers& outputs)
-      : graph_(std::move(graph)), binding_(new_binding()) {
+      : graph_(std::move(graph)), options_(new_options()), binding_(new_binding()) {
     const OrtApi& api = graph_->api();
     for (const auto& [name, buffer] : inputs) tie(api.BindInput, name, buffer);
     for (const auto& [name, buffer] : outputs) tie(api.BindOutput, name, buffer);
   }
 
   void run() override {
-    graph_->check(graph_->api().RunWithBinding(graph_->session(), nullptr, binding_.get()),
-                  "failed in " + graph_->info().file);
+    const std::string what = "failed in " + graph_->info().file;
+    graph_->check(graph_->api().RunOptionsUnsetTerminate(options_.get()), what);
+    const Running running(*this);
+    graph_->check(graph_->api().RunWithBinding(graph_->session(), options_.get(), binding_.get()), what);
   }
 
  private:
+  // Ends a run that another thread is in, after the node that it is at.
+  void stop() noexcept override {
+    if (OrtStatus* status = graph_->api().RunOptionsSetTerminate(options_.get())) graph_->api().ReleaseStatus(status);
+  }
+  Owner<OrtRunOptions> new_options() const {
+    OrtRunOptions* options = nullptr;
+    graph_->check(graph_->api().CreateRunOptions(&options), "cannot bind " + graph_->info().file);
+    return {options, graph_->api().ReleaseRunOptions};
+  }
   Owner<OrtIoBinding> new_binding() const {
     OrtIoBinding* binding = nullptr;
     graph_->check(graph_->api().CreateIoBinding(graph_->session(), &binding), "cannot bind " + graph_->info().file);
@@ -123,6 +135,7 @@ class OnnxRuntimeStep : public Step {
   // In this order: the binding goes before the session.
   std::shared_ptr<OnnxRuntimeGraph> graph_;
   std::vector<Buffer> kept_;  // ONNX Runtime has only the addresses
+  Owner<OrtRunOptions> options_;
   Owner<OrtIoBinding> binding_;
 };
 

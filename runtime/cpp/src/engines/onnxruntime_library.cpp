@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "base/error.hpp"
+#include "base/stopping.hpp"
 #include "engines/engine_library.hpp"
 
 // Set by CMake if it found a library beside the header.
@@ -62,6 +63,7 @@ OnnxRuntime::~OnnxRuntime() {
 void OnnxRuntime::check(OrtStatus* status, const std::string& what) const {
   if (!status) return;
   const std::unique_ptr<OrtStatus, void (*)(OrtStatus*)> owner(status, api->ReleaseStatus);
+  check_stopped();  // a graph that was stopped ends with an error
   std::string reason = api->GetErrorMessage(status);
   for (char& c : reason)
     if (c == '\n' || c == '\r' || c == '\t') c = ' ';

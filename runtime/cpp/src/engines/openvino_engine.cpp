@@ -4,6 +4,8 @@
 #include <mutex>
 #include <vector>
 
+#include "base/stopping.hpp"
+#include "engines/decimal_point.hpp"
 #include "engines/openvino_library.hpp"
 #include "engines/private_folder.hpp"
 
@@ -34,7 +36,7 @@ ov_element_type_e element_type(DType dtype) {
   return DYNAMIC;
 }
 
-class OpenVinoStep : public Step {
+class OpenVinoStep : public Step, private Stoppable {
  public:
   OpenVinoStep(Library library, std::string file, Compiled compiled, const Buffers& inputs, const Buffers& outputs)
       : library_(std::move(library)), file_(std::move(file)), compiled_(std::move(compiled)) {
@@ -47,9 +49,17 @@ class OpenVinoStep : public Step {
       for (const auto& [name, buffer] : *buffers) set_tensor(name, buffer);
   }
 
-  void run() override { library_->check(library_->ov_infer_request_infer(request_.get()), "failed in " + file_); }
+  void run() override {
+    const std::string what = "failed in " + file_;
+    const Running running(*this);
+    // Not ov_infer_request_infer: with one stream that one runs to its end, whoever cancels it (OpenVINO 2026.4.1).
+    library_->check(library_->ov_infer_request_start_async(request_.get()), what);
+    library_->check(library_->ov_infer_request_wait(request_.get()), what);
+  }
 
  private:
+  // Ends a run that another thread is in, after the node that it is at.
+  void stop() noexcept override { library_->ov_infer_request_cancel(request_.get()); }
   void set_tensor(const std::string& name, const Buffer& buffer) {
     const std::string what = "cannot bind " + name + " of " + file_;
     const auto rank = static_cast<std::int64_t>(buffer.shape().size());
@@ -94,6 +104,7 @@ class OpenVinoGraph : public LoadedGraph {
   static constexpr std::int64_t kAnyLength = -1;  // in the shapes that a graph is compiled for
 
   ov_model_t* read_model() const {
+    const DecimalPoint point;
     // OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were
     // checked, whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the
     // data file.
@@ -134,6 +145,7 @@ class OpenVinoGraph : public LoadedGraph {
   }
 
   Compiled compile(const Shapes& shapes) const {
+    const DecimalPoint point;
     const std::string what = "cannot compile " + info_.file;
     ov_model_t* model = read_model();
     const Owner model_owner(model, [this](void* m) { free_model(static_cast<ov_model_t*>(m)); });

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "base/error.hpp"
+#include "base/stopping.hpp"
 #include "engines/engine_library.hpp"
 
 // Set by CMake from the OpenVINO that the headers are of.
@@ -61,6 +62,7 @@ void OpenVino::check(ov_status_e status, const std::string& what) const {
   const char* last = ov_get_last_err_msg();
   std::string reason = last && *last ? last : ov_get_error_info(status);
   if (last) ov_free(last);
+  check_stopped();  // a graph that was stopped ends with an error
   for (char& c : reason)
     if (c == '\n' || c == '\r' || c == '\t') c = ' ';
   fail_engine("OpenVINO " + what + ": " + reason.substr(0, 500));

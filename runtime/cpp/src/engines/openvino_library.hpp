@@ -28,7 +28,9 @@ namespace tmd::internal {
   X(ov_compiled_model_create_infer_request) \
   X(ov_compiled_model_free)                 \
   X(ov_infer_request_set_tensor)            \
-  X(ov_infer_request_infer)                 \
+  X(ov_infer_request_start_async)           \
+  X(ov_infer_request_wait)                  \
+  X(ov_infer_request_cancel)                \
   X(ov_infer_request_free)                  \
   X(ov_shape_create)                        \
   X(ov_shape_free)                          \

@@ -1,4 +1,7 @@
 // A folder of our own for the files that an engine reads by their names: what lies in it nobody else exchanges.
+//
+// It has a name and a lock as everything that is in the making (tmd_engines.device.unfinished). The lock ends with its
+// process, so what a killed one left behind is told from what another uses, and the next process removes it.
 #pragma once
 
 #include <string>
@@ -7,7 +10,8 @@
 
 namespace tmd::internal {
 
-// Gone with its files when the object is. Where it cannot be made, nothing can be put into it either.
+// In the folder for temporary files; gone with its files when the object is. Where it cannot be made, nothing can be put
+// into it either.
 class PrivateFolder {
  public:
   PrivateFolder();
@@ -22,7 +26,12 @@ class PrivateFolder {
 
  private:
   std::string folder_;  // empty: there is none
+  int lock_ = -1;       // -1: the file system has no locks
   std::vector<std::string> names_;
 };
+
+// Removes this user's folders of that kind in `parent` whose processes are gone. Where the file system has no locks,
+// nothing is removed.
+void sweep_private_folders(const std::string& parent);
 
 }  // namespace tmd::internal

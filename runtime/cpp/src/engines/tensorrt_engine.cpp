@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "base/quote.hpp"
+#include "base/stopping.hpp"
 #include "engines/plan_cache.hpp"
 #include "engines/tensorrt_library.hpp"
 
@@ -135,6 +136,7 @@ class TensorRtStep : public Step {
   }
 
   void run() override {
+    check_stopped();
     const Lock lock(library_->mutex);
     plan_->enqueue(buffers_);
     library_->wait();
@@ -175,6 +177,7 @@ class CudaGraph : public Step {
   }
 
   void run() override {
+    check_stopped();
     const Lock lock(library_->mutex);
     library_->check(library_->cudaGraphLaunch(launch_, library_->stream), "cannot launch a graph");
     library_->wait();

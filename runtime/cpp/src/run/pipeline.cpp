@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "autoencoder/encoder.hpp"
+#include "base/stopping.hpp"
 #include "bundle/files.hpp"
 
 namespace tmd::internal {
@@ -34,6 +35,7 @@ std::shared_ptr<LoadedGraph> Shared::graph(const std::string& name, const char* 
 
 std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char* purpose, Progress& progress) {
   if (const auto found = graphs_.find(name); found != graphs_.end()) return found->second;
+  check_stopped();
   const Stopwatch load;
   bool fresh = false;
   std::shared_ptr<LoadedGraph> graph = shared_->graph(name, purpose, &fresh);
@@ -49,6 +51,7 @@ std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char
 }
 
 void Pipeline::prepare(const LatentSize& size, std::string& warnings) {
+  if (!shared_->note.empty()) warnings += shared_->note + "\n";
   // Of a device's memory nothing is estimated.
   if (shared_->memory != TMD_MEMORY_AUTO || (shared_->engine && shared_->engine->on_device())) {
     one_after_the_other_ = shared_->memory == TMD_MEMORY_LOW;
@@ -151,7 +154,7 @@ Condition Pipeline::condition(std::string_view prompt, const Settings& settings,
 std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done,
                                            std::int64_t total) {
   const std::shared_ptr<LoadedGraph> encoder = graph("text_encoder", "read a prompt", progress);
-  const Stopwatch encoding;
+  Stopwatch encoding;
   const Dims dims = {{"batch", 1}, {"text", static_cast<std::int64_t>(tokens.ids.size())}};
   Buffers inputs;
   const auto put = [&](const char* name, const auto& values) {
@@ -166,10 +169,14 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
     put("input_ids", tokens.ids);
   }
   const Buffer embeds = encoder->empty("prompt_embeds", dims);
-  encoder->bind(inputs, {{"prompt_embeds", embeds}})->run();
+  std::unique_ptr<Step> step;
+  const double before = encoding.seconds();
+  progress.timed(TMD_STAGE_LOAD, [&] { step = encoder->bind(inputs, {{"prompt_embeds", embeds}}); });  // may compile
+  encoding = Stopwatch();
+  step->run();
   std::vector<float> values = embeds.read<float>(tokens.ids.size() * static_cast<std::size_t>(manifest().text.dim));
   check_finite(TMD_STAGE_TEXT, values.data(), values.size());
-  const double seconds = encoding.seconds();
+  const double seconds = before + encoding.seconds();
   progress.add(TMD_STAGE_TEXT, seconds);
   progress.report(TMD_STAGE_TEXT, done, total, seconds);
   return values;
@@ -178,10 +185,8 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
 std::vector<float> Pipeline::encode_image(const std::uint8_t* rgb, std::int64_t width, std::int64_t height,
                                           Progress& progress) {
   const std::shared_ptr<LoadedGraph> encoder = graph("encoder", "start from a picture", progress);
-  const Stopwatch encoding;
-  const std::vector<float> found = encode_picture(*encoder, manifest().latents, rgb, width, height);
+  const std::vector<float> found = encode_picture(*encoder, manifest().latents, rgb, width, height, progress);
   check_finite(TMD_STAGE_ENCODE, found.data(), found.size());
-  progress.add(TMD_STAGE_ENCODE, encoding.seconds());
   release({"encoder"});
   return found;
 }

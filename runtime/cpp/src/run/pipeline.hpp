@@ -23,6 +23,7 @@ struct Shared {
   Bundle bundle;
   std::shared_ptr<Engine> engine;
   tmd_memory memory = TMD_MEMORY_AUTO;
+  std::string note;         // for the warnings of every run
   std::string system_root;  // where /proc and /sys are; tests put something else there
 
   std::shared_ptr<const Tokenizer> tokenizer();

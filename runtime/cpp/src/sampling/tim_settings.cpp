@@ -1,6 +1,7 @@
 #include "sampling/tim_settings.hpp"
 
 #include <algorithm>
+#include <locale>
 #include <sstream>
 
 #include "base/error.hpp"
@@ -14,6 +15,7 @@ constexpr double kMaxRho = 10;
 // As Python's format "g".
 std::string short_number(double value) {
   std::ostringstream text;
+  text.imbue(std::locale::classic());
   text << value;
   return text.str();
 }

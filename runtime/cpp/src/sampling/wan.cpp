@@ -49,7 +49,9 @@ class WanLoop : public Loop {
     for (std::size_t i = 0; i + 1 < times.size(); ++i) factors.push_back(rule_(times, i));
     const std::set<std::string> slots = slots_of(factors, guided);
     const bool remembers = slots.count("before_1");
-    Step& update = update_with(slots);
+    Step* bound_update = nullptr;
+    progress.timed(TMD_STAGE_LOAD, [&] { bound_update = &update_with(slots); });  // an engine may compile here
+    Step& update = *bound_update;
     const std::int64_t passes = settings.steps * (guided ? 2 : 1);
     Calls backbone(progress, TMD_STAGE_BACKBONE, passes), flow_head(progress, TMD_STAGE_FLOW_HEAD, passes);
     Draws draws(settings.seed, settings.latents_count(), progress);
