@@ -1,5 +1,6 @@
-// Stands in for libnvinfer, and built again with its headers for libtensorrt_rtx, where there is no GPU, so that our side
-// can be run. A "plan" names a bundle and a graph, and ONNX Runtime computes it on the CPU. fake_cuda.cpp is the device.
+// Stands in for libnvinfer, and built again with its headers for libtensorrt_rtx, where there is no GPU, so that our
+// side can be run. A "plan" names a bundle and a graph, and ONNX Runtime computes it on the CPU. fake_cuda.cpp is the
+// device.
 //
 // What it cannot show: that a real library takes and runs a plan, and how fast. It is stricter where our code promises
 // more: a run without scratch memory, or with some that is freed, is an error, and every run leaves NaN in it.
@@ -24,9 +25,9 @@ namespace {
 
 // Which runs cannot be recorded, and what was seen: of these questions a test asks.
 struct Seen {
-  int deserialized = 0;                  // plans
-  int kernels = 0;                       // contexts that got kernels from an earlier process
-  std::map<const void*, int> scratch;    // where runs had their scratch memory
+  int deserialized = 0;                // plans
+  int kernels = 0;                     // contexts that got kernels from an earlier process
+  std::map<const void*, int> scratch;  // where runs had their scratch memory
 } seen;
 
 bool is_capturable() { return std::getenv("FAKE_TENSORRT_NOT_CAPTURABLE") == nullptr; }

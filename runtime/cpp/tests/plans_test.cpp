@@ -71,8 +71,8 @@ TEST_CASE("a plan for something else is not used, and the field is named") {
     disk.make_folder(all({{field, value}}));
     tmd::Context context(TMD_TEST_BUNDLE, Options(disk, true));
     CHECK(context.try_generate(kPrompt, seeded(2, 2)).status == TMD_ERROR_ENGINE);
-    CHECK_MESSAGE(has(context.error(), "the plan of tiny text_encoder in " + disk.plans_path() +
-                                           " is for something else (" + words),
+    CHECK_MESSAGE(has(context.error(),
+                      "the plan of tiny text_encoder in " + disk.plans_path() + " is for something else (" + words),
                   context.error());
     CHECK(has(context.error(), "and in the cache there is no plan of 'tiny text_encoder' for "));
   }
@@ -140,8 +140,7 @@ TEST_CASE("graphs share their scratch memory, which does not move where a folder
   const int before = seen("scratches");
   tmd::Context context(TMD_TEST_BUNDLE, Options(disk, true));
   const int launched = seen("launches");
-  for (int run = 0; run < 2; ++run)
-    CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
+  for (int run = 0; run < 2; ++run) CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
   CHECK(seen("scratches") - before <= 1);
   CHECK(seen("launches") - launched == 3);  // recorded once
 }
@@ -211,9 +210,10 @@ TEST_CASE("the library says before it loads a plan that this card cannot run it"
   disk.make_folder(plans);
   tmd::Context context(TMD_TEST_BUNDLE, Options(disk, true));
   CHECK(context.try_generate(kPrompt, seeded(2, 2)).status == TMD_ERROR_ENGINE);
-  CHECK(has(context.error(), "TensorRT for RTX " + kVersion +
-                                 " refuses the plan: it is for other compute capabilities and the driver is too old, or "
-                                 "there is none. In the cache there is no plan"));
+  CHECK(
+      has(context.error(), "TensorRT for RTX " + kVersion +
+                               " refuses the plan: it is for other compute capabilities and the driver is too old, or "
+                               "there is none. In the cache there is no plan"));
 }
 
 TEST_CASE("auto leaves cards of servers to TensorRT, and a name is a name") {

@@ -114,7 +114,8 @@ TEST_CASE("devices and engines go together") {
   options.device = "cpu";
   tmd::Context context;
   CHECK(context.try_open(TMD_TEST_BUNDLE, options) == TMD_ERROR_USAGE);
-  CHECK(context.error().find("the engine " TMD_TEST_ENGINE " runs on the device cuda, not on cpu") != std::string::npos);
+  CHECK(context.error().find("the engine " TMD_TEST_ENGINE " runs on the device cuda, not on cpu") !=
+        std::string::npos);
   options.device = "cuda";
   CHECK(context.try_open(TMD_TEST_BUNDLE, options) == TMD_OK);
   options.engine = "auto";

@@ -62,8 +62,9 @@ std::string refusal_on(const std::string& precision, Capability capability) {
                 : "it has no products and 3-D convolutions in float32, and graphs exported in fp16 keep a few of "
                   "them") +
            ". Use --engine onnxruntime on such a card, or name newer ones";
-  const Capability since =
-      precision == "fp8" ? Capability{8, 9} : precision == "bf16" ? Capability{8, 0} : Capability{};
+  const Capability since = precision == "fp8"    ? Capability{8, 9}
+                           : precision == "bf16" ? Capability{8, 0}
+                                                 : Capability{};
   if (capability >= since) return "";
   return "it is " + precision + ", which GPUs compute from compute capability " + to_text(since) +
          " on: build with --for " + (precision == "fp8" ? "8.9,12.0" : "8.0,8.6,8.9,12.0") +

@@ -66,7 +66,7 @@ class Engine {
   virtual ~Engine() = default;
   virtual const char* name() const = 0;
   virtual std::string version() const = 0;
-  virtual bool on_device() const { return false; }                                             // with memory of its own
+  virtual bool on_device() const { return false; }  // with memory of its own
   // What a person should know of how graphs are run, since it was last asked: whole lines, or "".
   virtual std::string take_notes() { return ""; }
   virtual std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) = 0;  // throws Error(ENGINE)

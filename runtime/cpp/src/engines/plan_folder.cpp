@@ -23,7 +23,8 @@ constexpr int kPlansSchema = 1;
 std::string own_maker() { return std::string("tmd-engine ") + tmd_version(); }
 
 bool is_bytes(const json& value) {
-  return value.is_number_integer() && !(value.is_number_unsigned() && value.get<std::uint64_t>() > static_cast<std::uint64_t>(kMaxBytes)) &&
+  return value.is_number_integer() &&
+         !(value.is_number_unsigned() && value.get<std::uint64_t>() > static_cast<std::uint64_t>(kMaxBytes)) &&
          value.get<std::int64_t>() >= 0 && value.get<std::int64_t>() <= kMaxBytes;
 }
 

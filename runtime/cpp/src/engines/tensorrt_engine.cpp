@@ -44,8 +44,7 @@ class TensorRtStep : public Step {
 
   void run() override {
     const CudaLock lock(place_->cuda->mutex);
-    plan_->run(buffers_,
-               [this](std::string_view kernels) { store_entry(place_->cache, kernels_key_, kernels); });
+    plan_->run(buffers_, [this](std::string_view kernels) { store_entry(place_->cache, kernels_key_, kernels); });
   }
 
  private:
@@ -193,8 +192,8 @@ class TensorRtEngine : public Engine {
     if (const std::string reason = refusal(info.precision, cuda.capability); !reason.empty())
       fail_engine("Graph " + graph + " does not run on " + cuda.device + ": " + reason + ".");
     PlanTarget target = target_of(place_->library->version, cuda);
-    target.weight_streaming = static_cast<double>(weights_beside(bundle.manifest, graph)) >
-                              kStreamAbove * static_cast<double>(cuda.memory);
+    target.weight_streaming =
+        static_cast<double>(weights_beside(bundle.manifest, graph)) > kStreamAbove * static_cast<double>(cuda.memory);
     return std::make_shared<TensorRtGraph>(place_, bundle, info, target);
   }
 

@@ -6,7 +6,8 @@
 // same names and other tables of functions. What differs between them in our code is in tensorrt_server.cpp and
 // tensorrt_rtx.cpp, by the declarations of tensorrt_variant.hpp.
 //
-// Compiled against headers of TensorRT 10.3, 10.16, 11.0 and 11.1, and of TensorRT for RTX 1.5 and 1.6; never run on a GPU.
+// Compiled against headers of TensorRT 10.3, 10.16, 11.0 and 11.1, and of TensorRT for RTX 1.5 and 1.6; never run on a
+// GPU.
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -7,7 +7,8 @@
 // Between 1.4 and 1.5 functions went from the middle of the tables, so that those of a 1.7 are none of 1.4's; and what
 // it calls itself tells it from TensorRT, whose headers have the same names.
 #if !defined(TRT_MAJOR_RTX) || NV_TENSORRT_MAJOR != 1 || NV_TENSORRT_MINOR < 5
-#error "TensorRT for RTX 1.5 or newer is needed: name its headers in TMD_TENSORRT_RTX_INCLUDE, or set TMD_TENSORRT_RTX to OFF"
+#error \
+    "TensorRT for RTX 1.5 or newer is needed: name its headers in TMD_TENSORRT_RTX_INCLUDE, or set TMD_TENSORRT_RTX to OFF"
 #endif
 
 namespace tmd::internal::TMD_TRT {
@@ -74,7 +75,8 @@ std::string refusal_of_plan(const nvinfer1::IRuntime& runtime, std::string_view 
     return "";
   std::string found;
   for (const Reason& reason : kReasons)
-    if (diagnostics & static_cast<std::uint64_t>(reason.flag)) found += (found.empty() ? "" : " and ") + std::string(reason.text);
+    if (diagnostics & static_cast<std::uint64_t>(reason.flag))
+      found += (found.empty() ? "" : " and ") + std::string(reason.text);
   return found;  // without a driver it names no reason, and loading the plan does
 }
 

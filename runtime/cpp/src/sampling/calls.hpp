@@ -9,8 +9,8 @@
 //       call(flow_head, *update, false);
 //     };
 //
-// Launches::run runs it call by call. An engine that records runs it so once, and from then on as one launch; again call
-// by call where the launch has become void.
+// Launches::run runs it call by call. An engine that records runs it so once, and from then on as one launch; again
+// call by call where the launch has become void.
 #pragma once
 
 #include <functional>
