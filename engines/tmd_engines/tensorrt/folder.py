@@ -112,7 +112,7 @@ def _entry(document: Any) -> Entry:
         raise ValueError("an entry has no proper file")
     if type(sha256) is not str or not _SHA256.fullmatch(sha256):
         raise ValueError("an entry has no proper sha256")
-    if not _is_bytes(size):
+    if type(size) is not int or not _is_bytes(size):
         raise ValueError("an entry has no proper size")
     if type(key) is not dict or not all(type(value) is str for value in key.values()):
         raise ValueError("an entry has no proper key")

@@ -8,7 +8,7 @@
 namespace tmd::internal::TMD_TRT {
 namespace {
 
-constexpr std::size_t kKeptMessages = 3;
+constexpr std::size_t kKeptMessages = 3, kMostOfReason = 600;
 
 nvinfer1::DataType element_type(DType dtype) {
   switch (dtype) {
@@ -37,6 +37,19 @@ nvinfer1::Dims dims(const Shape& shape) {
   return made;
 }
 
+// One space for every run of them, and for line breaks; whatever the host's locale.
+std::string in_one_line(std::string_view text) {
+  std::string line;
+  for (const char c : text) {
+    if (c != ' ' && !(c >= '\t' && c <= '\r')) {
+      line += c;
+    } else if (!line.empty() && line.back() != ' ') {
+      line += ' ';
+    }
+  }
+  return line.substr(0, line.find_last_not_of(' ') + 1);
+}
+
 std::string list(const Shape& shape) {
   std::string text;
   for (const std::int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
@@ -49,7 +62,7 @@ void Log::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept {
   if (severity > Severity::kERROR) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   try {
-    errors_.emplace_back(text);
+    errors_.push_back(in_one_line(text));
     if (errors_.size() > kKeptMessages) errors_.erase(errors_.begin());
   } catch (...) {  // without memory: without its words
   }
@@ -60,7 +73,8 @@ std::string Log::take() {
   std::string text;
   for (const std::string& each : errors_) text += (text.empty() ? "" : "; ") + each;
   errors_.clear();
-  return text.empty() ? "it gave no reason" : bare(text, 600);
+  text.resize(std::min(text.size(), kMostOfReason));
+  return text.empty() ? "it gave no reason" : bare(text, 4 * kMostOfReason);
 }
 
 LoadedPlan::LoadedPlan(std::shared_ptr<TensorRt> library, std::string_view content) : library_(std::move(library)) {
