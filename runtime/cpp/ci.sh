@@ -9,9 +9,9 @@
 # package, openvino, onnxruntime, pytest and hypothesis. ONNX Runtime's header is fetched where it is not installed; if
 # that fails, a line says so and the engine onnxruntime is left out. FUZZ_SECONDS (default 5) is the time of each
 # fuzzer; with 0 they are built and see their first inputs once. FUZZ_CORPUS (default: in the build folder) is where
-# what they find is kept, and where they go on from. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE and
-# CUDA_INCLUDE name the headers of TensorRT and CUDA (folders, with ; between several): its engine is then built as well,
-# and tested on a stand-in for NVIDIA's libraries. TMD_SKIP_PYTEST=1 leaves out the comparison with Python, for who runs
+# what they find is kept, and where they go on from. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE,
+# TENSORRT_RTX_INCLUDE and CUDA_INCLUDE name the headers of TensorRT, of TensorRT for RTX and of CUDA (folders, with ;
+# between several): their engines are then built as well, and tested on stand-ins for NVIDIA's libraries. TMD_SKIP_PYTEST=1 leaves out the comparison with Python, for who runs
 # those tests anyway with TMD_CPP_BUILD set to the build folder.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -25,7 +25,9 @@ onnxruntime=$("$python" -c "import onnxruntime, os; print(os.path.dirname(onnxru
 onnxruntime=$(echo "$onnxruntime"/capi/libonnxruntime.so.*)
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 engines=(-DOpenVINO_DIR="$openvino/cmake" -DTMD_ONNXRUNTIME_LIBRARY="$onnxruntime")
-[ -z "${TENSORRT_INCLUDE:-}" ] || engines+=(-DTMD_TENSORRT_INCLUDE="$TENSORRT_INCLUDE" -DTMD_CUDA_INCLUDE="$CUDA_INCLUDE")
+[ -z "${CUDA_INCLUDE:-}" ] || engines+=(-DTMD_CUDA_INCLUDE="$CUDA_INCLUDE")
+[ -z "${TENSORRT_INCLUDE:-}" ] || engines+=(-DTMD_TENSORRT_INCLUDE="$TENSORRT_INCLUDE")
+[ -z "${TENSORRT_RTX_INCLUDE:-}" ] || engines+=(-DTMD_TENSORRT_RTX_INCLUDE="$TENSORRT_RTX_INCLUDE")
 configure() { cmake -G Ninja "${engines[@]}" "$@" >"$build/configure.log" || { cat "$build/configure.log"; exit 1; }; }
 rm -rf "$build"
 mkdir -p "$build"
@@ -76,7 +78,7 @@ clang=$(command -v clang++ || compgen -c clang++- | sort -V | tail -n 1 || true)
 if [ -n "$clang" ]; then
   say fuzz
   configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER="${clang/++/}" -DCMAKE_CXX_COMPILER="$clang" \
-    -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF \
+    -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_TENSORRT_RTX=OFF \
     -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
   cmake --build "$build/fuzz" -j "$jobs"
   time=(-runs=0)

@@ -41,6 +41,11 @@ def program(name: str) -> Path:
     return build / PROGRAMS[name]
 
 
+def ask_rtx() -> Path:
+    """The program beside the twin that asks TensorRT for RTX of a plan; there where its headers were."""
+    return program("tmd_twin").with_name("tmd_ask_rtx")
+
+
 def engine_options(engine: str) -> list[str]:
     """Options of `tmd_generate` that choose `engine`, from the library that Python uses. Skips the test without one."""
     built = twin().ask("build_info")["ok"]

@@ -193,7 +193,11 @@ class TensorRtEngine(DeviceEngine):
             "shapes": to_text(exactly(shapes)),
         }
         plans = open_cache()
-        plan = Plan(self._loaded[1], shapes, plans.load(kernels_key))
+        try:
+            plan = Plan(self._loaded[1], shapes, plans.load(kernels_key))
+        except EngineError:
+            self._loaded = None  # another plan may lie there under this key the next time
+            raise
         return BoundPlan(plan, scratch(), lambda kernels: plans.store(kernels_key, kernels))
 
     def _runner(

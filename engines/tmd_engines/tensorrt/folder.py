@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..bundle.files import file_size, open_regular, read_up_to
+from ..bundle.strict_json import read_json
 from ..device.plan_cache import differences, map_file
 from ..errors import BundleError, EngineError, quote
 from .targets import EVERY_RTX_CARD, parse_targets, runs_on
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_MAX_MANIFEST = 1 << 20
+_MAX_MANIFEST, _MAX_BYTES = 1 << 20, 1 << 40
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = "compute capability"
 
 
@@ -46,14 +50,19 @@ class PlanFolder:
         self.path = Path(path)
         try:
             with open_regular(self.path, MANIFEST) as file:
-                document = json.loads(read_up_to(file, _MAX_MANIFEST))
-            if document["schema_version"] != SCHEMA_VERSION:
+                document = read_json(read_up_to(file, _MAX_MANIFEST))
+            if type(document) is not dict or "schema_version" not in document:
+                raise ValueError("it has no schema_version")
+            version = document["schema_version"]
+            if type(version) is not int or version != SCHEMA_VERSION:
                 raise EngineError(
-                    f"{self.path / MANIFEST} has schema_version {quote(document['schema_version'])}, and this version "
+                    f"{self.path / MANIFEST} has schema_version {quote(version)}, and this version "
                     f"of tmd reads {SCHEMA_VERSION}: build the plans again with tmd-engine build --out."
                 )
+            if type(document.get("plans")) is not list:
+                raise ValueError("it has no list of plans")
             self.entries = tuple(_entry(each) for each in document["plans"])
-        except (BundleError, OSError, ValueError, LookupError, TypeError) as error:
+        except (BundleError, OSError, ValueError) as error:
             raise EngineError(
                 f"{self.path} is not a folder of plans ({quote(str(error), 200)[1:-1]}): make one with "
                 "tmd-engine build BUNDLE --engine tensorrt-rtx --out PLANS."
@@ -95,12 +104,25 @@ class PlanFolder:
 
 
 def _entry(document: Any) -> Entry:
-    file, size, sha256 = document["file"], document["size"], document["sha256"]
-    if type(file) is not str or Path(file).name != file or type(size) is not int or type(sha256) is not str:
-        raise ValueError("an entry has no proper file, size or sha256")
-    key = {str(name): str(value) for name, value in document["key"].items()}
-    figures = {str(name): int(value) for name, value in document.get("figures", {}).items()}
+    """One of "plans". Raises ValueError; the C++ library has the same rules (plan_folder.cpp)."""
+    part = document.get if type(document) is dict else {}.get
+    file, size, sha256, key = part("file"), part("size"), part("sha256"), part("key")
+    figures = part("figures", {})
+    if type(file) is not str or not _FILE_NAME.fullmatch(file) or file == MANIFEST:
+        raise ValueError("an entry has no proper file")
+    if type(sha256) is not str or not _SHA256.fullmatch(sha256):
+        raise ValueError("an entry has no proper sha256")
+    if type(size) is not int or not _is_bytes(size):
+        raise ValueError("an entry has no proper size")
+    if type(key) is not dict or not all(type(value) is str for value in key.values()):
+        raise ValueError("an entry has no proper key")
+    if type(figures) is not dict or not all(map(_is_bytes, figures.values())):
+        raise ValueError("an entry has no proper figures")
     return Entry(file, size, sha256, key, figures)
+
+
+def _is_bytes(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_BYTES
 
 
 class PlanFolderWriter:

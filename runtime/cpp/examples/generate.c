@@ -19,7 +19,7 @@
 static const char usage[] =
     "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.ppm|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
     "                    [--size WxH] [--guidance X] [--deadline SECONDS] [--rho X] [--class N] [--threads N]\n"
-    "                    [--memory auto|all|low] [--engine NAME] [--engine-library FILE]\n"
+    "                    [--memory auto|all|low] [--engine NAME] [--engine-library FILE] [--plans FOLDER] [--plan-cache FOLDER]\n"
     "PROMPT is \"\" for a model of classes.\n";
 
 static tmd_context* volatile running;
@@ -151,6 +151,8 @@ static int read_options(int count, char** words, tmd_open_options* open, tmd_run
     else if (!strcmp(name, "--memory") && !strcmp(value, "low")) open->memory = TMD_MEMORY_LOW;
     else if (!strcmp(name, "--engine")) open->engine = value;
     else if (!strcmp(name, "--engine-library")) open->engine_library = value;
+    else if (!strcmp(name, "--plans")) open->plans = value;
+    else if (!strcmp(name, "--plan-cache")) open->plan_cache = value;
     else return 0;
   }
   return i == count;

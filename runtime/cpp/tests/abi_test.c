@@ -15,7 +15,8 @@ AT(tmd_open_options, threads, 24);
 AT(tmd_open_options, memory, 28);
 AT(tmd_open_options, engine_library, 32);
 AT(tmd_open_options, plan_cache, 40);
-SIZE(tmd_open_options, 48);
+AT(tmd_open_options, plans, 48);
+SIZE(tmd_open_options, 56);
 
 AT(tmd_description, name, 8);
 AT(tmd_description, family, 16);

@@ -1,50 +1,36 @@
-// Stands in for libnvinfer and libcudart where there is no GPU, so that our side of both can be run: buffers apart from
-// the host's, copies, streams, recording. A "plan" names a bundle and a graph, and ONNX Runtime computes it on the CPU.
+// Stands in for libnvinfer, and built again with its headers for libtensorrt_rtx, where there is no GPU, so that our
+// side can be run. A "plan" names a bundle and a graph, and ONNX Runtime computes it on the CPU. fake_cuda.cpp is the
+// device.
 //
-// What it cannot show: that a real TensorRT takes and runs a plan, and how fast. It is stricter than CUDA where our
-// code promises more: while a stream records nothing is copied, and fresh memory is NaN.
+// What it cannot show: that a real library takes and runs a plan, and how fast. It is stricter where our code promises
+// more: a run without scratch memory, or with some that is freed, is an error, and every run leaves NaN in it.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <map>
-#include <mutex>
-#include <vector>
+#include <string>
 
 #include "bundle/reader.hpp"
 #include "engines/engine.hpp"
+#include "fake_cuda.hpp"
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include "tensorrt_stubs.inc"  // made by tools/make_tensorrt_stubs.py
 
 using namespace tmd::internal;
-using Work = std::vector<std::function<void()>>;
-
-struct CUstream_st {
-  bool recording = false;
-  Work recorded;
-};
-struct CUgraph_st {
-  Work work;
-};
-struct CUgraphExec_st {
-  Work work;
-};
 
 namespace {
 
-std::mutex mutex;
-std::map<const char*, std::size_t> allocated;  // device memory: address, size
-std::atomic<int> launches{0};
+// Which runs cannot be recorded, and what was seen: of these questions a test asks.
+struct Seen {
+  int deserialized = 0;                // plans
+  int kernels = 0;                     // contexts that got kernels from an earlier process
+  std::map<const void*, int> scratch;  // where runs had their scratch memory
+} seen;
 
-bool on_device(const void* address, std::size_t size) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = allocated.find(static_cast<const char*>(address));
-  return found != allocated.end() && size <= found->second;
-}
+bool is_capturable() { return std::getenv("FAKE_TENSORRT_NOT_CAPTURABLE") == nullptr; }
 
 const TensorSpec* find_spec(const GraphInfo& info, const std::string& name, bool* is_input = nullptr) {
   for (const auto* tensors : {&info.inputs, &info.outputs})
@@ -90,17 +76,31 @@ class ContextImpl : public nvinfer1::StubContext {
     std::copy(sizes.begin(), sizes.end(), shape.d);
     return shape;
   }
+  // As much as its inputs, and a bit.
+  std::size_t updateDeviceMemorySizeForShapes() noexcept override {
+    std::size_t bytes = 256;
+    for (const TensorSpec& spec : model_->info.inputs) bytes += bytes_of(spec.dtype, spec.resolve(dims_));
+    return bytes;
+  }
+  void setDeviceMemoryV2(void* memory, std::int64_t size) noexcept override {
+    scratch_ = memory;
+    scratch_size_ = static_cast<std::size_t>(size);
+  }
   bool setTensorAddress(char const* name, void* address) noexcept override {
     const TensorSpec* spec = find_spec(model_->info, name);
-    if (!spec || !on_device(address, bytes_of(spec->dtype, spec->resolve(dims_)))) return false;
+    if (!spec || !fake_cuda_is_on_device(address, bytes_of(spec->dtype, spec->resolve(dims_)))) return false;
     addresses_[name] = address;
     return true;
   }
   bool enqueueV3(cudaStream_t stream) noexcept override {
     if (!step_) bind();
     if (addresses_.size() != inputs_.size() + outputs_.size()) return false;
+    if (scratch_size_ < updateDeviceMemorySizeForShapes() || (stream->recording && !is_capturable())) return false;
     // What was asked for keeps the addresses of its time, as the launch of a kernel does.
-    const auto work = [this, addresses = addresses_] {
+    const auto work = [this, addresses = addresses_, scratch = scratch_, size = scratch_size_] {
+      if (!fake_cuda_is_on_device(scratch, size)) std::abort();
+      std::memset(scratch, 0xFF, size);
+      ++seen.scratch[scratch];
       for (const auto& [name, buffer] : inputs_) std::memcpy(buffer.address(), addresses.at(name), buffer.bytes());
       step_->run();
       for (const auto& [name, buffer] : outputs_) std::memcpy(addresses.at(name), buffer.address(), buffer.bytes());
@@ -122,7 +122,15 @@ class ContextImpl : public nvinfer1::StubContext {
   std::shared_ptr<Model> model_;
   Dims dims_;
   std::map<std::string, void*> addresses_;
+  void* scratch_ = nullptr;
+  std::size_t scratch_size_ = 0;
   Buffers inputs_, outputs_;
+#ifdef TRT_MAJOR_RTX
+ public:
+  bool isStreamCapturable(cudaStream_t) const noexcept override { return is_capturable(); }
+
+ private:
+#endif
   std::unique_ptr<Step> step_;
 };
 
@@ -133,6 +141,63 @@ class FakeContext : public nvinfer1::IExecutionContext {
  private:
   ContextImpl made_;
 };
+
+#ifdef TRT_MAJOR_RTX
+constexpr const char* kKernels = "kernels of the fake";
+
+class MemoryImpl : public nvinfer1::StubMemory {
+ public:
+  void* data() const noexcept override { return const_cast<char*>(kKernels); }
+  std::size_t size() const noexcept override { return std::strlen(kKernels); }
+};
+
+class CacheImpl : public nvinfer1::StubCache {
+ public:
+  nvinfer1::IHostMemory* serialize() const noexcept override { return made<nvinfer1::IHostMemory, MemoryImpl>(); }
+  bool deserialize(void const* data, std::size_t size) noexcept override {
+    const bool taken = std::string(static_cast<const char*>(data), size) == kKernels;
+    seen.kernels += taken;
+    return taken;
+  }
+
+  // An object of the interface with its implementation.
+  template <typename Interface, typename Impl>
+  static Interface* made() {
+    struct Made : Interface {
+      Impl impl;
+      Made() { this->mImpl = &impl; }
+    };
+    return new Made;
+  }
+};
+
+// Only what the backend asks for is taken, and all of it must be.
+class ConfigImpl : public nvinfer1::StubConfig {
+ public:
+  void setExecutionContextAllocationStrategy(nvinfer1::ExecutionContextAllocationStrategy it) noexcept override {
+    user_managed_ = it == nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+  }
+  void setDynamicShapesKernelSpecializationStrategy(
+      nvinfer1::DynamicShapesKernelSpecializationStrategy it) noexcept override {
+    eager_ = it == nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER;
+  }
+  bool setCudaGraphStrategy(nvinfer1::CudaGraphStrategy it) noexcept override {
+    return it == nvinfer1::CudaGraphStrategy::kDISABLED;
+  }
+  nvinfer1::IRuntimeCache* createRuntimeCache() const noexcept override {
+    return CacheImpl::made<nvinfer1::IRuntimeCache, CacheImpl>();
+  }
+  bool setRuntimeCache(nvinfer1::IRuntimeCache const&) noexcept override { return has_cache_ = true; }
+  // For the engine, which knows what it made.
+  nvinfer1::ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy() const noexcept override {
+    return user_managed_ && eager_ && has_cache_ ? nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED
+                                                 : nvinfer1::ExecutionContextAllocationStrategy::kSTATIC;
+  }
+
+ private:
+  bool user_managed_ = false, eager_ = false, has_cache_ = false;
+};
+#endif
 
 class EngineImpl : public nvinfer1::StubEngine {
  public:
@@ -147,9 +212,20 @@ class EngineImpl : public nvinfer1::StubEngine {
   nvinfer1::DataType getTensorDataType(char const* name) const noexcept override {
     return type_of(find_spec(model_->info, name)->dtype);
   }
-  nvinfer1::IExecutionContext* createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy) noexcept override {
-    return new FakeContext(model_);
+  nvinfer1::IExecutionContext* createExecutionContext(
+      nvinfer1::ExecutionContextAllocationStrategy strategy) noexcept override {
+    const bool shares = strategy == nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+    return shares ? new FakeContext(model_) : nullptr;
   }
+#ifdef TRT_MAJOR_RTX
+  nvinfer1::IRuntimeConfig* createRuntimeConfig() noexcept override {
+    return CacheImpl::made<nvinfer1::IRuntimeConfig, ConfigImpl>();
+  }
+  nvinfer1::IExecutionContext* createExecutionContextWithRuntimeConfig(
+      nvinfer1::IRuntimeConfig* config) noexcept override {
+    return createExecutionContext(config->getExecutionContextAllocationStrategy());
+  }
+#endif
 
  private:
   std::shared_ptr<Model> model_;
@@ -170,6 +246,18 @@ class RuntimeImpl : public nvinfer1::StubRuntime {
   void setEngineHostCodeAllowed(bool allowed) noexcept override {
     if (allowed) std::abort();
   }
+#ifdef TRT_MAJOR_RTX
+  nvinfer1::EngineValidity getEngineValidity(void const* data, std::int64_t size,
+                                             std::uint64_t* diagnostics) const noexcept override {
+    using Diagnostics = nvinfer1::EngineInvalidityDiagnostics;
+    const std::string text(static_cast<const char*>(data), static_cast<std::size_t>(size));
+    *diagnostics = 0;
+    if (text != "for another card") return nvinfer1::EngineValidity::kVALID;
+    *diagnostics = static_cast<std::uint64_t>(Diagnostics::kUNSUPPORTED_CC) |
+                   static_cast<std::uint64_t>(Diagnostics::kOLD_CUDA_DRIVER);
+    return nvinfer1::EngineValidity::kINVALID;
+  }
+#endif
   // "BUNDLE\nGRAPH"
   nvinfer1::ICudaEngine* deserializeCudaEngine(void const* data, std::size_t size) noexcept override {
     const std::string text(static_cast<const char*>(data), size);
@@ -178,6 +266,7 @@ class RuntimeImpl : public nvinfer1::StubRuntime {
       log_->log(nvinfer1::ILogger::Severity::kERROR, "magic tag does not match");
       return nullptr;
     }
+    ++seen.deserialized;
     auto model = std::make_shared<Model>();
     model->bundle = Bundle::open(text.substr(0, line));
     model->info = model->bundle.graph(text.substr(line + 1), "be run");
@@ -205,7 +294,9 @@ class FakeRuntime : public nvinfer1::IRuntime {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int fake_tensorrt_launches() { return launches; }
+int fake_tensorrt_deserialized() { return seen.deserialized; }
+int fake_tensorrt_kernels() { return seen.kernels; }
+int fake_tensorrt_scratches() { return static_cast<int>(seen.scratch.size()); }
 
 void* createInferRuntime_INTERNAL(void* log, std::int32_t) noexcept {
   return static_cast<nvinfer1::IRuntime*>(new FakeRuntime(static_cast<nvinfer1::ILogger*>(log)));
@@ -214,97 +305,6 @@ std::int32_t getInferLibMajorVersion() noexcept { return NV_TENSORRT_MAJOR; }
 std::int32_t getInferLibMinorVersion() noexcept { return NV_TENSORRT_MINOR; }
 std::int32_t getInferLibPatchVersion() noexcept { return NV_TENSORRT_PATCH; }
 std::int32_t getInferLibBuildVersion() noexcept { return NV_TENSORRT_BUILD; }
-
-const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error of the fake"; }
-cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  std::strcpy(properties->name, "Fake GPU");
-  properties->major = 9;
-  properties->minor = 0;
-  properties->totalGlobalMem = std::size_t{1} << 34;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
-  *stream = new CUstream_st;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete stream;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return stream->recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
-}
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  stream->recording = true;
-  stream->recorded.clear();
-  return cudaSuccess;
-}
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  stream->recording = false;
-  *graph = new CUgraph_st{std::move(stream->recorded)};
-  return cudaSuccess;
-}
-cudaError_t cudaMalloc(void** address, std::size_t size) {
-  *address = std::aligned_alloc(256, (size + 255) / 256 * 256);
-  if (!*address) return cudaErrorMemoryAllocation;
-  std::memset(*address, 0xFF, size);  // NaN as float
-  const std::lock_guard<std::mutex> lock(mutex);
-  allocated[static_cast<char*>(*address)] = size;
-  return cudaSuccess;
-}
-cudaError_t cudaFree(void* address) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!allocated.erase(static_cast<char*>(address))) return cudaErrorInvalidValue;
-  std::free(address);
-  return cudaSuccess;
-}
-cudaError_t cudaMallocHost(void** address, std::size_t size) {
-  *address = std::malloc(size);
-  return *address ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-cudaError_t cudaFreeHost(void* address) {
-  std::free(address);
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
-  if (kind == cudaMemcpyDeviceToDevice) {
-    if (!on_device(to, size) || !on_device(from, size)) return cudaErrorInvalidValue;
-    const auto work = [=] { std::memcpy(to, from, size); };
-    if (stream->recording)
-      stream->recorded.emplace_back(work);
-    else
-      work();
-    return cudaSuccess;
-  }
-  if (stream->recording) return cudaErrorStreamCaptureUnsupported;
-  if (!on_device(kind == cudaMemcpyHostToDevice ? to : from, size)) return cudaErrorInvalidValue;
-  if (on_device(kind == cudaMemcpyHostToDevice ? from : to, 0)) return cudaErrorInvalidMemcpyDirection;
-  std::memcpy(to, from, size);
-  return cudaSuccess;
-}
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* launch, cudaGraph_t graph, unsigned long long) {
-  *launch = new CUgraphExec_st{graph->work};
-  return cudaSuccess;
-}
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  delete graph;
-  return cudaSuccess;
-}
-cudaError_t cudaGraphLaunch(cudaGraphExec_t launch, cudaStream_t stream) {
-  if (stream->recording) return cudaErrorStreamCaptureUnsupported;
-  for (const auto& each : launch->work) each();
-  ++launches;
-  return cudaSuccess;
-}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t launch) {
-  delete launch;
-  return cudaSuccess;
-}
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -1,117 +1,28 @@
-// The engine tensorrt on a stand-in for TensorRT and CUDA (fake_tensorrt.cpp): plans found, buffers copied, outer steps
-// recorded; the frames are those of ONNX Runtime, which computes behind the stand-in.
+// The engine tensorrt, and built again tensorrt-rtx, on a stand-in for NVIDIA's libraries (fake_tensorrt.cpp,
+// fake_cuda.cpp): buffers copied, outer steps recorded; the frames are those of ONNX Runtime, which computes behind it.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-#include <NvInferVersion.h>
-#include <dlfcn.h>
-#include <unistd.h>
-
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <future>
 
-#include "bundle/files.hpp"
-#include "engines/plan_cache.hpp"
-#include "tmd/tmd.hpp"
-
-namespace fs = std::filesystem;
-using namespace tmd::internal;
-
-namespace {
-
-constexpr const char* kPrompt = "a red circle moving right on a black background";
-const std::string kVersion = std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + "." +
-                             std::to_string(NV_TENSORRT_PATCH) + "." + std::to_string(NV_TENSORRT_BUILD);
-
-struct Cache {
-  fs::path folder = fs::temp_directory_path() / ("tmd-plans-" + std::to_string(getpid()));
-  Cache() {
-    fs::remove_all(folder);
-    fs::create_directories(folder / "tensorrt");
-    fs::permissions(folder / "tensorrt", fs::perms::owner_all);
-  }
-  ~Cache() { fs::remove_all(folder); }
-
-  // An entry as tmd-engine build leaves it, for the default size of a bundle; `content` in place of the plan.
-  void put(const std::string& graph, const char* content = nullptr, const char* device = "Fake GPU",
-           const std::string& folder_of_bundle = TMD_TEST_BUNDLE, std::int64_t rows = 1) const {
-    const Bundle bundle = Bundle::open(folder_of_bundle);
-    const Manifest& m = bundle.manifest;
-    const std::int64_t frames = (m.video.frames - 1) / m.latents.temporal_stride + 1,
-                       height = m.video.height / m.latents.spatial_stride,
-                       width = m.video.width / m.latents.spatial_stride;
-    const bool decodes = graph.compare(0, 7, "decoder") == 0;
-    const Dims dims = {{"batch", rows},
-                       {"frames", decodes ? 1 : frames},
-                       {"height", height},
-                       {"width", width},
-                       {"text", m.text.max_length},
-                       {"tokens", frames * (height / m.model->patch_size[1]) * (width / m.model->patch_size[2])}};
-    std::map<std::string, Shape> shapes;
-    for (const TensorSpec& spec : bundle.graph(graph, "be run").inputs) shapes[spec.name] = spec.resolve(dims);
-    PlanKey key = plan_key(bundle, bundle.graph(graph, "be run"), shapes, {kVersion, device, "9.0", false});
-    key["lowered"] = std::string(64, 'a');
-    const std::string plan = content ? content : folder_of_bundle + "\n" + graph;
-    std::string line;
-    for (const auto& [name, value] : key) line += (line.empty() ? "\"" : ", \"") + name + "\": \"" + value + "\"";
-    std::ofstream(folder / "tensorrt" / plan_file_name(key))
-        << "{\"key\": {" << line << "}, \"sha256\": \"" << sha256_hex(plan) << "\", \"size\": " << plan.size() << "}\n"
-        << plan;
-  }
-  void put_all() const {
-    for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step"})
-      put(graph);
-  }
-};
-
-struct Options : tmd::OpenOptions {
-  std::string cache;
-  explicit Options(const Cache& made) : cache(made.folder.string()) {
-    engine = "tensorrt";
-    engine_library = TMD_FAKE_TENSORRT;
-    plan_cache = cache.c_str();
-  }
-};
-
-tmd::RunOptions seeded(std::int32_t steps = TMD_DEFAULT, std::int32_t inner_steps = TMD_DEFAULT) {
-  tmd::RunOptions options;
-  options.seed = 1;
-  options.steps = steps;
-  options.inner_steps = inner_steps;
-  return options;
-}
-
-int launches() {
-  const auto count =
-      reinterpret_cast<int (*)()>(dlsym(dlopen(TMD_FAKE_TENSORRT, RTLD_NOW | RTLD_LOCAL), "fake_tensorrt_launches"));
-  return count();
-}
-
-std::vector<std::uint8_t> on_the_cpu(const tmd::RunOptions& run, const char* bundle = TMD_TEST_BUNDLE) {
-  tmd::OpenOptions options;
-  options.engine = "onnxruntime";
-  options.threads = 1;
-  return tmd::Context(bundle, options).generate(kPrompt, run).frames;
-}
-
-}  // namespace
+#include "plans_on_disk.hpp"
 
 TEST_CASE("frames are those of the engine behind it, and outer steps after the first are one launch each") {
-  const Cache cache;
-  cache.put_all();
-  tmd::Context context(TMD_TEST_BUNDLE, Options(cache));
-  CHECK(std::string(context.describe().engine) == "tensorrt");
+  const Disk disk;
+  disk.cache_all();
+  tmd::Context context(TMD_TEST_BUNDLE, Options(disk));
+  CHECK(std::string(context.describe().engine) == TMD_TEST_ENGINE);
   CHECK(std::string(context.describe().engine_version) == kVersion);
-  int before = launches();
+  int before = seen("launches");
   const auto launched = [&] {
-    const int now = launches(), more = now - before;
+    const int now = seen("launches"), more = now - before;
     before = now;
     return more;
   };
   CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
   CHECK(launched() == 1);
+  CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
+  CHECK(launched() == 1);  // the decoder came, and with it a larger piece of scratch memory
   CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
   CHECK(launched() == 2);  // what was recorded is still there
   CHECK(context.generate(kPrompt, seeded(2, 4)).frames == on_the_cpu(seeded(2, 4)));
@@ -126,9 +37,9 @@ TEST_CASE("frames are those of the engine behind it, and outer steps after the f
 }
 
 TEST_CASE("a run can be stopped in every stage, recorded steps too, and the context goes on") {
-  const Cache cache;
-  cache.put_all();
-  tmd::Context context(TMD_TEST_BUNDLE, Options(cache));
+  const Disk disk;
+  disk.cache_all();
+  tmd::Context context(TMD_TEST_BUNDLE, Options(disk));
   const std::vector<std::uint8_t> expected = on_the_cpu(seeded(2, 2));
   for (int round = 0; round < 2; ++round)
     for (const tmd_stage stage : {TMD_STAGE_TEXT, TMD_STAGE_BACKBONE, TMD_STAGE_FLOW_HEAD, TMD_STAGE_DECODE}) {
@@ -140,9 +51,9 @@ TEST_CASE("a run can be stopped in every stage, recorded steps too, and the cont
 }
 
 TEST_CASE("clones take turns on one stream and give the same frames") {
-  const Cache cache;
-  cache.put_all();
-  tmd::Context context(TMD_TEST_BUNDLE, Options(cache));
+  const Disk disk;
+  disk.cache_all();
+  tmd::Context context(TMD_TEST_BUNDLE, Options(disk));
   const std::vector<std::uint8_t> expected = on_the_cpu(seeded(2, 2));
   std::vector<std::future<bool>> runs;
   for (int i = 0; i < 3; ++i)
@@ -155,10 +66,10 @@ TEST_CASE("clones take turns on one stream and give the same frames") {
 }
 
 TEST_CASE("stills of a Transition Model, without and with guidance, previews and a picture to start from") {
-  const Cache cache;
+  const Disk disk;
   for (const char* graph : {"text_encoder", "backbone", "flow_head", "update", "decoder_first", "encoder"})
-    for (const std::int64_t rows : {1, 2}) cache.put(graph, nullptr, "Fake GPU", TMD_TEST_STILLS, rows);
-  tmd::Context context(TMD_TEST_STILLS, Options(cache));
+    for (const std::int64_t rows : {1, 2}) disk.cache({graph, {}, {}, TMD_TEST_STILLS, rows});
+  tmd::Context context(TMD_TEST_STILLS, Options(disk));
   const std::vector<std::uint8_t> plain = on_the_cpu(seeded(3), TMD_TEST_STILLS);
   CHECK(context.generate(kPrompt, seeded(3)).frames == plain);
   tmd::RunOptions guided = seeded(3);
@@ -180,33 +91,34 @@ TEST_CASE("stills of a Transition Model, without and with guidance, previews and
 }
 
 TEST_CASE("what is missing or refused is one sentence that says what to do") {
-  const Cache cache;
-  tmd::Context context(TMD_TEST_BUNDLE, Options(cache));
+  const Disk disk;
+  tmd::Context context(TMD_TEST_BUNDLE, Options(disk));
   const auto said = [&] {
     CHECK(context.try_generate(kPrompt, seeded()).status == TMD_ERROR_ENGINE);
     return context.error();
   };
-  CHECK(said().find("tmd-engine build BUNDLE --size") != std::string::npos);
-  cache.put("text_encoder", nullptr, "Another GPU");
-  CHECK(said().find("device: 'Another GPU' there, 'Fake GPU' here") != std::string::npos);
-  cache.put("text_encoder", "no plan");
-  CHECK(said().find("refuses the plan: 'magic tag does not match'") != std::string::npos);
-  cache.put("text_encoder", TMD_TEST_BUNDLE "\nbackbone");  // a plan of another graph under this key
-  CHECK(said().find("TensorRT " + kVersion + " refuses the shape of") != std::string::npos);
-  cache.put_all();
+  CHECK(said().find("tmd-engine build BUNDLE --engine " TMD_TEST_ENGINE " --size") != std::string::npos);
+  disk.cache({"text_encoder", {{"device", "Another GPU"}}});
+  CHECK(said().find("for something else (device: Another GPU there, ") != std::string::npos);
+  disk.cache({"text_encoder", {}, "no plan"});
+  CHECK(said().find(kVersion + " refuses the plan: magic tag does not match.") != std::string::npos);
+  disk.cache({"text_encoder", {}, TMD_TEST_BUNDLE "\nbackbone"});  // a plan of another graph under this key
+  CHECK(said().find(kVersion + " refuses attention_mask of [1, ") != std::string::npos);
+  disk.cache_all();
   CHECK(context.generate(kPrompt, seeded(2, 2)).frames == on_the_cpu(seeded(2, 2)));
 }
 
 TEST_CASE("devices and engines go together") {
-  const Cache cache;
-  Options options(cache);
+  const Disk disk;
+  Options options(disk);
   options.device = "cpu";
   tmd::Context context;
   CHECK(context.try_open(TMD_TEST_BUNDLE, options) == TMD_ERROR_USAGE);
-  CHECK(context.error().find("the engine tensorrt runs on the device cuda, not on cpu") != std::string::npos);
+  CHECK(context.error().find("the engine " TMD_TEST_ENGINE " runs on the device cuda, not on cpu") !=
+        std::string::npos);
   options.device = "cuda";
   CHECK(context.try_open(TMD_TEST_BUNDLE, options) == TMD_OK);
   options.engine = "auto";
   CHECK(context.try_open(TMD_TEST_BUNDLE, options) == TMD_OK);
-  CHECK(std::string(context.describe().engine) == "tensorrt");
+  CHECK(std::string(context.describe().engine) == TMD_TEST_ENGINE);
 }

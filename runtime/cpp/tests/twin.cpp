@@ -12,7 +12,6 @@
 #include "bundle/reader.hpp"
 #include "engines/cpu.hpp"
 #include "engines/onnxruntime_lowering.hpp"
-#include "engines/plan_cache.hpp"
 #include "run/memory.hpp"
 #include "sampling/deadline.hpp"
 #include "sampling/noise.hpp"
@@ -23,6 +22,7 @@
 #include "text/embedding.hpp"
 #include "text/mojibake.hpp"
 #include "text/tokenizer.hpp"
+#include "twin_plans.hpp"
 #include "twin_tools.hpp"
 
 namespace {
@@ -181,18 +181,7 @@ json answer(const json& question) {
         lower_for_onnxruntime(from_hex(question.at("model")), "it.onnx", question.value("unsigned", false));
     return {{"ok", to_hex(lowered.data(), lowered.size())}};
   }
-  if (what == "plan_key") {
-    const Bundle bundle = Bundle::open(question.at("bundle"));
-    const PlanTarget target{question.at("version"), question.at("device"), question.at("capability"),
-                            question.at("streaming")};
-    return {{"ok", plan_key(bundle, bundle.graph(question.at("graph"), "be asked"), question.at("shapes"), target)}};
-  }
-  if (what == "plan_file") return {{"ok", plan_file_name(question.at("key"))}};
-  if (what == "plan_folder") return {{"ok", plan_folder(question.at("cache"))}};
-  if (what == "find_plan") {
-    const std::string content = find_plan(question.at("folder"), question.at("key").get<PlanKey>());
-    return {{"ok", to_hex(content.data(), content.size())}};
-  }
+  if (what.compare(0, 5, "plan_") == 0) return answer_about_plans(question);
   if (what == "fast_unsigned") return {{"ok", fast_unsigned_products()}};
   if (what == "available") {
     const std::optional<std::uint64_t> free = available_bytes(question.at("root"));

@@ -142,8 +142,9 @@ typedef enum tmd_memory {
 
 typedef struct tmd_open_options {
   size_t struct_size;
-  const char* engine;         /* "openvino"; "onnxruntime"; "tensorrt" (NVIDIA GPUs; runs the plans that tmd-engine build
-                               * made); "auto" or NULL: the first of them whose library is there */
+  const char* engine;         /* "openvino"; "onnxruntime"; "tensorrt-rtx", "tensorrt" (NVIDIA GPUs, of consumers and of
+                               * servers; they run the plans that tmd-engine build made); "auto" or NULL: the first of
+                               * them whose library is there */
   const char* device;         /* "cpu"; "cuda"; NULL: the engine's own */
   int32_t threads;            /* CPU threads of one run, 1 to 1024, of which at most as many as the machine has processors
                                * are used (tmd_warnings says so); TMD_DEFAULT: 2 for models of up to 64 MiB, so that one
@@ -151,10 +152,12 @@ typedef struct tmd_open_options {
                                * processors is worth, and without a quota the engine decides */
   int32_t memory;             /* a tmd_memory; the default is TMD_MEMORY_AUTO */
   const char* engine_library; /* path of the engine's shared library (libopenvino_c.so..., libonnxruntime.so...,
-                               * libnvinfer.so...); NULL: searched for, first beside this library, then by the system's
+                               * libtensorrt_rtx.so..., libnvinfer.so...); NULL: searched for, first beside this library, then by the system's
                                * loader, then where it was at build time */
-  const char* plan_cache;     /* "tensorrt": the folder of compiled graphs that tmd-engine build was told in TMD_CACHE;
-                               * NULL: ~/.cache/tmd */
+  const char* plan_cache;     /* "tensorrt-rtx", "tensorrt": the folder of compiled graphs that tmd-engine build was told
+                               * in TMD_CACHE; NULL: ~/.cache/tmd. "tensorrt-rtx" also keeps compiled kernels there */
+  const char* plans;          /* the same engines: a folder that tmd-engine build --out made, which is looked into first.
+                               * Plans are code: name only a folder that you trust. NULL: none */
 } tmd_open_options;
 
 #define TMD_DEFAULT (-1)
@@ -178,7 +181,7 @@ typedef struct tmd_description {
   const char* architecture;       /* the network it was made from, "wan2.1-t2v" */
   const char* rule;               /* update rule: "euler", "renoise", "unipc", "flow_map" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
-  const char* engine;             /* "openvino", "onnxruntime" or "tensorrt" */
+  const char* engine;             /* "openvino", "onnxruntime", "tensorrt-rtx" or "tensorrt" */
   const char* engine_version;     /* as the engine's library names itself */
   int32_t steps, inner_steps;     /* defaults; inner_steps is 1 except for family "tmd" */
   const int32_t* allowed_steps;   /* allowed_steps_count of them, ascending; NULL: any from 1 to 1000 */

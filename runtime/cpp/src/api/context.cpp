@@ -196,6 +196,7 @@ tmd_status tmd_open(tmd_context* context, const char* path, const tmd_open_optio
     if (wanted.device) engine.device = wanted.device;
     if (wanted.engine_library) engine.library = wanted.engine_library;
     if (wanted.plan_cache) engine.plan_cache = wanted.plan_cache;
+    if (wanted.plans) engine.plans = wanted.plans;
     engine.threads = wanted.threads;
 
     auto shared = std::make_shared<Shared>();

@@ -45,6 +45,11 @@ void write_result(tmd_result* out, tmd_context* context, const Settings& setting
   write_struct(out, result);
 }
 
+// What a run would like a person to know, and with it what its engine does.
+void set_warnings(tmd_context* context, std::string warnings) {
+  context->warnings = std::move(warnings) + context->pipeline->shared()->engine->take_notes();
+}
+
 LatentSize latent_size(const Manifest& manifest, const Settings& s) {
   return {s.latent_frames, s.latent_height, s.latent_width, family_of(manifest).rows(s)};
 }
@@ -191,7 +196,7 @@ tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_
     Denoised made = pipeline.denoise(start, condition.tokens, settings, progress);
     pipeline.decode(made.latents.data(), settings.latent_frames, settings.latent_height, settings.latent_width,
                     std::ref(pieces), progress);
-    context->warnings = std::move(warnings);
+    set_warnings(context, std::move(warnings));
     pieces.finish();
     write_result(result, context, settings, progress, dropped, std::move(made.times));
   });
@@ -219,7 +224,7 @@ tmd_status tmd_encode(tmd_context* context, const char* prompt, float* embeds, s
     std::string warnings;
     std::int32_t dropped = 0;
     const std::vector<float> values = pipeline.encode(prompt, progress, 1, warnings, &dropped);
-    context->warnings = std::move(warnings);
+    set_warnings(context, std::move(warnings));
     std::copy(values.begin(), values.end(), embeds);
     if (!result) return;
     tmd_result out = result_of(progress);
@@ -257,7 +262,7 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
     start.embeds = embeds;
     start.negative = negative;
     Denoised made = pipeline.denoise(start, classes ? 1 : tokens, settings, progress);
-    context->warnings = std::move(warnings);
+    set_warnings(context, std::move(warnings));
     std::copy(made.latents.begin(), made.latents.end(), latents);
     write_result(result, context, settings, progress, 0, std::move(made.times));
   });
@@ -289,7 +294,7 @@ tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent
                       pipeline.decode_steps(latent_frames, latent_height, latent_width));
     pipeline.decode(latents, latent_frames, latent_height, latent_width, std::ref(pieces), progress);
     pieces.finish();
-    context->warnings = std::move(warnings);
+    set_warnings(context, std::move(warnings));
     if (result) write_struct(result, result_of(progress));
   });
 }
@@ -310,7 +315,7 @@ tmd_status tmd_encode_image(tmd_context* context, const uint8_t* rgb, int32_t wi
               "floats");
     Progress progress(nullptr, nullptr, 1);
     const std::vector<float> values = pipeline.encode_image(rgb, width, height, progress);
-    context->warnings.clear();
+    set_warnings(context, "");
     std::copy(values.begin(), values.end(), latents);
     if (result) write_struct(result, result_of(progress));
   });

@@ -23,4 +23,10 @@ inline std::string quote(std::string_view text, std::size_t limit = 80) {
   return out + "'";
 }
 
+// The same without its marks, for where they would disturb.
+inline std::string bare(std::string_view text, std::size_t limit = 80) {
+  const std::string quoted = quote(text, limit);
+  return quoted.substr(1, quoted.size() - 2);
+}
+
 }  // namespace tmd::internal

@@ -89,7 +89,7 @@ std::string File::sha256_hex(const std::string& path) const {
   return hash.hex();
 }
 
-std::string sha256_hex(const std::string& content) {
+std::string sha256_hex(std::string_view content) {
   Sha256 hash;
   hash.update(content.data(), content.size());
   return hash.hex();

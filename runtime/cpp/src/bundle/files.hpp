@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace tmd::internal {
 
@@ -31,7 +32,7 @@ class File {
 // Opens `folder`/`name` if it is a regular file and not a link; hard links are allowed. Throws Error(BUNDLE).
 File open_regular(const std::string& folder, const std::string& name);
 
-std::string sha256_hex(const std::string& content);
+std::string sha256_hex(std::string_view content);
 
 // Bytes for people, decimal units: "22.1 MB".
 std::string format_size(std::uint64_t bytes);

@@ -8,11 +8,11 @@
 #ifdef TMD_WITH_ONNXRUNTIME
 #include "engines/onnxruntime_engine.hpp"
 #endif
-#ifdef TMD_WITH_TENSORRT
+#if defined(TMD_WITH_TENSORRT) || defined(TMD_WITH_TENSORRT_RTX)
 #include "engines/tensorrt_engine.hpp"
 #endif
 
-// Set by CMake: "openvino, onnxruntime, tensorrt".
+// Set by CMake: "openvino, onnxruntime, tensorrt-rtx, tensorrt".
 #ifndef TMD_ENGINES
 #define TMD_ENGINES "none"
 #endif
@@ -22,27 +22,32 @@ namespace {
 
 struct Known {
   const char *name, *device;
+  bool takes_plans;
   std::shared_ptr<Engine> (*open)(const EngineOptions&);
 };
 
-// In the order of "auto": the one with the faster steps first (docs/speed.md), and last the one that needs plans which
-// somebody has built.
+// In the order of "auto": the one with the faster steps first (docs/speed.md), and last those that need plans which
+// somebody has built; of the two the one that leaves cards which are not its own to the other.
 constexpr Known kKnown[] = {
 #ifdef TMD_WITH_OPENVINO
-    {"openvino", "cpu", open_openvino},
+    {"openvino", "cpu", false, open_openvino},
 #endif
 #ifdef TMD_WITH_ONNXRUNTIME
-    {"onnxruntime", "cpu", open_onnxruntime},
+    {"onnxruntime", "cpu", false, open_onnxruntime},
+#endif
+#ifdef TMD_WITH_TENSORRT_RTX
+    {"tensorrt-rtx", "cuda", true, tensorrt_rtx::open},
 #endif
 #ifdef TMD_WITH_TENSORRT
-    {"tensorrt", "cuda", open_tensorrt},
+    {"tensorrt", "cuda", true, tensorrt::open},
 #endif
-    {nullptr, nullptr, nullptr}};
+    {nullptr, nullptr, false, nullptr}};
 
 std::shared_ptr<Engine> open_first(const EngineOptions& options) {
   std::string reasons;
   for (const Known* each = kKnown; each->name; ++each) {
     if (options.device != "auto" && options.device != each->device) continue;
+    if (!options.plans.empty() && !each->takes_plans) continue;
     try {
       return each->open(options);
     } catch (const Error& error) {
@@ -88,6 +93,9 @@ std::shared_ptr<Engine> open_engine(const EngineOptions& options) {
     if (options.device != "auto" && options.device != each->device)
       refuse_usage("the engine " + options.engine + " runs on the device " + each->device + ", not on " +
                    options.device + ": leave out one of them.");
+    if (!options.plans.empty() && !each->takes_plans)
+      refuse_usage("the engine " + options.engine +
+                   " takes no plans: leave them out, or choose the engine that they are for.");
     return each->open(options);
   }
   refuse_usage("there is no engine " + quote(options.engine) +

@@ -20,6 +20,8 @@ class Step {
  public:
   virtual ~Step() = default;
   virtual void run() = 0;  // throws Error(ENGINE)
+  // Of what was recorded: false, and nothing ran, if memory that it was recorded with is gone.
+  virtual bool run_if_valid() { return run(), true; }
 };
 
 // A graph with its weights, ready to run. May be shared by threads: `bind` locks what it must.
@@ -32,8 +34,8 @@ class LoadedGraph {
   virtual const GraphInfo& info() const = 0;
   // Whether the engine can keep work as one launch.
   virtual bool records() const { return false; }
-  // `work`, which runs steps of this engine and copies its buffers and nothing else, as one launch; nullptr: this
-  // engine has no such thing. All its graphs have run before; their steps and buffers must outlive what is returned.
+  // `work`, which runs steps of this engine and copies its buffers and nothing else, as one launch; nullptr: it cannot
+  // be recorded. All its graphs have run before; their steps and buffers must outlive what is returned.
   // Throws Error(ENGINE).
   virtual std::unique_ptr<Step> record(const std::function<void()>&) { return nullptr; }
 
@@ -54,6 +56,7 @@ class LoadedGraph {
 struct EngineOptions {
   std::string engine = "auto", device = "auto", library;
   std::string plan_cache;     // "": ~/.cache/tmd
+  std::string plans;          // folder of plans made ahead of time; "": none
   std::int32_t threads = -1;  // -1: the engine decides
 };
 
@@ -63,7 +66,9 @@ class Engine {
   virtual ~Engine() = default;
   virtual const char* name() const = 0;
   virtual std::string version() const = 0;
-  virtual bool on_device() const { return false; }                                             // with memory of its own
+  virtual bool on_device() const { return false; }  // with memory of its own
+  // What a person should know of how graphs are run, since it was last asked: whole lines, or "".
+  virtual std::string take_notes() { return ""; }
   virtual std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) = 0;  // throws Error(ENGINE)
 };
 

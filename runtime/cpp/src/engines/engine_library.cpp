@@ -40,4 +40,10 @@ void* open_engine_library(const LibraryNames& names, const std::string& path) {
               " in engine_library.");
 }
 
+void* find_symbol(void* handle, const char* engine, const char* name) {
+  void* found = ::dlsym(handle, name);
+  if (!found) fail_engine(std::string("this ") + engine + " has no function " + name + ": install another version.");
+  return found;
+}
+
 }  // namespace tmd::internal

@@ -17,4 +17,7 @@ struct LibraryNames {
 // where it looked.
 void* open_engine_library(const LibraryNames& names, const std::string& path);
 
+// A function of an open library. Throws Error(ENGINE) if it has none of this name.
+void* find_symbol(void* handle, const char* engine, const char* name);
+
 }  // namespace tmd::internal

@@ -6,14 +6,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <optional>
-#include <vector>
+#include <memory>
+#include <tuple>
 
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
 #include "base/quote.hpp"
-#include "bundle/files.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -22,8 +21,6 @@ using nlohmann::json;
 
 constexpr std::uint64_t kMaxLine = std::uint64_t{1} << 16, kMaxEntry = std::uint64_t{32} << 30;
 constexpr const char* kEnding = ".plan";
-
-bool begins(const std::string& text, const std::string& with) { return text.compare(0, with.size(), with) == 0; }
 
 bool ends(const std::string& text, const std::string& with) {
   return text.size() >= with.size() && text.compare(text.size() - with.size(), with.size(), with) == 0;
@@ -38,40 +35,13 @@ std::string dump(const json& value) {
   return "{" + out + "}";
 }
 
-// "tensorrt 10.3.0" names every build of 10.3.0; which of the two a key has depends on how the package names itself.
-bool same_version(const std::string& found, const std::string& wanted) {
-  const std::size_t build = wanted.rfind('.');
-  return found == wanted || begins(found, wanted + ".") || found == wanted.substr(0, build);
-}
-
-// Flags begin with "workspace N, ", and of those every N is as good.
-std::string without_workspace(const std::string& flags) {
-  const std::size_t comma = flags.find(", ");
-  return begins(flags, "workspace ") && comma != std::string::npos ? flags.substr(comma) : flags;
-}
-
-bool same(const std::string& field, const std::string& found, const std::string& wanted) {
-  if (field == "engine") return same_version(found, wanted);
-  if (field == "flags") return without_workspace(found) == without_workspace(wanted);
-  return found == wanted;
-}
-
-std::vector<std::string> differing(const PlanKey& found, const PlanKey& wanted) {
-  std::vector<std::string> fields;
-  for (const auto& [name, value] : wanted)
-    if (const auto at = found.find(name); at == found.end() || !same(name, at->second, value)) fields.push_back(name);
-  for (const auto& [name, value] : found)
-    if (name != "lowered" && !wanted.count(name)) fields.push_back(name);
-  return fields;
-}
-
-// The line that an entry begins with; absent if this is no entry.
-std::optional<json> header_of(const std::string& line) {
+// The key in the line that an entry begins with; absent if this is no entry.
+std::optional<PlanKey> key_of(const std::string& line) {
   const json document = json::parse(line, nullptr, false);
   if (!document.is_object() || !document.contains("key") || !document["key"].is_object()) return std::nullopt;
   for (const auto& [name, value] : document["key"].items())
     if (!value.is_string()) return std::nullopt;
-  return document;
+  return document["key"].get<PlanKey>();
 }
 
 struct Entry {
@@ -90,67 +60,43 @@ std::vector<Entry> entries_of(const std::string& folder) {
     try {
       const File file = open_regular(folder, name);
       const std::string beginning = file.read_up_to(kMaxLine, name);
-      const std::optional<json> header = header_of(beginning.substr(0, beginning.find('\n')));
+      std::optional<PlanKey> key = key_of(beginning.substr(0, beginning.find('\n')));
       struct stat status;
-      if (header && ::fstat(file.descriptor(), &status) == 0)
-        entries.push_back({name, (*header)["key"].get<PlanKey>(), status.st_mtim});
+      if (key && ::fstat(file.descriptor(), &status) == 0) entries.push_back({name, *std::move(key), status.st_mtim});
     } catch (const Error&) {  // no regular file, or unreadable: no entry
     }
   }
   return entries;
 }
 
-// The content of an entry if it is exactly what Python stored there.
-std::optional<std::string> content_of(const std::string& folder, const Entry& entry) {
-  if (entry.name != plan_file_name(entry.key)) return std::nullopt;
-  std::string all;
+// The content of the entry in this file if it is exactly what Python stored there.
+MappedFile content_of(const std::string& folder, const std::string& name, const PlanKey& key) {
+  if (name != plan_file_name(key)) return {};
   try {
-    all = open_regular(folder, entry.name).read_up_to(kMaxEntry + kMaxLine, entry.name);
+    const MappedFile all{open_regular(folder, name)};
+    const std::size_t newline = all.bytes().substr(0, kMaxLine).find('\n');
+    if (newline == std::string_view::npos || all.bytes().size() > kMaxEntry + kMaxLine) return {};
+    MappedFile content = all.from(newline + 1);
+    if (all.bytes().substr(0, newline) == entry_line(key, content.bytes())) return content;
   } catch (const Error&) {
-    return std::nullopt;
   }
-  const std::size_t newline = all.find('\n');
-  if (newline == std::string::npos) return std::nullopt;
-  const std::string line = all.substr(0, newline);
-  all.erase(0, newline + 1);
-  const json expected = {{"key", entry.key}, {"sha256", sha256_hex(all)}, {"size", all.size()}};
-  if (line != dump(expected)) return std::nullopt;
-  return all;
-}
-
-// Who writes an entry decides what this process runs.
-void check_trust(const std::string& folder) {
-  struct stat status;
-  if (::stat(folder.c_str(), &status) != 0) return;  // not there: it holds no plan, which is said elsewhere
-  if (!S_ISDIR(status.st_mode) || status.st_uid != ::geteuid() || (status.st_mode & 022) != 0)
-    fail_engine("the folder of plans " + quote(folder, 300) +
-                " can be written by others than this user, or is no folder: chmod 700 it, or name another one in "
-                "plan_cache.");
+  return {};
 }
 
 [[noreturn]] void tell_missing(const std::string& folder, const PlanKey& wanted, const std::vector<Entry>& entries) {
   std::string nearest;
   std::size_t fewest = SIZE_MAX;
   for (const Entry& entry : entries) {
-    const auto found = [&](const std::string& name) {
-      const auto at = entry.key.find(name);
-      return at == entry.key.end() ? std::string("nothing") : at->second;
-    };
-    if (found("title") != wanted.at("title") || found("shapes") != wanted.at("shapes")) continue;
-    const std::vector<std::string> fields = differing(entry.key, wanted);
-    if (fields.empty() || fields.size() >= fewest) continue;
-    fewest = fields.size();
-    nearest = " The nearest one is for something else: ";
-    for (std::size_t i = 0; i < std::min<std::size_t>(fields.size(), 2); ++i) {
-      const auto here = wanted.find(fields[i]);
-      nearest += (i ? "; " : "") + fields[i] + ": " + quote(found(fields[i])) + " there, " +
-                 quote(here == wanted.end() ? "nothing" : here->second) + " here";
-    }
-    nearest += ".";
+    if (!is_for_graph_and_sizes(entry.key, wanted)) continue;
+    const std::vector<std::string> found = differences(entry.key, wanted);
+    if (found.empty() || found.size() >= fewest) continue;
+    fewest = found.size();
+    nearest = " The nearest one is for something else (" + found[0] + (found.size() > 1 ? "; " + found[1] : "") + ").";
   }
-  fail_engine("there is no TensorRT plan of " + quote(wanted.at("title")) + " for " + quote(wanted.at("shapes"), 300) +
-              " in " + quote(folder, 300) + "." + nearest +
-              " Build it here, with the same TensorRT: tmd-engine build BUNDLE --size WIDTHxHEIGHT --frames N.");
+  const std::string engine = wanted.at("engine");
+  fail_engine("there is no plan of " + quote(wanted.at("title")) + " for " + quote(wanted.at("shapes"), 300) + " in " +
+              quote(folder, 300) + "." + nearest + " Build it here, with the same library: tmd-engine build BUNDLE " +
+              "--engine " + engine.substr(0, engine.find(' ')) + " --size WIDTHxHEIGHT --frames N.");
 }
 
 std::string home_folder() {
@@ -163,45 +109,45 @@ std::string home_folder() {
 
 }  // namespace
 
-PlanKey plan_key(const Bundle& bundle, const GraphInfo& info, const std::map<std::string, Shape>& inputs,
-                 const PlanTarget& target) {
-  std::string graph, hashes, shapes;
-  for (const auto& [name, each] : bundle.manifest.graphs)
-    if (each.file == info.file) graph = name;
-  for (const std::string& file : {info.file, info.data.value_or("")})
-    if (!file.empty()) hashes += (hashes.empty() ? "" : " ") + bundle.manifest.files.at(file).sha256;
-  for (const auto& [name, shape] : inputs) {
-    shapes += (shapes.empty() ? "" : ", ") + name + " ";
-    for (std::size_t i = 0; i < shape.size(); ++i) shapes += (i ? "x" : "") + std::to_string(shape[i]);
-  }
-  return {{"title", bundle.manifest.model->name + " " + graph},
-          {"graph", hashes},
-          {"engine", "tensorrt " + target.version},
-          {"device", target.device},
-          {"compute capability", target.capability},
-          {"precision", info.precision},
-          {"shapes", shapes},
-          {"flags", std::string("workspace None, weight streaming ") + (target.weight_streaming ? "True" : "False") +
-                        ", no TF32"}};
+std::string entry_line(const PlanKey& key, std::string_view content) {
+  return dump({{"key", key}, {"sha256", sha256_hex(content)}, {"size", content.size()}});
 }
 
 std::string plan_file_name(const PlanKey& key) { return sha256_hex(dump(key)) + kEnding; }
 
-std::string plan_folder(const std::string& cache) {
+std::string plan_cache_folder(const std::string& cache) {
   return (cache.empty() ? home_folder() + "/.cache/tmd" : cache) + "/tensorrt";
 }
 
-std::string find_plan(const std::string& folder, const PlanKey& key) {
-  check_trust(folder);
+// Who writes an entry decides what this process runs.
+std::string distrust(const std::string& folder) {
+  struct stat status;
+  if (::stat(folder.c_str(), &status) != 0) return "";  // not there: it holds nothing, which is said elsewhere
+  if (S_ISDIR(status.st_mode) && status.st_uid == ::geteuid() && (status.st_mode & 022) == 0) return "";
+  return "the folder of plans " + quote(folder, 300) +
+         " can be written by others than this user, or is no folder: chmod 700 it, or name another one in plan_cache.";
+}
+
+FoundPlan find_plan(const std::string& folder, const PlanKey& key) {
+  if (const std::string reason = distrust(folder); !reason.empty()) fail_engine(reason);
   std::vector<Entry> entries = entries_of(folder);
-  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
-    return a.changed.tv_sec != b.changed.tv_sec ? a.changed.tv_sec > b.changed.tv_sec
-                                                : a.changed.tv_nsec > b.changed.tv_nsec;
+  std::sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
+    const auto rank = [&](const Entry& each) {
+      return std::make_tuple(value_of(each.key, "shapes") == key.at("shapes"), each.changed.tv_sec,
+                             each.changed.tv_nsec);
+    };
+    return rank(a) > rank(b);
   });
-  for (const Entry& entry : entries)
-    if (entry.key.count("lowered") && differing(entry.key, key).empty())
-      if (std::optional<std::string> content = content_of(folder, entry)) return *std::move(content);
+  for (const Entry& entry : entries) {
+    if (!differences(entry.key, key).empty()) continue;
+    const MappedFile content = content_of(folder, entry.name, entry.key);
+    if (content.bytes().data()) return {entry.key, content};
+  }
   tell_missing(folder, key, entries);
+}
+
+MappedFile load_entry(const std::string& folder, const PlanKey& key) {
+  return distrust(folder).empty() ? content_of(folder, plan_file_name(key), key) : MappedFile();
 }
 
 }  // namespace tmd::internal

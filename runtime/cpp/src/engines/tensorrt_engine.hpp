@@ -1,10 +1,15 @@
-// TensorRT on an NVIDIA GPU. Runs the plans that tmd-engine build made; builds none. Never run on a GPU.
+// NVIDIA GPUs through TensorRT, or TensorRT for RTX, with plans that tmd-engine build made.
 #pragma once
 
 #include "engines/engine.hpp"
 
 namespace tmd::internal {
 
-std::shared_ptr<Engine> open_tensorrt(const EngineOptions& options);
+namespace tensorrt {
+std::shared_ptr<Engine> open(const EngineOptions& options);
+}
+namespace tensorrt_rtx {
+std::shared_ptr<Engine> open(const EngineOptions& options);
+}
 
 }  // namespace tmd::internal

@@ -3,21 +3,21 @@
 namespace tmd::internal {
 
 void Launches::run(const std::vector<Calls*>& stages, const Piece& piece, std::int64_t key) {
-  if (recorded_ && recorded_->key == key) {
-    launch(stages);
-  } else if (records()) {
+  if (recorded_ && recorded_->key == key && launch(stages)) return;
+  if (records() && !refused_) {
     record(stages, piece, key);
   } else {
     piece([](Calls& stage, Step& step, bool counts) { stage(step, counts); });
   }
 }
 
-void Launches::launch(const std::vector<Calls*>& stages) const {
+bool Launches::launch(const std::vector<Calls*>& stages) const {
   const Stopwatch clock;
-  recorded_->launch->run();
+  if (!recorded_->launch->run_if_valid()) return false;
   const double seconds = clock.seconds();
   // Every step is reported, so that the fraction is right; a stop takes effect here, after all of them.
   for (std::size_t k = 0; k < stages.size(); ++k) stages[k]->took(seconds * recorded_->shares[k], recorded_->counts[k]);
+  return true;
 }
 
 void Launches::record(const std::vector<Calls*>& stages, const Piece& piece, std::int64_t key) {
@@ -38,7 +38,8 @@ void Launches::record(const std::vector<Calls*>& stages, const Piece& piece, std
   }
   for (double& share : made->shares) share /= all > 0 ? all : 1;
   made->launch = graph_->record([&] { piece([](Calls&, Step& step, bool) { step.run(); }); });
-  recorded_ = std::move(made);
+  refused_ = !made->launch;
+  if (!refused_) recorded_ = std::move(made);
 }
 
 }  // namespace tmd::internal

@@ -9,7 +9,8 @@
 //       call(flow_head, *update, false);
 //     };
 //
-// Launches::run runs it call by call. An engine that records runs it so once, and from then on as one launch.
+// Launches::run runs it call by call. An engine that records runs it so once, and from then on as one launch; again
+// call by call where the launch has become void.
 #pragma once
 
 #include <functional>
@@ -101,11 +102,12 @@ class Launches {
     std::vector<double> shares;
     std::vector<std::int64_t> counts;
   };
-  void launch(const std::vector<Calls*>& stages) const;
+  bool launch(const std::vector<Calls*>& stages) const;
   void record(const std::vector<Calls*>& stages, const Piece& piece, std::int64_t key);
 
   std::shared_ptr<LoadedGraph> graph_;
   std::unique_ptr<Recorded> recorded_;
+  bool refused_ = false;  // what the engine cannot record once, it is not asked for again
 };
 
 }  // namespace tmd::internal
