@@ -6,7 +6,7 @@ Only click is imported at the top, so that `--help` answers at once; torch comes
 from __future__ import annotations
 
 import json
-import signal
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from tmd_engines.command.program import FAILED, INTERRUPTED, run_program, sweep, verdict
+
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
 from .parts import PARTS, QUANTIZED, ordered, parse_precision
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from .export import ExportResult
     from .quantization.calibration import Calibration
     from .sources.source import Source
-
-FAILED, INTERRUPTED = 1, 130
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -225,6 +225,7 @@ def command(
     if out is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     start = perf_counter()
+    sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
             _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder), grid, as_json)
@@ -329,15 +330,13 @@ def _message(error: Exception) -> str | None:
 
 
 def _fail(message: str, as_json: bool) -> NoReturn:
+    message, code = verdict(message, FAILED)
     click.echo(f"tmd-export: {message}", err=True)
     if as_json:
         click.echo(json.dumps({"error": message}, indent=2))
-    sys.exit(FAILED)
+    sys.exit(code)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `tmd-export`; `args` are those of the process unless given."""
-    # Ended by a service manager, clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    command.main(args, prog_name="tmd-export")
-    raise SystemExit(0)
+    run_program(command, "tmd-export", args)

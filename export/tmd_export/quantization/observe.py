@@ -150,7 +150,7 @@ def _session(model: ir.Model, folder: Path) -> Any:
     proto = ir.to_proto(model)
     attention_to_multi_head_attention(proto)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .screen import clean
+from tmd_engines.command.screen import clean
 
 MAX_BYTES, MAX_PROMPTS, MAX_CHARACTERS = 4 << 20, 10_000, 65_536
 

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from tests.helpers.processes import PROGRAM
+from tmd_engines.command.screen import clean
 from tmd_runtime.command.cli import command
 from tmd_runtime.command.prompts import MAX_BYTES, MAX_CHARACTERS, MAX_PROMPTS
-from tmd_runtime.command.screen import clean
 
 SMALL = "--prompt x --seed 1 --frames 1 --size 32x32 --out v.png"
 

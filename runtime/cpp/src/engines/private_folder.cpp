@@ -8,9 +8,9 @@
 
 namespace tmd::internal {
 
-PrivateFolder::PrivateFolder() {
-  const char* parent = std::getenv("TMPDIR");
-  std::string wanted = std::string(parent && *parent ? parent : "/tmp") + "/tmd-XXXXXX";
+PrivateFolder::PrivateFolder(const std::string& parent) {
+  const char* temporary = std::getenv("TMPDIR");
+  std::string wanted = (!parent.empty() ? parent : temporary && *temporary ? temporary : "/tmp") + "/.tmd-XXXXXX";
   if (::mkdtemp(wanted.data())) folder_ = std::move(wanted);
 }
 

@@ -10,7 +10,8 @@ namespace tmd::internal {
 // Gone with its files when the object is. Where it cannot be made, nothing can be put into it either.
 class PrivateFolder {
  public:
-  PrivateFolder();
+  // In `parent`; empty: in the folder for temporary files.
+  explicit PrivateFolder(const std::string& parent = "");
   PrivateFolder(const PrivateFolder&) = delete;
   PrivateFolder& operator=(const PrivateFolder&) = delete;
   ~PrivateFolder();
