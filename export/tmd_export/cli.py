@@ -5,7 +5,6 @@ Only click is imported at the top, so that `--help` answers at once; torch comes
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from tmd_engines.command.program import FAILED, INTERRUPTED, run_program, sweep, verdict
+from tmd_engines.utf8 import json_text
 
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
@@ -250,7 +250,7 @@ def command(
         click.echo("tmd-export: stopped, nothing was written.", err=True)
         sys.exit(INTERRUPTED)
     if as_json:
-        click.echo(json.dumps(record(result, perf_counter() - start), indent=2))
+        click.echo(json_text(record(result, perf_counter() - start)))
     elif not quiet:
         print_table(result, perf_counter() - start)
 
@@ -333,7 +333,7 @@ def _fail(message: str, as_json: bool) -> NoReturn:
     message, code = verdict(message, FAILED)
     click.echo(f"tmd-export: {message}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": message}, indent=2))
+        click.echo(json_text({"error": message}))
     sys.exit(code)
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from tmd_engines import unfinished
+from tmd_engines.command.options import Size
 from tmd_engines.command.program import run_program, sweep, verdict
 from tmd_engines.command.screen import tell
 from tmd_engines.registry import engine_names
+from tmd_engines.utf8 import json_text
 from tmd_runtime.command.failures import failures
-from tmd_runtime.command.options import Size, Whole
+from tmd_runtime.command.options import Whole
 from tmd_runtime.files.target import Target, write_text
 
 from .families import REFERENCE, default_preset
@@ -218,7 +220,7 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
         "ratio_cpu": ratio_cpu,
     }
     if json_file is not None:
-        write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_text(json_file, json_text(document, 1) + "\n")
     _show(work, entries, flops, limit, ratio, ratio_cpu)
 
 

@@ -5,7 +5,6 @@ The imports at the top are light, so that `--help` answers at once; the rest com
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,14 +13,16 @@ from typing import Any, NoReturn
 
 import click
 
+from tmd_engines.command.options import Size
 from tmd_engines.command.program import ending_of_program, run_program, verdict
 from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
+from tmd_engines.utf8 import json_text
 
 from ..memory import MODES
 from .failures import INTERRUPTED, check_address_space, failures
 from .job import Job
-from .options import Number, Output, Schedule, Size, Whole
+from .options import Number, Output, Schedule, Whole
 from .prompts import read_prompts
 
 
@@ -238,7 +239,7 @@ def command(
 
     def show(document: dict[str, Any]) -> None:
         if as_json:
-            say(json.dumps(document, indent=None if several else 2, allow_nan=False))
+            say(json_text(document, None if several else 2))
 
     def fail(message: str, code: int) -> NoReturn:
         message, code = verdict(message, code)

@@ -206,7 +206,7 @@ class Job:
 
     def _foretell(self, pipeline: Pipeline, settings: Settings) -> float | None:
         """How many seconds the run will take, as far as that can be told, and tells it."""
-        seconds = pipeline.forecast.seconds(settings)
+        seconds = pipeline.forecast.seconds(settings) if pipeline.has_engines() else None
         if seconds is not None and not self.quiet:
             if seconds > _LONG_SECONDS:
                 remedy = "Fewer steps, fewer frames or a smaller size take less."
