@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX, SUFFIX = ".tmd-", ".part"
@@ -59,6 +60,17 @@ def exchange(one: Path, other: Path) -> bool:
     if hasattr(library, "renameat2"):
         return not library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
     return hasattr(library, "renamex_np") and not library.renamex_np(*names, _RENAME_SWAP)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which has the name `path` when the block is over, and is gone if that failed. Raises OSError."""
+    new = begin(path.parent)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        discard(new)
 
 
 def end(path: Path) -> None:

@@ -88,6 +88,20 @@ def test_weights_behind_links_may_lie_in_another_file_system(tmp_path: Path) -> 
     assert Twin(TMPDIR="/dev/shm").ask("run", **question)["ok"] == twin().ask("run", **question)["ok"]
 
 
+def test_onnx_runtime_records_nothing(tmp_path: Path) -> None:
+    """Version 1.31 writes a device id and a database of events, in the user's cache, when it starts."""
+    engine_options("onnxruntime")
+    (tmp_path / "home").mkdir()
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path / "home"))
+    question = {"engine": "onnxruntime", "library": str(onnxruntime_library()), "prompt": PROMPT}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+        found = Twin(**places).ask(
+            "run", bundle=str(write_synthetic_bundle(tmp_path / "b")), **question, wishes={"seed": 1}
+        )
+    assert "ok" in found and not list((tmp_path / "home").iterdir())
+
+
 def test_openvino_reads_graphs_from_a_folder_of_our_own(tmp_path: Path) -> None:
     """Where there can be one; it is gone afterwards."""
     engine_options("openvino")
