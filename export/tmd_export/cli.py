@@ -225,7 +225,8 @@ def command(
     if out is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     start = perf_counter()
-    sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
+    if out is not None:
+        sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
             _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder), grid, as_json)
@@ -290,7 +291,7 @@ def _inspect(means: tuple[Any, ...], grid: str | None, as_json: bool) -> None:
     source = open_source(*means)
     found = inspect(source, means[4], grid)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json_text(found))
     else:
         print_inspection(found)
 
