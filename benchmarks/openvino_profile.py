@@ -16,9 +16,9 @@ import click
 import numpy as np
 
 from tmd_engines import Bundle
+from tmd_engines.command.options import Size
 from tmd_engines.cost.sizing import graph_sizes
 from tmd_engines.openvino.engine import OpenVinoEngine
-from tmd_runtime.command.options import Size
 
 
 def profile(bundle: Bundle, graph: str, sizes: dict[str, int], runs: int) -> tuple[float, Counter[str], Counter[str]]:

@@ -16,6 +16,7 @@ Names are imported when first used, so that `import tmd_engines` costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ __all__ = [
     "TensorSpec",
     "load",
 ]
+
+# ONNX Runtime 1.31 keeps a record of its use in the user's cache, to be sent, from its import on; unless this is set.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "Bundle": "bundle.reader",

@@ -1,5 +1,5 @@
 """`python -m tmd_export` is `tmd-export`."""
 
-from .cli import main
+from .start import main
 
 main()

@@ -5,8 +5,7 @@ Only click is imported at the top, so that `--help` answers at once; torch comes
 
 from __future__ import annotations
 
-import json
-import signal
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,6 +14,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from tmd_engines.command.program import FAILED, INTERRUPTED, run_program, sweep, verdict
+from tmd_engines.utf8 import json_text
 
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from .export import ExportResult
     from .quantization.calibration import Calibration
     from .sources.source import Source
-
-FAILED, INTERRUPTED = 1, 130
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -261,6 +261,8 @@ def command(
     if out is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     start = perf_counter()
+    if out is not None:
+        sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
             _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder, loras), grid, as_json)
@@ -285,7 +287,7 @@ def command(
         click.echo("tmd-export: stopped, nothing was written.", err=True)
         sys.exit(INTERRUPTED)
     if as_json:
-        click.echo(json.dumps(record(result, perf_counter() - start), indent=2))
+        click.echo(json_text(record(result, perf_counter() - start)))
     elif not quiet:
         print_table(result, perf_counter() - start)
 
@@ -326,7 +328,7 @@ def _inspect(means: tuple[Any, ...], grid: str | None, as_json: bool) -> None:
     source = open_source(*means)
     found = inspect(source, means[4], grid)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json_text(found))
     else:
         print_inspection(found)
 
@@ -366,15 +368,13 @@ def _message(error: Exception) -> str | None:
 
 
 def _fail(message: str, as_json: bool) -> NoReturn:
+    message, code = verdict(message, FAILED)
     click.echo(f"tmd-export: {message}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": message}, indent=2))
-    sys.exit(FAILED)
+        click.echo(json_text({"error": message}))
+    sys.exit(code)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `tmd-export`; `args` are those of the process unless given."""
-    # Ended by a service manager, clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    command.main(args, prog_name="tmd-export")
-    raise SystemExit(0)
+    run_program(command, "tmd-export", args)

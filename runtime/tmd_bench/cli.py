@@ -8,13 +8,20 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from tmd_engines import unfinished
+from tmd_engines.command.options import Size
+from tmd_engines.command.program import run_program, sweep, verdict
+from tmd_engines.command.screen import tell
 from tmd_engines.registry import engine_names
-from tmd_runtime.command.options import Size, Whole
+from tmd_engines.utf8 import json_text
+from tmd_runtime.command.failures import failures
+from tmd_runtime.command.options import Whole
+from tmd_runtime.files.target import Target, write_text
 
 from .families import REFERENCE, default_preset
 from .spec import RIVALS, Work
@@ -65,7 +72,8 @@ NAME's median time for the loop over ours, ratio_cpu.NAME the same of processor
 time.
 
 \b
-Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C.""",
+Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
+(129 by SIGHUP, 143 by SIGTERM).""",
 )
 @click.version_option(package_name="tmd-runtime", message="tmd-bench %(version)s")
 @click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Measure this bundle.")
@@ -107,8 +115,26 @@ def command(
     origin = {"model": model, "checkpoint": checkpoint, "random_seed": random_weights, "kind": kind, "blocks": blocks}
     if blocks is not None and (model is None or random_weights is None):
         raise click.UsageError("--blocks shortens a model with random weights: give --model and --random-weights too.")
+    with failures(_fail):
+        if json_file is not None:
+            Target(json_file, is_folder=False).discard()  # now, not after the measurement
+        _bench(bundle, model, parts, precision, keep, json_file, origin, options)
+
+
+def _bench(
+    bundle: Path | None,
+    model: str | None,
+    parts: str,
+    precision: str,
+    keep: Path | None,
+    json_file: Path | None,
+    origin: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Finds or makes the bundle, and measures it."""
     if model is None:
-        needless = {"--checkpoint": checkpoint, "--random-weights": random_weights is not None, "--keep": keep}
+        needless = {"--checkpoint": origin["checkpoint"], "--random-weights": origin["random_seed"] is not None,
+                    "--keep": keep}  # fmt: skip
         if given := [name for name, value in needless.items() if value]:
             raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
         torch = [name for name in options["compare"] if name not in engine_names()]
@@ -119,10 +145,15 @@ def command(
         if bundle is not None:
             raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
         origin |= {"model": "tiny", "kind": "tmd"}
-    with TemporaryDirectory(prefix="tmd-bench-") as folder:
-        out = keep or Path(folder) / "bundle"
+    place = Path(gettempdir())
+    sweep("tmd-bench", [place, *([keep.absolute().parent] if keep else [])])
+    folder = unfinished.begin(place, is_folder=True)
+    try:
+        out = keep or folder / "bundle"
         _export(origin, parts, precision, out)
         _measure(out, origin, json_file, options)
+    finally:
+        unfinished.discard(folder)
 
 
 def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) -> None:
@@ -134,12 +165,15 @@ def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) ->
     if origin["random_seed"] is not None:
         arguments += ["--random-weights", str(origin["random_seed"])]
         arguments += ["--preset", default_preset(origin["kind"])]
-    command = [sys.executable, "-c", "from tmd_export.cli import main; main()", *arguments, "--no-verify"]
+    work = ["tmd_export.cli", *arguments, "--no-verify"]
     if origin["blocks"] is not None:
         plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
-        command = [sys.executable, "-m", "tmd_bench.shortened", json.dumps(plan)]
+        work = ["tmd_bench.shortened", json.dumps(plan)]
     click.echo("exporting", err=True)
-    if subprocess.run(command, stdout=2).returncode:
+    command = [sys.executable, "-m", "tmd_bench.child", *work]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2) as process:  # it ends at the end of its stdin
+        code = process.wait()
+    if code:
         raise click.ClickException("the bundle could not be exported; the lines above say why.")
 
 
@@ -186,7 +220,7 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
         "ratio_cpu": ratio_cpu,
     }
     if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(json_file, json_text(document, 1) + "\n")
     _show(work, entries, flops, limit, ratio, ratio_cpu)
 
 
@@ -247,30 +281,12 @@ def _show(
         )
 
 
-def main() -> None:
-    """Entry point of `tmd-bench`."""
-    from tmd_runtime.errors import RuntimeFailure, UsageFailure
+def _fail(message: str, code: int) -> NoReturn:
+    message, code = verdict(message, code)
+    tell(f"tmd-bench: {message}")
+    sys.exit(code)
 
-    try:
-        command.main(prog_name="tmd-bench", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except UsageFailure as error:
-        click.echo(f"tmd-bench: {error}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-    except (RuntimeFailure, OSError) as error:
-        click.echo(f"tmd-bench: {error}", err=True)
-        sys.exit(1)
-    except Exception as error:
-        from tmd_engines import BundleError
 
-        from .contest import BenchError
-
-        if not isinstance(error, (BundleError, BenchError)):
-            raise
-        click.echo(f"tmd-bench: {error}", err=True)
-        sys.exit(1)
-    sys.exit(0)
+def main() -> NoReturn:
+    """Runs `tmd-bench`."""
+    run_program(command, "tmd-bench")

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from tmd_runtime.errors import RuntimeFailure
+
 from .spec import Work
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class BenchError(Exception):
+class BenchError(RuntimeFailure):
     """The measurement cannot be made; the message says why and what helps."""
 
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from tmd_engines.command.signals import Ending
 from tmd_export import ExportError, RandomSource, export_bundle, open_source
 from tmd_export.parts import ordered
 
@@ -34,6 +35,7 @@ def shortened(model: str, seed: int, kind: str, blocks: int) -> RandomSource:
 
 def main() -> None:
     """`python -m tmd_bench.shortened PLAN`: writes a bundle; PLAN is JSON, a `Work`'s origin, parts, precision, out."""
+    Ending()
     plan = json.loads(sys.argv[1])
     try:
         source = shortened(plan["model"], plan["random_seed"], plan["kind"], plan["blocks"])

@@ -15,6 +15,7 @@ import threading
 from time import sleep
 from typing import Any
 
+from .child import lines
 from .spec import Work
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     memory = AnonymousMemory()
     memory.start()
     runner = contender(sys.argv[1], Work.from_json(sys.argv[2]))
-    for line in sys.stdin:
+    for line in lines():
         try:
             answer: dict[str, Any] = {"seconds": runner.load() if line.strip() == "load" else runner.run()}
         except Exception as error:  # the process that started the contest reports it

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tmd_engines.utf8 import NOT_UTF_8, is_utf8
+
 from .errors import RuntimeFailure, UsageFailure
 from .text.encoder import EMBEDS_INSTEAD
 
@@ -54,9 +56,11 @@ def check_arrays(**arrays: object) -> None:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raises UsageFailure unless a prompt is a text."""
+    """Raises UsageFailure unless a prompt is a text that can be written as UTF-8."""
     if not isinstance(prompt, str):
         raise UsageFailure(f"a prompt must be a text, not {_kind(prompt)}.")
+    if not is_utf8(prompt):
+        raise UsageFailure(f"the prompt {NOT_UTF_8}")
 
 
 def check_hooks(*hooks: object) -> None:

@@ -112,6 +112,19 @@ class Graphs:
             self.memory = self._chooser.choose(settings, unused, self.shared.names())
         return self.memory
 
+    def are_here(self) -> bool:
+        """Whether this machine has an engine for every graph; loads none."""
+        from tmd_engines import EngineError
+        from tmd_engines.device.gpu import split_device
+        from tmd_engines.registry import choose, engine_class
+
+        engine, _, device, *_ = self.arguments
+        try:
+            chosen = {choose(self._bundle, graph, engine, device) for graph in self._bundle.manifest.graphs}
+        except EngineError:
+            return False
+        return all(engine_class(name, split_device(where)[0]).is_here() for name, where in chosen)
+
     def load(self, name: str, timings: Timings) -> Engine:
         """The engine of a graph. Loading it is timed as `load`. Raises RuntimeFailure if the bundle lacks the graph."""
         if name in self._engines:

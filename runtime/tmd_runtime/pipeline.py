@@ -96,6 +96,10 @@ class Pipeline:
     def manifest(self) -> Manifest:
         return self.bundle.manifest
 
+    def has_engines(self) -> bool:
+        """Whether this machine has an engine for every graph of the bundle; loads none."""
+        return self._graphs.are_here()
+
     def settings(
         self,
         seed: int | None = None,

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypedDict
 
+from tmd_engines.utf8 import NOT_UTF_8, is_utf8
+
 from .errors import UsageFailure
 
 MAX_STEPS = 1000
@@ -68,6 +70,8 @@ def check_types(wishes: Wishes) -> None:
     for name in ("guidance", "shift", "deadline", "strength", "rho"):
         _check(name, getattr(wishes, name), "a finite number", _is_finite)
     _check("negative_prompt", wishes.negative_prompt, "a text", lambda value: isinstance(value, str))
+    if wishes.negative_prompt is not None and not is_utf8(wishes.negative_prompt):
+        raise UsageFailure(f"the negative prompt {NOT_UTF_8}")
     _check("size", wishes.size, "two whole numbers, (width, height)", lambda value: _are(value, _is_whole, 2))
     _check("schedule", wishes.schedule, "a list of finite numbers", lambda value: _are(value, _is_finite))
 

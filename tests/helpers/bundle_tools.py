@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def impossible_transpose(model: onnx.ModelProto) -> None:
     """A graph that opens, and that no engine loads: the same axis three times."""
     node = next(node for node in model.graph.node if node.op_type == "Transpose")
     node.attribute[0].ints[:] = [1, 1, 1]
+
+
+def move_behind_links(folder: Path, blobs: Path) -> Path:
+    """Moves the files of a bundle into `blobs`, under other names, and leaves relative links to them; returns it."""
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(os.path.relpath(blobs / f"{number:064x}", folder))
+    return folder
 
 
 def refused(folder: Path) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, quote
+from ..utf8 import is_utf8
 from .operators import check_operators
 from .sections import GraphInfo, TensorSpec
 
@@ -95,6 +97,20 @@ def external_tensors(message: Any) -> Iterator[onnx.TensorProto]:
     for tensor in all_tensors(message):
         if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
             yield tensor
+
+
+def name_data(model: onnx.ModelProto, data: Path | None, folder: Path) -> Path:
+    """Makes the weights of `model` name the file `data`, where it really is; returns its folder, or `folder`.
+
+    The data file of a bundle may be a link, and engines refuse weights outside the folder that they are told.
+    """
+    if data is None or not is_utf8(data.name):
+        return folder
+    for tensor in external_tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data.name
+    return data.parent
 
 
 def all_tensors(message: Any) -> Iterator[onnx.TensorProto]:

@@ -2,12 +2,13 @@
 
 A bundle is untrusted input. `Bundle.open` returns only when the whole folder has been checked, in this order: the
 folder, the manifest (size, JSON, schema version, types, ranges, references), the kind and size of every file, the
-sha256 of every file, and last the graphs (external data, interface). Writing is in `bundle_writer.py`.
+sha256 of every file, and last the graphs (external data, interface). Writing is in `writer.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -34,11 +35,11 @@ class Bundle:
     def open(cls, folder: str | Path) -> Bundle:
         """Checks everything in `folder` (reading every byte once, for the sha256) and returns the bundle.
 
-        The folder itself may be reached through a link: that is the caller's choice, not the bundle's. Files in the
-        folder that the manifest does not list are never opened. Raises BundleError.
+        The folder and its files may be links: the content is what is promised. Files in the folder that the manifest
+        does not list are never opened. Raises BundleError.
         """
         folder = _existing_folder(folder)
-        with open_regular(folder, MANIFEST_NAME) as file:
+        with open_regular(folder, MANIFEST_NAME, follow=True) as file:
             where = str(folder / MANIFEST_NAME)
             if file_size(file) > MAX_MANIFEST_BYTES:
                 raise BundleError(
@@ -52,7 +53,7 @@ class Bundle:
             # All kinds and sizes first: an incomplete copy is found at once, not after hashing gigabytes.
             opened = {}
             for name, stated in manifest.files.items():
-                opened[name] = stack.enter_context(open_regular(folder, name))
+                opened[name] = stack.enter_context(open_regular(folder, name, follow=True))
                 _check_size(opened[name], stated, folder / name, is_graph=name in graph_of)
             contents = {}
             for name, file in opened.items():
@@ -72,9 +73,14 @@ class Bundle:
         """The graph's ONNX file, with the sha256 checked again on these very bytes. Raises BundleError, EngineError."""
         name = self.graph_info(graph).file
         stated = self.manifest.files[name]
-        with open_regular(self.folder, name) as file:
+        with open_regular(self.folder, name, follow=True) as file:
             _check_size(file, stated, self.folder / name, is_graph=True)
             return _check_content(file, stated, self.folder / name, keep=True)
+
+    def data_path(self, graph: str) -> Path | None:
+        """Where the graph's data file really is, links resolved; None: it has none. Raises EngineError."""
+        data = self.graph_info(graph).data
+        return None if data is None else Path(os.path.realpath(self.folder / data))
 
     def graph_info(self, graph: str) -> GraphInfo:
         """What the manifest says of a graph. Raises EngineError if the bundle has no such graph."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .. import unfinished
 from ..errors import BundleError
 from .files import file_size, open_regular, sha256_hex
 from .manifest import MANIFEST_NAME
@@ -18,7 +18,7 @@ from .reader import Bundle
 
 
 class BundleWriter:
-    """Collects the files of a bundle in a temporary folder beside the target, and renames it when all is checked.
+    """Collects the files of a bundle in a temporary folder beside the target, which gets the name when all is checked.
 
         with BundleWriter("my-bundle") as writer:
             export_graphs_into(writer.folder)
@@ -26,20 +26,25 @@ class BundleWriter:
 
     Leaving the block without `commit` (an exception, Ctrl-C) removes the temporary folder and leaves the target as it
     was. `overwrite` replaces an existing bundle; a folder that is not a bundle is never replaced, unless it is empty.
+    At every moment one of the two is whole under the name, where the system can exchange names (Linux, macOS). Where it
+    cannot, a process that is killed between two renames leaves the old one aside, and the next writer puts it back.
     """
+
+    folder: Path  # what to write into; inside the block
 
     def __init__(self, out_dir: str | Path, overwrite: bool = False) -> None:
         # Not resolved: if the target is a link, the rename must meet the link, and _check_target refuses it.
         self.target = Path(os.path.abspath(out_dir))
         self.overwrite = overwrite
-        self.folder = self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.partial")
+        self._aside = self.target.with_name(f"{unfinished.PREFIX}{self.target.name}.old")
 
     def __enter__(self) -> BundleWriter:
         """Makes `folder`. Raises BundleError if the target is taken or its parent cannot be written."""
-        self._check_target()
         try:
+            self._recover()
+            self._check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+            self.folder = unfinished.begin(self.target.parent, is_folder=True)
         except OSError as error:
             raise BundleError(f"{self.target.parent} cannot be written: {error}. Choose another --out.") from None
         return self
@@ -47,7 +52,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # gone already after a commit
+        unfinished.discard(self.folder)  # after a commit: nothing, or what had the name before
 
     def commit(self, manifest: Mapping[str, Any]) -> Bundle:
         """Makes the folder a bundle under its name, and returns it. Raises BundleError; the target is then untouched.
@@ -92,26 +97,39 @@ class BundleWriter:
             # Overwriting must never mean deleting somebody's home folder.
             raise BundleError(f"{self.target} exists, and is neither empty nor a bundle: choose another --out.")
 
+    def _recover(self) -> None:
+        """Puts back what a writer that was killed left aside, or removes it if its successor has the name."""
+        if self._aside.is_dir() and not self._aside.is_symlink():
+            if os.path.lexists(self.target):
+                shutil.rmtree(self._aside, ignore_errors=True)
+            else:
+                os.rename(self._aside, self.target)
+
     def _move_into_place(self) -> None:
         self._check_target()  # again: the export may have taken an hour
-        old = self.folder.with_suffix(".old")
         try:
-            if self.target.exists():
-                os.rename(self.target, old)  # a folder with content cannot be replaced in one step
-            try:
+            _sync_folder(self.folder)
+            occupied = self.target.exists() and any(self.target.iterdir())
+            if not occupied:
                 os.rename(self.folder, self.target)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, self.target)
-                raise
+            elif not unfinished.exchange(self.folder, self.target):
+                self._move_by_way_of_aside()
+            _sync_folder(self.target.parent)
         except OSError as error:
             raise BundleError(f"{self.target} cannot be put in place: {error}. Check its permissions.") from None
-        shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(self.target.parent)
+
+    def _move_by_way_of_aside(self) -> None:
+        os.rename(self.target, self._aside)  # a folder with content cannot be replaced in one step
+        try:
+            os.rename(self.folder, self.target)
+        except BaseException:
+            os.rename(self._aside, self.target)
+            raise
+        shutil.rmtree(self._aside, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable where the system can (not on Windows)."""
+    """Makes the names in a folder durable where the system can (not on Windows)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import unfinished
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle
 from ..device.cpu import resolve_threads
@@ -81,9 +82,11 @@ def write_for_trtexec(
         target = folder / info.file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(model.SerializeToString(deterministic=True))
+            with unfinished.replacing(target) as new:
+                new.write_bytes(model.SerializeToString(deterministic=True))
             if info.data:
-                shutil.copyfile(bundle.folder / info.data, folder / info.data)  # onnx refuses links
+                with unfinished.replacing(folder / info.data) as new:
+                    shutil.copyfile(bundle.folder / info.data, new)  # onnx refuses links
         except OSError as error:
             raise EngineError(f"{target} cannot be written ({error.strerror}): name another folder.") from None
         command = ["trtexec", f"--onnx={target}", "--stronglyTyped", "--noTF32"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,8 @@ import click
 
 from ..errors import BundleError, EngineError
 from ..registry import engine_names
+from ..utf8 import json_text
+from .options import Size
 
 if TYPE_CHECKING:
     from ..bundle.manifest import GraphInfo, TensorSpec
@@ -46,23 +47,9 @@ def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-class _Size(click.ParamType):
-    """WIDTHxHEIGHT in pixels."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"\s*([0-9]{1,5})\s*[xX×]\s*([0-9]{1,5})\s*", value)
-        if not match:
-            self.fail(f"{value!r} is no size: write width x height in pixels, such as 832x480.", param, ctx)
-        return int(match[1]), int(match[2])
-
-
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--size", type=_Size(), metavar="WxH", help="Size of the video to calculate with, in pixels.")
+@click.option("--size", type=Size(), metavar="WxH", help="Size of the video to calculate with, in pixels.")
 @click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
 @click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
@@ -96,7 +83,7 @@ def inspect(
     if as_json:
         document = {"folder": str(opened.folder), **opened.manifest.model_dump(mode="json", exclude_unset=True)}
         document |= sized or {"run": None, "stages": None, "sizing_problem": problem}
-        click.echo(json.dumps(document, indent=2, allow_nan=False))
+        click.echo(json_text(document))
         return
     for line in _describe(opened):
         click.echo(line)
@@ -135,7 +122,7 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
     failed = [check.graph for check in done if check.problem is not None]
     if as_json:
         graphs = [{name: _plain(value) for name, value in asdict(check).items()} for check in done]
-        click.echo(json.dumps({"passed": not failed, "graphs": graphs}, indent=2, allow_nan=False))
+        click.echo(json_text({"passed": not failed, "graphs": graphs}))
     elif all(check.engine == "onnxruntime" for check in done):
         click.echo("ONNX Runtime was compared with itself: only NaN and Inf would have been found.")
     if failed:
@@ -144,7 +131,7 @@ def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bo
         )
 
 
-class _Sizes(_Size):
+class _Sizes(Size):
     """One size, or two with .. between them."""
 
     name = "WxH..WxH"
@@ -259,7 +246,7 @@ def doctor(as_json: bool) -> None:
 
     found = examine()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json_text(found))
         return
     cpu, nvidia = found["cpu"], found["nvidia"]
     features = "unknown" if cpu["features"] is None else " ".join(cpu["features"]) or "none of interest"

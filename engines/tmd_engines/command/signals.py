@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-from ..device import unfinished
+from .. import unfinished
 from ..device.running import AGAIN_SECONDS, stop_step
 
 PATIENCE_SECONDS = 0.25

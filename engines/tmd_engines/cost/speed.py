@@ -13,7 +13,7 @@ from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..device import unfinished
+from .. import unfinished
 from ..device.cpu import describe_cpu
 from ..device.plan_cache import cache_folder, distrust
 

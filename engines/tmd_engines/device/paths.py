@@ -6,6 +6,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from ..utf8 import is_utf8
+
 
 def utf8_name(path: str | Path) -> str:
     """A name of `path` in UTF-8: its own, or one by way of its folder's descriptor (Linux).
@@ -13,20 +15,12 @@ def utf8_name(path: str | Path) -> str:
     The name itself must be UTF-8 below the folder; a path of a folder alone may be anything. Raises OSError.
     """
     name = os.fspath(path)
-    if _is_utf8(name):
+    if is_utf8(name):
         return name
     folder, last = os.path.split(os.path.abspath(name))
-    if not _is_utf8(last):
+    if not is_utf8(last):
         return f"/proc/self/fd/{_descriptor(os.path.abspath(name))}"
     return f"/proc/self/fd/{_descriptor(folder)}/{last}"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @cache

@@ -20,9 +20,9 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from .. import unfinished
 from ..bundle.files import file_size, open_regular, read_up_to
 from ..errors import BundleError, quote
-from . import unfinished
 
 VARIABLE = "TMD_CACHE"
 MAX_ENTRY_BYTES = 256 << 20  # larger graphs compile about as fast as their entry is read, checked and unpacked

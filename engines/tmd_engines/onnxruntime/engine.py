@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..bundle.graph_file import parse_graph
+from ..bundle.graph_file import name_data, parse_graph
 from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
@@ -18,6 +18,7 @@ from ..device.paths import utf8_name
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import EngineError, one_line
+from . import SILENT
 from .float4 import float4_to_float8
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
 
@@ -76,7 +77,9 @@ class OnnxRuntimeEngine(Engine):
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         buffers = dict(inputs), dict(outputs)
-        step = _BoundStep(self.graph, self._session, binding, self._options(), buffers)
+        options = self._options()
+        options.log_severity_level = SILENT
+        step = _BoundStep(self.graph, self._session, binding, options, buffers)
         self._steps.add(step)
         return step
 
@@ -143,10 +146,11 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     if not literal and fast_unsigned_products():
         signed_to_unsigned_activations(model)
 
+    folder = name_data(model, bundle.data_path(graph), bundle.folder)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they come as exceptions too
+    options.log_severity_level = SILENT
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_name(bundle.folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_name(folder))
     # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than needed.

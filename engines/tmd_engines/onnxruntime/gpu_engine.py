@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.graph_file import parse_graph
+from ..bundle.graph_file import name_data, parse_graph
 from ..bundle.reader import Bundle
 from ..device.array import DeviceArray
 from ..device.engine import DeviceEngine, Shapes
 from ..device.gpu import has_onnxruntime_cuda, split_device
 from ..engine import Progress
 from ..errors import EngineError, one_line
+from . import SILENT
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32
 
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -125,8 +126,9 @@ class OnnxRuntimeDeviceEngine(DeviceEngine):
         if device == "cpu":
             low_precision_to_float32(model)
         attention_to_multi_head_attention(model)
+        folder = name_data(model, bundle.data_path(graph), bundle.folder)
         self._model, self._path = model.SerializeToString(), path
-        self._settings = {"folder": str(bundle.folder), "threads": threads}
+        self._settings = {"folder": str(folder), "threads": threads}
 
     def array(self, shape: tuple[int, ...], dtype: str) -> OrtArray:
         """See `DeviceEngine.array`."""
@@ -173,7 +175,7 @@ class _Session:
 
 def _open(onnxruntime: Any, device: str, model: bytes, settings: dict[str, Any], records: bool = False) -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = SILENT
     options.intra_op_num_threads = settings.get("threads") or 0
     for symbol, size in settings.get("sizes", {}).items():
         options.add_free_dimension_override_by_name(symbol, size)

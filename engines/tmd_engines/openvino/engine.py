@@ -11,15 +11,17 @@ import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from .. import unfinished
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
@@ -277,24 +279,41 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
     whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the data file.
     """
     path, info = bundle.graph_path(graph), bundle.graph_info(graph)
-    content = bundle.read_graph(graph)
+    content, data = bundle.read_graph(graph), bundle.data_path(graph)
     parse_graph(content, str(path))
+    temporary = Path(gettempdir())
     try:
-        with TemporaryDirectory(prefix="tmd-") as folder:
-            (Path(folder) / info.file).write_bytes(content)
-            if info.data is not None:
-                try:
-                    os.link(bundle.folder / info.data, Path(folder) / info.data)
-                except OSError:  # another file system, or one without second names
-                    found = _core().read_model(utf8_name(path))
-                    bundle.read_graph(graph)  # raises if it is not the same any more
-                    return found
-            return _core().read_model(Path(folder) / info.file)
-    except BundleError:
+        # A second name must be in the same file system as the first.
+        for place in (temporary,) if data is None else (temporary, data.parent):
+            unfinished.sweep(place)
+            with suppress(OSError), _folder_in(place) as folder:
+                (folder / info.file).write_bytes(content)
+                if data is not None:
+                    os.link(data, folder / str(info.data))
+                return _core().read_model(utf8_name(folder / info.file))
+        if data is not None and (bundle.folder / str(info.data)).is_symlink():
+            raise EngineError(
+                f"OpenVINO needs the weights {data} under a second name, which neither {temporary} nor their own "
+                "folder takes: copy the bundle with its links followed (cp -rL), or use the engine onnxruntime."
+            )
+        found = _core().read_model(utf8_name(path))
+        bundle.read_graph(graph)  # raises if it is not the same any more
+        return found
+    except (BundleError, EngineError):
         raise
     except Exception as error:
         version = openvino.__version__.partition("-")[0]
         raise EngineError(f"OpenVINO {version} cannot load {path}: {one_line(error)}") from error
+
+
+@contextmanager
+def _folder_in(place: Path) -> Iterator[Path]:
+    """A folder that nobody else can write, for as long as the block runs."""
+    folder = unfinished.begin(place, is_folder=True, mode=0o700)
+    try:
+        yield folder
+    finally:
+        unfinished.discard(folder)
 
 
 def _base_key(openvino: Any, hashes: list[str], properties: dict[str, str]) -> dict[str, str]:

@@ -13,12 +13,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from .. import unfinished
 from ..bundle.files import file_size, open_regular, read_up_to
 from ..bundle.strict_json import read_json
 from ..device.plan_cache import differences, map_file
@@ -141,7 +140,7 @@ class PlanFolderWriter:
     def __enter__(self) -> PlanFolderWriter:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._work = Path(tempfile.mkdtemp(dir=self._path.parent, prefix=f".{self._path.name}-"))
+            self._work = unfinished.begin(self._path.parent, is_folder=True)
         except OSError as error:
             raise EngineError(f"{self._path} cannot be made ({error.strerror}): name another folder.") from None
         return self
@@ -169,9 +168,8 @@ class PlanFolderWriter:
                     "plans": [entry._asdict() for entry in self._entries],
                 }
                 (self._work / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
-                os.chmod(self._work, 0o755)
                 os.rename(self._work, self._path)
         except OSError as failure:
             raise EngineError(f"{self._path} cannot be written: {failure.strerror}.") from None
         finally:
-            shutil.rmtree(self._work, ignore_errors=True)
+            unfinished.discard(self._work)

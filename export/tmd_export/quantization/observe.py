@@ -171,7 +171,7 @@ def _session(model: ir.Model, folder: Path) -> Any:
     float4_to_float8(proto)
     attention_to_multi_head_attention(proto)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

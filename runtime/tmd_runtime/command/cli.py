@@ -5,7 +5,6 @@ The imports at the top are light, so that `--help` answers at once; the rest com
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,15 +13,17 @@ from typing import Any, NoReturn
 
 import click
 
-from tmd_engines.command.signals import Ending
+from tmd_engines.command.options import Size
+from tmd_engines.command.program import ending_of_program, run_program, verdict
+from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
+from tmd_engines.utf8 import json_text
 
 from ..memory import MODES
-from .failures import FAILED, INTERRUPTED, check_address_space, failures
+from .failures import INTERRUPTED, check_address_space, failures
 from .job import Job
-from .options import Number, Output, Schedule, Size, Whole
+from .options import Number, Output, Schedule, Whole
 from .prompts import read_prompts
-from .screen import repair_streams, say, tell
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -234,21 +235,20 @@ def command(
         preview=preview,
     )
     several = prompt_file is not None or len(texts) > 1
-    ending = click.get_current_context().obj
+    ending = ending_of_program()
 
     def show(document: dict[str, Any]) -> None:
         if as_json:
-            say(json.dumps(document, indent=None if several else 2, allow_nan=False))
+            say(json_text(document, None if several else 2))
 
     def fail(message: str, code: int) -> NoReturn:
-        if isinstance(ending, Ending) and ending.code is not None:  # whatever it broke on its way
-            message, code = "stopped.", ending.code
+        message, code = verdict(message, code)
         tell(f"tmd-run: {message}")
         with failures(lambda *_: sys.exit(code)):  # stdout may be what failed
             show({"error": message})
         raise SystemExit(code)
 
-    if isinstance(ending, Ending):
+    if ending is not None:
         ending.last_words = lambda: fail("stopped.", INTERRUPTED)
     with failures(fail):
         check_address_space()
@@ -316,32 +316,6 @@ def _check_sources(
 
 def main() -> NoReturn:
     """Runs `tmd-run`."""
-    repair_streams()
     # Nothing here multiplies in numpy, and its threads take address space, which a container may count.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    ending = Ending(lambda: tell("tmd-run: stopped."))
-    try:
-        command.main(prog_name="tmd-run", standalone_mode=False, obj=ending)
-    except click.ClickException as error:
-        tell(_usage(error))
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        tell("tmd-run: stopped.")
-        sys.exit(INTERRUPTED)
-    except OSError as error:  # --help and --version, where nobody reads
-        tell(f"tmd-run: cannot write to stdout: {(error.strerror or str(error)).lower()}.")
-        sys.exit(FAILED)
-    finally:
-        # What follows is Python's own shutdown: a second Ctrl-C there would print a traceback, and after a first one
-        # nobody waits for engines to give their memory back.
-        ending.over()
-    sys.exit(0)
-
-
-def _usage(error: click.ClickException) -> str:
-    """What click prints of bad usage, as a text."""
-    context = getattr(error, "ctx", None)
-    lines = []
-    if context is not None:
-        lines = [context.get_usage(), f"Try 'tmd-run {context.help_option_names[0]}' for help.", ""]
-    return "\n".join([*lines, f"Error: {error.format_message()}"])
+    run_program(command, "tmd-run")

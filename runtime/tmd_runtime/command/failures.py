@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tmd_engines.command.program import BAD_USAGE, FAILED, INTERRUPTED
+
 from ..errors import RuntimeFailure, UsageFailure
 
-FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 LEAST_ADDRESS_SPACE = 900_000_000 + 50_000_000 * (os.cpu_count() or 1)  # threads have address space of their own
 """Bytes. Below, the built-in model failed at 100 to 1,000 MB in nine ways, with a segmentation fault among them."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from contextlib import ExitStack
@@ -11,13 +10,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from tmd_engines.command.program import sweep
+from tmd_engines.command.screen import clean, say, tell
+
 from ..errors import RuntimeFailure, UsageFailure
 from .report import about, record, report
-from .screen import clean, say, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -50,10 +49,10 @@ class Job:
 
     def check_targets(self, count: int) -> None:
         """Fail now, not after minutes of work, if a result could not be written."""
-        from ..files.target import Target, sweep
+        from ..files.target import Target
         from ..files.video import check_target
 
-        self._sweep(sweep)
+        self._sweep()
         for number in range(1, max(count, 1) + 1 if self.out else 2):
             check_target(self.target("video", 0, number))
         for number in range(1, max(count, 1) + 1 if self.preview else 1):
@@ -62,15 +61,10 @@ class Job:
             for path in filter(None, (self.save_embeds, self.save_latents)):
                 Target(self._numbered(path, number), is_folder=False).discard()
 
-    def _sweep(self, sweep: Callable[[Path], list[str]]) -> None:
+    def _sweep(self) -> None:
         """Removes what killed runs left where this one writes, and says so."""
         outputs = [self.out or Path("video"), self.save_embeds, self.save_latents, self.preview]
-        places = {place for path in outputs if path is not None for place in (path.parent, path)}
-        for place in sorted(place for place in places if os.path.isdir(place)):
-            removed = sweep(place)
-            if removed and not self.quiet:
-                names = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
-                tell(f"tmd-run: note: removed from {place} what a run that was killed had left unfinished: {names}")
+        sweep("tmd-run", (place for path in outputs if path is not None for place in (path.parent, path)), self.quiet)
 
     def target(self, prompt: str, seed: int, number: int) -> Path:
         """File of the prompt with this number (from 1)."""
@@ -212,7 +206,7 @@ class Job:
 
     def _foretell(self, pipeline: Pipeline, settings: Settings) -> float | None:
         """How many seconds the run will take, as far as that can be told, and tells it."""
-        seconds = pipeline.forecast.seconds(settings)
+        seconds = pipeline.forecast.seconds(settings) if pipeline.has_engines() else None
         if seconds is not None and not self.quiet:
             if seconds > _LONG_SECONDS:
                 remedy = "Fewer steps, fewer frames or a smaller size take less."

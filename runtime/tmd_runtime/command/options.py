@@ -13,20 +13,6 @@ from ..files.target import named
 from ..settings import WIDE_SEED
 
 
-class Size(click.ParamType):
-    """WIDTHxHEIGHT in pixels."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"\s*([0-9]{1,6})\s*[xX×]\s*([0-9]{1,6})\s*", value)
-        if not match:
-            self.fail(f"{value!r} is no size: write width x height in pixels, such as 64x64.", param, ctx)
-        return int(match[1]), int(match[2])
-
-
 class Whole(click.ParamType):
     """A whole number in a range; says so in words where click would print an inequality."""
 

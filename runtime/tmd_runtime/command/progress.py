@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .screen import tell
+from tmd_engines.command.screen import tell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

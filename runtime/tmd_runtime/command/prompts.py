@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .screen import clean
+from tmd_engines.command.screen import clean
+from tmd_engines.utf8 import NOT_UTF_8, is_utf8
 
 MAX_BYTES, MAX_PROMPTS, MAX_CHARACTERS = 4 << 20, 10_000, 65_536
 
@@ -20,6 +21,8 @@ def read_prompts(prompts: tuple[str, ...], prompt_file: Any) -> list[str]:
     texts = list(prompts)
     if any(not text.strip() for text in texts):
         raise click.BadParameter("the prompt is empty: describe the video in a few words.", param_hint="--prompt")
+    if not all(map(is_utf8, texts)):
+        raise click.BadParameter(f"the prompt {NOT_UTF_8}", param_hint="--prompt")
     if prompt_file is None:
         return texts
     found = [line.strip() for line in _read(prompt_file).split("\n")]

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tmd_engines.command.options import Size
+from tmd_engines.command.screen import tell
+
 from .failures import failures
-from .options import Size, Whole
-from .screen import tell
+from .options import Whole
 
 if TYPE_CHECKING:
     from tmd_engines.command.signals import Ending

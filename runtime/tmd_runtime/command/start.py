@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what `signal` wraps; it takes no time to import
-
-if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+from tmd_engines.command import quiet  # noqa: F401  # first
 
 
 def main() -> None:

@@ -6,19 +6,17 @@ nothing is left, and what stood there before is still there. What a killed proce
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from tmd_engines.device import unfinished
+from tmd_engines import unfinished
 
 from ..errors import RuntimeFailure
 
 FRAME_NAME = "frame_{:04d}.png"
 _OUR_FRAME = re.compile(r"frame_\d{4,}\.png")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class FolderPath(type(Path())):  # type: ignore[misc]
@@ -107,7 +105,7 @@ class Target:
             status = self._final.stat()
             os.chmod(self.temporary, status.st_mode & 0o7777)
             os.chown(self.temporary, status.st_uid, status.st_gid)
-        return _rename_exchange(self.temporary, self._final)
+        return unfinished.exchange(self.temporary, self._final)
 
     def _replace_frames(self) -> None:
         """Frame by frame. The old video has left before the first frame of the new one comes: never a mixture."""
@@ -136,9 +134,15 @@ class Target:
         unfinished.discard(self.temporary)
 
 
-def sweep(folder: Path) -> list[str]:
-    """Removes what processes that were killed have left unfinished in a folder; returns the names."""
-    return unfinished.sweep(folder)
+def write_text(path: Path, text: str) -> None:
+    """A file of this text, complete or not there. Raises RuntimeFailure."""
+    target = Target(path, is_folder=False)
+    try:
+        target.temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        target.discard()
+        raise cannot_write(path, error) from error
+    target.commit()
 
 
 def _can_exchange(folder: Path) -> bool:
@@ -149,15 +153,6 @@ def _can_exchange(folder: Path) -> bool:
         plain = bool(names) and all(_OUR_FRAME.fullmatch(name) for name in names)
         return plain and not os.path.ismount(folder) and not os.path.samefile(folder, ".")
     return False
-
-
-def _rename_exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. False where the system, or this file system, cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    return not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
 
 
 def cannot_write(path: Path, error: Exception) -> RuntimeFailure:

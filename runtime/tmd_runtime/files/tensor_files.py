@@ -219,6 +219,11 @@ def load_latents(path: str | Path, manifest: Manifest) -> Latents:
             f"{path} has latents of shape {None if latents is None else list(latents.shape)}, and this bundle decodes "
             f"[{geometry.channels}, frames, height, width]: use the bundle that made them, or one of the same model."
         )
+    if manifest.family.makes_stills and latents.shape[1] != 1:
+        raise RuntimeFailure(
+            f"{path} holds the latents of a video, {latents.shape[1]} in time, and this bundle decodes stills: use the "
+            "bundle that made them."
+        )
     says = Said(path, metadata)
     found = Latents(
         latents=np.ascontiguousarray(latents[None], np.float32),

@@ -5,6 +5,7 @@ One module per family (`tmd`, `wan`, and `tim` with `tim_settings`); nothing els
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ..errors import RuntimeFailure, UsageFailure
@@ -48,9 +49,13 @@ def resolve_settings(
     **more: Unpack[MoreWishes],
 ) -> Settings:
     """The settings of a run with these wishes (`Wishes`). Raises UsageFailure that says what the bundle allows."""
-    try:
-        wishes = Wishes(seed, steps, inner_steps, frames, size, **more)
-    except TypeError as error:
-        raise UsageFailure(f"{error}: see tmd_runtime.settings.Wishes.") from None
+    known = [field.name for field in fields(Wishes)]
+    unknown = [name for name in more if name not in known]
+    if unknown:
+        raise UsageFailure(
+            f"pipeline() and pipeline.settings() have no argument {unknown[0]!r}: a run has {', '.join(known)}, where "
+            "size is (width, height)."
+        )
+    wishes = Wishes(seed, steps, inner_steps, frames, size, **more)
     check_types(wishes)
     return family_of(manifest).settings(manifest, wishes)

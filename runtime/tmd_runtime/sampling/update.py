@@ -16,7 +16,7 @@ import numpy as np
 from ..clock import is_finite, not_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -53,11 +53,12 @@ class Updater:
         """Sets the factors of the updates to come, and the time t that `data` needs."""
         self._coefficients[...] = np.array([guidance, t, *factors], np.float64)
 
-    def check(self, features: Any) -> None:
+    def check(self, features: Any, others: Iterable[Callable[[], Any]] = ()) -> None:
         """Raises RuntimeFailure if x holds NaN or Inf. `features`, what the flow head read of the backbone, tells which
-        of the two gave it."""
+        of the two gave it. `others` compute the features of the step's other passes anew, where it had any."""
         if not np.isfinite(np.asarray(self._made["magnitude"])).all():
-            raise not_finite("flow_head" if is_finite(features) else "backbone")
+            finite = is_finite(features) and all(is_finite(again()) for again in others)
+            raise not_finite("flow_head" if finite else "backbone")
 
     def preview(self) -> NDArray[np.float32]:
         """`data` of the latest step, as an array of its own."""

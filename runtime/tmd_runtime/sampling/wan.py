@@ -173,11 +173,20 @@ class WanLoop:
                 draws.into(self._buffer("noise"))
             bound.t[...] = told_time(t, settings.time_rounding)
             self._updater.set(factors[i], t, settings.guidance if guided else 1.0)
+            if guided:
+                self._buffer("before_step")[...] = bound.x
             self._launches.run(calls, step, key=slots)
-            self._updater.check(bound.features)
+            self._updater.check(bound.features, (self._negative_features,) if guided else ())
             if on_preview is not None and times[i + 1] > 0:
                 on_preview(self._updater.preview())
         return Denoised(np.array(bound.x, np.float32), times)
+
+    def _negative_features(self) -> Any:
+        """What the backbone made of the negative prompt in the latest step: only a run that failed asks for it."""
+        self._bound.x[...] = self._buffer("before_step")
+        self._bound.prompt_embeds[...] = self._buffer("negative_prompt", "prompt")
+        self._bound.step()
+        return self._bound.features
 
     def _buffer(self, name: str, like: str = "latents") -> Any:
         """A buffer that only some runs need, made at its first use, of finite values."""

@@ -45,7 +45,7 @@ class TokenEmbedding:
             )
         ids, place = np.unique(input_ids, return_inverse=True)
         rows = np.empty((len(ids), info.dim), _STORED[info.dtype])
-        with open_regular(self._folder, info.file) as file:
+        with open_regular(self._folder, info.file, follow=True) as file:
             self._check_size(file)
             for row, number in zip(rows, ids, strict=True):
                 file.seek(int(number) * row.nbytes)

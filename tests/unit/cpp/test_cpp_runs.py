@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.bundle_tools import reseal
+from tests.helpers.bundle_tools import move_behind_links, reseal
 from tests.helpers.cpp_tools import RUN, Twin, engine_options, onnxruntime_library, program, twin
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
@@ -65,6 +65,41 @@ def test_a_bundle_without_the_update_says_so(tmp_path: Path, engine: str) -> Non
     assert ask("describe", bundle, engine)["ok"]["can_denoise"] == 0
     answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1, "frames": 1})
     assert answer.get("status") == RUN and "no graph update" in answer["error"], answer
+
+
+def test_weights_may_lie_behind_links(tmp_path: Path, engine: str) -> None:
+    """As in the cache of Hugging Face's hub: the same frames, and no trace beside the files themselves."""
+    bundle = write_synthetic_bundle(tmp_path / "bundle")
+    expected = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1})
+    assert "ok" in expected
+    count = len(list(bundle.iterdir()))
+    linked = move_behind_links(bundle, tmp_path / "blobs")
+    assert ask("run", linked, engine, prompt=PROMPT, wishes={"seed": 1})["ok"] == expected["ok"]
+    assert len(list((tmp_path / "blobs").iterdir())) == count
+
+
+def test_weights_behind_links_may_lie_in_another_file_system(tmp_path: Path) -> None:
+    """OpenVINO wants a second name of them, which must be in theirs."""
+    engine_options("openvino")
+    if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no second file system")
+    linked = move_behind_links(write_synthetic_bundle(tmp_path / "bundle"), tmp_path / "blobs")
+    question = {"bundle": str(linked), "engine": "openvino", "prompt": PROMPT, "wishes": {"seed": 1}}
+    assert Twin(TMPDIR="/dev/shm").ask("run", **question)["ok"] == twin().ask("run", **question)["ok"]
+
+
+def test_onnx_runtime_records_nothing(tmp_path: Path) -> None:
+    """Version 1.31 writes a device id and a database of events, in the user's cache, when it starts."""
+    engine_options("onnxruntime")
+    (tmp_path / "home").mkdir()
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path / "home"))
+    question = {"engine": "onnxruntime", "library": str(onnxruntime_library()), "prompt": PROMPT}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+        found = Twin(**places).ask(
+            "run", bundle=str(write_synthetic_bundle(tmp_path / "b")), **question, wishes={"seed": 1}
+        )
+    assert "ok" in found and not list((tmp_path / "home").iterdir())
 
 
 def test_openvino_reads_graphs_from_a_folder_of_our_own(tmp_path: Path) -> None:

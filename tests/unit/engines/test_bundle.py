@@ -74,12 +74,6 @@ def test_missing_manifest(synthetic_bundle: Path) -> None:
     assert "manifest.json is missing" in refused(synthetic_bundle)
 
 
-def test_linked_manifest(synthetic_bundle: Path, tmp_path: Path) -> None:
-    (synthetic_bundle / "manifest.json").rename(tmp_path / "elsewhere.json")
-    os.symlink(tmp_path / "elsewhere.json", synthetic_bundle / "manifest.json")
-    assert "symbolic link" in refused(synthetic_bundle)
-
-
 def test_manifest_of_100_megabytes_is_refused_unread(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(synthetic_bundle / "manifest.json", "ab") as file:
         file.truncate(100_000_000)
@@ -132,21 +126,72 @@ def test_file_in_a_subfolder(synthetic_bundle: Path) -> None:
     assert "plain name" in refused(synthetic_bundle)
 
 
-@pytest.mark.parametrize("name", ["backbone.onnx", "backbone.onnx.data", "tokenizer.model"])
-def test_symbolic_link(synthetic_bundle: Path, tmp_path: Path, name: str) -> None:
-    (synthetic_bundle / name).rename(tmp_path / "same-content")
-    os.symlink(tmp_path / "same-content", synthetic_bundle / name)
-    assert f"{name} is a symbolic link" in refused(synthetic_bundle)
+NAMES = ["manifest.json", "backbone.onnx", "backbone.onnx.data", "tokenizer.model"]
 
 
-def test_link_exchanged_after_the_first_look(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is opened without following links, even if the first look saw a plain file."""
-    target = synthetic_bundle / "tokenizer.model"
-    target.rename(synthetic_bundle / "same-content")
-    os.symlink("same-content", target)
-    plain = os.lstat(synthetic_bundle / "backbone.onnx")
+@pytest.mark.parametrize("name", NAMES)
+def test_links_are_followed(synthetic_bundle: Path, tmp_path: Path, name: str) -> None:
+    """As in the cache of Hugging Face's hub: what is promised is the content."""
+    (tmp_path / "blobs").mkdir()
+    (synthetic_bundle / name).rename(tmp_path / "blobs" / "same-content")
+    os.symlink("blobs/same-content", tmp_path / "first")
+    os.symlink("../first", synthetic_bundle / name)
+    Bundle.open(synthetic_bundle)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_link_to_other_content_is_refused(synthetic_bundle: Path, tmp_path: Path, name: str) -> None:
+    content = bytearray((synthetic_bundle / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other").write_bytes(content)
+    (synthetic_bundle / name).unlink()
+    os.symlink(tmp_path / "other", synthetic_bundle / name)
+    assert "another sha256" in refused(synthetic_bundle)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["dangling", "folder", "pipe", "device", "loop", "itself"])
+def test_links_to_anything_else_are_refused(
+    synthetic_bundle: Path, tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, path = tmp_path / "target", synthetic_bundle / name
+    path.unlink()
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "device":
+        target = Path("/dev/zero")
+    elif kind == "loop":
+        os.symlink(path, target)
+    os.symlink(path.name if kind == "itself" else target, path)
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda name, *more: opened(name, *more) if str(name) != str(path) else 1 / 0)
+    said = {
+        "dangling": "is a link to a file that is not there",
+        "loop": "cannot be opened: too many levels of symbolic links",
+        "itself": "cannot be opened: too many levels of symbolic links",
+    }
+    assert f"{name} {said.get(kind, 'is a link to something that is not a regular file')}" in refused(synthetic_bundle)
+
+
+def test_what_stands_alone_may_not_be_a_link(tmp_path: Path) -> None:
+    """Entries of a cache and plans, which no manifest of a bundle holds to a sha256."""
+    (tmp_path / "content").write_bytes(b"x")
+    os.symlink("content", tmp_path / "link")
+    with pytest.raises(BundleError, match="link is a symbolic link"):
+        open_regular(tmp_path, "link")
+
+
+def test_link_exchanged_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is opened without following links, if the first look saw a plain file."""
+    (tmp_path / "content").write_bytes(b"x")
+    os.symlink("content", tmp_path / "link")
+    plain = os.lstat(tmp_path / "content")
     monkeypatch.setattr(Path, "lstat", lambda self: plain)
-    assert "tokenizer.model cannot be opened" in refused(synthetic_bundle)
+    for follow in (False, True):
+        with pytest.raises(BundleError, match="link cannot be opened"):
+            open_regular(tmp_path, "link", follow)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,9 @@ import pytest
 
 from tests.helpers.bundle_tools import Edit
 from tests.helpers.synthetic import backbone, manifest_without_files, write_graph
-from tmd_engines import Bundle, BundleError, BundleWriter
+from tmd_engines import Bundle, BundleError, BundleWriter, unfinished
+
+ROOT = Path(__file__).parents[3]
 
 
 def fill(writer: BundleWriter) -> dict[str, Any]:
@@ -82,15 +88,104 @@ def test_failed_exchange_keeps_the_old_bundle(synthetic_bundle: Path, monkeypatc
     rename = os.rename
 
     def failing(source: Path, target: Path) -> None:
-        if str(source).endswith(".partial"):
+        if str(source).endswith(unfinished.SUFFIX):
             raise PermissionError(13, "no")
         rename(source, target)
 
     monkeypatch.setattr("os.rename", failing)
+    monkeypatch.setattr(unfinished, "exchange", lambda *_: False)
     with pytest.raises(BundleError, match="put in place"), BundleWriter(synthetic_bundle, overwrite=True) as writer:
         writer.commit(fill(writer))
     assert len(Bundle.open(synthetic_bundle).manifest.graphs) == 6
     assert list(synthetic_bundle.parent.iterdir()) == [synthetic_bundle]
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from tests.unit.engines.test_bundle_writer import fill
+from tmd_engines import BundleWriter, unfinished
+
+folder, way, at, moment = Path(sys.argv[1]), sys.argv[2], -1, 0
+
+def watched(call):
+    def calling(*arguments, **options):
+        pass_moment()
+        found = call(*arguments, **options)
+        pass_moment()
+        return found
+    return calling
+
+def pass_moment():
+    global moment
+    moment += 1
+    if moment == at:
+        os.kill(os.getpid(), 9)
+
+unfinished.exchange = watched(unfinished.exchange) if way == "exchange" else lambda *_: False
+for module, name in ((os, "rename"), (os, "mkdir"), (os, "rmdir"), (shutil, "rmtree")):
+    setattr(module, name, watched(getattr(module, name)))
+killed = True
+while killed:
+    at += 1
+    child = os.fork()
+    if child == 0:
+        with BundleWriter(folder / str(at) / "bundle", overwrite=True) as writer:
+            writer.commit(fill(writer))
+        os._exit(0)
+    killed = os.waitpid(child, 0)[1] == 9 or at == 0
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "aside"])
+def test_kill_9_at_any_moment_leaves_the_old_or_the_new_bundle(synthetic_bundle: Path, way: str) -> None:
+    """Just before and just after each call that changes a folder; the next writer sweeps, and finds a whole bundle."""
+    parent = synthetic_bundle.parent
+    if way == "exchange" and not can_exchange(parent):
+        pytest.skip("this file system cannot exchange names")
+    for at in range(30):
+        shutil.copytree(synthetic_bundle, parent / str(at) / "bundle")
+    subprocess.run([sys.executable, "-c", KILLED, str(parent), way], cwd=ROOT, check=True)
+    graphs = []
+    for at in range(30):
+        target = parent / str(at) / "bundle"
+        if way == "aside":
+            BundleWriter(target, overwrite=True).__enter__().__exit__(None, None, None)
+        graphs.append(len(Bundle.open(target).manifest.graphs))
+        unfinished.sweep(target.parent)
+        assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+    changed = graphs.index(1, 1)  # the first was not killed
+    assert changed > 3 and set(graphs[1:changed]) == {6} and graphs.count(1) > 5 and graphs[-1] == 6, graphs
+
+
+def can_exchange(folder: Path) -> bool:
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+    able = unfinished.exchange(folder / "one", folder / "other")
+    for name in ("one", "other"):
+        (folder / name).rmdir()
+    return able
+
+
+def test_the_name_is_never_missing_where_names_can_be_exchanged(synthetic_bundle: Path) -> None:
+    if not can_exchange(synthetic_bundle.parent):
+        pytest.skip("this file system cannot exchange names")
+    missing, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            missing.extend([1] * (not (synthetic_bundle / "manifest.json").exists()))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(8):
+            with BundleWriter(synthetic_bundle, overwrite=True) as writer:
+                writer.commit(fill(writer))
+    finally:
+        over.set()
+        watcher.join()
+    assert not missing
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.bundle_tools import edit_graph, impossible_transpose
+from tests.helpers.bundle_tools import edit_graph, impossible_transpose, move_behind_links
 from tests.helpers.engine_tools import Buffers, buffers, plain_session
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle, BundleError, EngineError, load
@@ -36,6 +37,19 @@ def test_engine_computes_the_stored_graph(engine_name: str, bundle: Bundle, grap
         for expected, found in zip(plain_session(bundle, graph, inputs), outputs.values(), strict=True):
             assert found.dtype == expected.dtype and found.shape == expected.shape
             assert np.abs(found.astype(np.float64) - expected).max() < (2 if found.dtype == np.uint8 else 1e-5)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_weights_may_lie_behind_links(engine_name: str, synthetic_bundle: Path, tmp_path: Path, graph: str) -> None:
+    """As Hugging Face's hub keeps them: under other names, in a folder of its own."""
+    linked = Bundle.open(move_behind_links(synthetic_bundle, tmp_path / "blobs"))
+    with load(linked, graph, engine_name, threads=1) as engine:
+        inputs, outputs = buffers(engine)
+        engine.run(inputs, outputs)
+    copied = Bundle.open(shutil.copytree(synthetic_bundle, tmp_path / "copied"))
+    for expected, found in zip(plain_session(copied, graph, inputs), outputs.values(), strict=True):
+        assert np.abs(found.astype(np.float64) - expected).max() < (2 if found.dtype == np.uint8 else 1e-5)
+    assert len(list((tmp_path / "blobs").iterdir())) == len(list(synthetic_bundle.iterdir())), "nothing else is there"
 
 
 def test_bound_step_reads_and_writes_the_same_buffers_every_time(engine_name: str, bundle: Bundle) -> None:

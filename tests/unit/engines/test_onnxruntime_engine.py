@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,3 +52,16 @@ def test_missing_onnxruntime_says_what_to_install(bundle: Bundle, monkeypatch: p
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match="pip install onnxruntime"):
         load(bundle, "backbone", "onnxruntime")
+
+
+def test_onnx_runtime_records_nothing(tmp_path: Path) -> None:
+    """Version 1.31 writes a device id and a database of events, in the user's cache, when it is imported."""
+    script = (
+        "from tmd_engines import Bundle, load\n"
+        "from tmd_runtime.built_in import BUILT_IN\n"
+        "load(Bundle.open(BUILT_IN), 'update', 'onnxruntime', 'cpu', 1)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert not list(tmp_path.iterdir())

@@ -105,7 +105,7 @@ def test_the_point_is_for_one_thread_and_a_while() -> None:
         ({"schedule": "1,0"}, "schedule must be a list of finite numbers"),
         ({"schedule": (1, float("nan"), 0)}, "schedule must be a list of finite numbers"),
         ({"negative_prompt": b"x"}, "negative_prompt must be a text"),
-        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+        ({"colour": "red"}, r"pipeline\(\) and pipeline\.settings\(\) have no argument 'colour': a run has seed"),
         ({"callback": 3}, "a callback must be a function, not int"),
         ({"on_frames": "x"}, "a callback must be a function"),
         ({"prompt_embeds": [1]}, "prompt_embeds must be a numpy array of numbers, not list"),

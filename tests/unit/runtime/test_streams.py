@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import tmd_runtime
+from tests.helpers.bundle_tools import edit_graph, impossible_transpose
 from tests.helpers.processes import PROGRAM
+from tmd_engines.command.screen import clean
+from tmd_runtime import UsageFailure
 from tmd_runtime.command.cli import command
 from tmd_runtime.command.prompts import MAX_BYTES, MAX_CHARACTERS, MAX_PROMPTS
-from tmd_runtime.command.screen import clean
 
 SMALL = "--prompt x --seed 1 --frames 1 --size 32x32 --out v.png"
 
@@ -179,3 +184,74 @@ def test_prompts_end_at_newlines_only_and_comments_are_left_out(tmp_path: Path) 
     (tmp_path / "p").write_text(lines, encoding="utf-8", newline="")
     with open(tmp_path / "p", "rb") as file:
         assert read_prompts((), file) == ["a\u2028b", "c\fd\x1ee\u0085f", "a # b"]
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt"])
+def test_prompts_that_are_not_utf_8_are_refused(tmp_path: Path, option: str) -> None:
+    more = [] if option == "--prompt" else ["--prompt", "x", "--guidance", "2", "--bundle", "builtin:tim-tiny"]
+    command = [*PROGRAM, option, os.fsdecode(b"a caf\xe9"), "--out", "v.png", "--frames", "1", "--json", *more]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "prompt holds bytes that are not UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["\udce9", "x\ud800y"])
+def test_a_pipeline_refuses_texts_that_are_not_unicode(text: str) -> None:
+    with tmd_runtime.load() as pipeline:
+        for arguments in ({"prompt": text}, {"prompt": "x", "negative_prompt": text, "guidance": 2.0}):
+            with pytest.raises(UsageFailure, match="prompt holds bytes that are not UTF-8"):
+                pipeline(**arguments)
+
+
+def test_json_holds_no_lone_surrogate(tmp_path: Path) -> None:
+    """Whatever names have; no other program could read it."""
+    name = os.fsdecode(b"caf\xe9.png")
+    for arguments in (SMALL.replace("v.png", ""), "--prompt x --bundle nowhere --out"):
+        command = [*PROGRAM, *arguments.split(), name, "--json"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        document = json.loads(done.stdout)
+        json.dumps(document, ensure_ascii=False).encode()
+    assert (tmp_path / name).exists()
+    missing = [sys.executable, "-m", "tmd_runtime", "--prompt", "x", "--bundle", name, "--json", "--out", "w.png"]
+    done = subprocess.run(missing, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    json.loads(done.stdout)["error"].encode()
+    assert "caf\\udce9.png" in json.loads(done.stdout)["error"]
+
+
+def test_every_command_writes_json_through_one_door() -> None:
+    """`json_text` keeps NaN and lone surrogates out; what is for ourselves alone may use json.dumps."""
+    ours = {"plan_cache.py", "speed.py", "writer.py", "folder.py", "build.py", "graph_export.py", "tensor_files.py",
+            "utf8.py", "calibration.py"}  # fmt: skip
+    root = Path(__file__).parents[3]
+    for part in ("engines/tmd_engines", "runtime/tmd_runtime", "export/tmd_export"):
+        for file in (root / part).rglob("*.py"):
+            assert file.name in ours or "json.dumps(" not in file.read_text(), file
+
+
+def test_a_duration_is_told_only_where_there_is_an_engine(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['onnxruntime'] = sys.modules['openvino'] = None\n"
+        "from tmd_runtime.command.start import main\n"
+        "main()\n"
+    )
+    for engine in ("auto", "onnxruntime", "openvino"):
+        arguments = [*SMALL.split(), "--engine", engine]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and "this run will take" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("size", ["100000000x16", "16x65537", f"{'9' * 5000}x1"])
+def test_a_size_that_is_too_large_says_the_limit(size: str) -> None:
+    result = CliRunner().invoke(command, ["--prompt", "x", "--size", size])
+    assert (
+        result.exit_code == 2 and "at most 65536 pixels a side" in result.stderr and "is no size" not in result.stderr
+    )
+
+
+def test_onnx_runtime_writes_nothing_before_our_error(tmp_path: Path, synthetic_bundle: Path) -> None:
+    edit_graph(synthetic_bundle, impossible_transpose)
+    arguments = ["--prompt", "x", "--bundle", str(synthetic_bundle), "--engine", "onnxruntime", "--out", "v.png"]
+    done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot load" in done.stderr
+    assert "\x1b" not in done.stderr and all(line.startswith("tmd-run: ") for line in done.stderr.splitlines())

@@ -320,3 +320,19 @@ def test_another_encoder_is_noticed_by_the_command(bundles: dict[str, Path], her
         result = run("--bundle", bundles["full"], "--embeds", f"{name}.st", "--out", "v.png")
         assert result.exit_code == code, result.output
     assert "made by another text encoder" in result.stderr
+
+
+def test_latents_of_a_video_are_not_for_a_model_of_stills(tmp_path: Path) -> None:
+    """tim-tiny has as many channels as the model of videos."""
+    with tmd_runtime.load() as pipeline:
+        settings = pipeline.settings(seed=1, frames=5, size=(32, 32))
+        result = pipeline("x", seed=1, frames=5, size=(32, 32))
+    assert result.latents is not None
+    save_latents(tmp_path / "l", Latents.of(settings, result.latents, "m", "x"))
+    out = str(tmp_path / "v.png")
+    done = CliRunner().invoke(
+        command, ["--latents", str(tmp_path / "l"), "--bundle", "builtin:tim-tiny", "--out", out, "--quiet"]
+    )
+    assert (
+        done.exit_code == 1 and "holds the latents of a video, 2 in time, and this bundle decodes stills" in done.stderr
+    )

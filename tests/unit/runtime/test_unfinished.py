@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tmd_engines.device import unfinished
+from tmd_engines import unfinished
 from tmd_engines.device.plan_cache import PlanCache
 from tmd_runtime import RuntimeFailure, UsageFailure, open_video, write_video
-from tmd_runtime.files import target as target_module
 from tmd_runtime.files.video import check_target
 
 
@@ -42,7 +41,7 @@ def test_only_what_no_process_owns_is_removed(tmp_path: Path, is_folder: bool) -
     mine = unfinished.begin(tmp_path, is_folder)
     script = (
         "import sys, pathlib\n"
-        "from tmd_engines.device import unfinished\n"
+        "from tmd_engines import unfinished\n"
         "print(unfinished.begin(pathlib.Path(sys.argv[1]), sys.argv[2] == 'True').name, flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -114,7 +113,7 @@ def test_a_cache_entry_in_the_making_counts_and_is_cleaned(tmp_path: Path) -> No
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_of_frames_changes_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(target_module, "_rename_exchange", lambda *_: False)
+        monkeypatch.setattr(unfinished, "exchange", lambda *_: False)
     out = tmp_path / "frames"
     write_video(out, frames(5, 10), 8)
     out.chmod(0o750)
@@ -126,7 +125,7 @@ def test_a_folder_of_frames_changes_as_a_whole(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("at", range(1, 12))
 def test_no_moment_shows_frames_of_two_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Frame by frame, where folders cannot be exchanged: at each rename, and after one that fails."""
-    monkeypatch.setattr(target_module, "_rename_exchange", lambda *_: False)
+    monkeypatch.setattr(unfinished, "exchange", lambda *_: False)
     out = tmp_path / "frames"
     write_video(out, frames(5, 10), 8)
     replace, count = os.replace, 0
@@ -152,9 +151,9 @@ def test_no_moment_shows_frames_of_two_videos(tmp_path: Path, monkeypatch: pytes
 def test_kill_9_at_any_rename_leaves_one_video(tmp_path: Path) -> None:
     script = (
         "import os, sys, numpy as np, tmd_runtime\n"
-        "from tmd_runtime.files import target\n"
+        "from tmd_engines import unfinished\n"
         "if sys.argv[3] == 'slow':\n"
-        "    target._rename_exchange = lambda *_: False\n"
+        "    unfinished.exchange = lambda *_: False\n"
         "replace, left = os.replace, [int(sys.argv[2])]\n"
         "def killed(*names):\n"
         "    left[0] -= 1\n"

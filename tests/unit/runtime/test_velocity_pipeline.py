@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+import tmd_engines
 import tmd_runtime
 from tests.helpers.results import result_latents
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
@@ -260,3 +261,44 @@ def test_what_the_process_holds_already_is_not_needed_twice(
 def test_unknown_memory_mode_is_refused(bundles: dict[str, Path]) -> None:
     with pytest.raises(UsageFailure, match="no memory mode 'some': choose one of auto, all, low"):
         tmd_runtime.load(bundles["unipc"], memory="some")
+
+
+@pytest.mark.parametrize("graph", ["backbone", "flow_head"])
+@pytest.mark.parametrize("which", ["negative", "positive"])
+def test_nan_of_either_pass_names_the_stage_that_made_it(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, graph: str, which: str
+) -> None:
+    """In the second step, where the one pass gives NaN and the other does not."""
+    load = tmd_engines.load
+
+    class Spoilt:
+        """The engine of `graph`, which gives NaN where the prompt is the one of that pass, if x has moved."""
+
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(self._engine, attribute)
+
+        def bind(self, inputs: Any, outputs: Any) -> Callable[[], None]:
+            step = self._engine.bind(inputs, outputs)
+            told = inputs["prompt_embeds"] if graph == "backbone" else inputs["context"]
+
+            def run() -> None:
+                step()
+                first.setdefault("positive" if len(seen) % 2 else "negative", told.copy())
+                seen.append(inputs["t"].copy())
+                if seen[0] != inputs["t"] and np.array_equal(told, first[which]):
+                    next(iter(outputs.values())).reshape(-1)[-1] = np.nan
+
+            return run
+
+    seen: list[Any] = []
+    first: dict[str, Any] = {}
+    monkeypatch.setattr(
+        tmd_engines, "load", lambda *it, **more: Spoilt(load(*it, **more)) if it[1] == graph else load(*it, **more)
+    )
+    pipeline = tmd_runtime.load(bundles["unipc"], engine="onnxruntime")
+    with pipeline, pytest.raises(RuntimeFailure, match=f"the stage {graph} gave NaN"):
+        pipeline(PROMPT, seed=1, frames=1, size=(32, 32))
+    assert len(first) == 2 and len(seen) > 3

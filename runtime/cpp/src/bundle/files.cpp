@@ -95,23 +95,32 @@ std::string sha256_hex(std::string_view content) {
   return hash.hex();
 }
 
-File open_regular(const std::string& folder, const std::string& name) {
+File open_regular(const std::string& folder, const std::string& name, Links links) {
   const std::string path = folder + "/" + name;
   struct stat status;
-  if (::lstat(path.c_str(), &status) == 0 && S_ISLNK(status.st_mode))
+  const bool is_link = ::lstat(path.c_str(), &status) == 0 && S_ISLNK(status.st_mode);
+  if (is_link && links == Links::refuse)
     refuse_bundle(path + " is a symbolic link, which could lead out of the bundle: put the file itself there.");
-  // O_NOFOLLOW: a link put there since; O_NONBLOCK: opening a pipe must not wait for a writer.
-  File file(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  if (file.descriptor() < 0) {
-    const int code = errno;
-    if (code == ENOENT)
-      refuse_bundle(path +
-                    " is missing: the bundle is incomplete. Copy the bundle again, or make it again with tmd-export.");
-    refuse_bundle(path + " cannot be opened: " + reason(code) + ". Check the path and its permissions.");
+  // Asked before opening: a link may lead to a device, which opening may start.
+  if (::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode)) {
+    // O_NOFOLLOW: a link put there since; O_NONBLOCK: opening a pipe must not wait for a writer.
+    const int no_link = is_link ? 0 : O_NOFOLLOW;
+    File file(::open(path.c_str(), O_RDONLY | no_link | O_NONBLOCK | O_CLOEXEC));
+    if (file.descriptor() >= 0 && ::fstat(file.descriptor(), &status) == 0 && S_ISREG(status.st_mode)) return file;
+    if (file.descriptor() >= 0) errno = 0;
+  } else if (::access(path.c_str(), F_OK) == 0) {
+    errno = 0;
   }
-  if (::fstat(file.descriptor(), &status) != 0 || !S_ISREG(status.st_mode))
-    refuse_bundle(path + " is not a regular file: put the file itself there, or make the bundle again.");
-  return file;
+  const int code = errno;
+  if (code == ENOENT && is_link)
+    refuse_bundle(path +
+                  " is a link to a file that is not there: the bundle is incomplete. Copy or download it again.");
+  if (code == ENOENT)
+    refuse_bundle(path +
+                  " is missing: the bundle is incomplete. Copy the bundle again, or make it again with tmd-export.");
+  if (code != 0) refuse_bundle(path + " cannot be opened: " + reason(code) + ". Check the path and its permissions.");
+  refuse_bundle(path + (is_link ? " is a link to something that is not a regular file" : " is not a regular file") +
+                ": put the file itself there, or make the bundle again.");
 }
 
 std::string format_size(std::uint64_t bytes) {

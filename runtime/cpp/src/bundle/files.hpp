@@ -29,8 +29,11 @@ class File {
   int descriptor_;
 };
 
-// Opens `folder`/`name` if it is a regular file and not a link; hard links are allowed. Throws Error(BUNDLE).
-File open_regular(const std::string& folder, const std::string& name);
+// Whether a file may be a link: yes where its content is compared with a sha256, or checked as a whole.
+enum class Links { refuse, follow };
+
+// Opens `folder`/`name` if it is a regular file; hard links are always allowed. Throws Error(BUNDLE).
+File open_regular(const std::string& folder, const std::string& name, Links links = Links::refuse);
 
 std::string sha256_hex(std::string_view content);
 

@@ -59,7 +59,7 @@ Bundle Bundle::open(const std::string& path) {
   bundle.folder = existing_folder(path);
   const auto full = [&](const std::string& name) { return bundle.folder + "/" + name; };
   {
-    const File file = open_regular(bundle.folder, kManifestName);
+    const File file = open_regular(bundle.folder, kManifestName, Links::follow);
     if (file.size() > kMaxManifestBytes)
       refuse_bundle(full(kManifestName) + " is " + format_size(file.size()) + ", more than the " +
                     format_size(kMaxManifestBytes) + " that a manifest may have: this is another file." + kRemedy);
@@ -72,7 +72,7 @@ Bundle Bundle::open(const std::string& path) {
   // All kinds and sizes first: an incomplete copy is found at once, not after hashing gigabytes.
   std::map<std::string, File> opened;
   for (const auto& [name, stated] : bundle.manifest.files) {
-    const File& file = opened.emplace(name, open_regular(bundle.folder, name)).first->second;
+    const File& file = opened.emplace(name, open_regular(bundle.folder, name, Links::follow)).first->second;
     check_size(file, stated, full(name), graph_of.count(name) != 0);
   }
   std::map<std::string, std::string> contents;
@@ -104,11 +104,18 @@ const GraphInfo& Bundle::graph(const std::string& name, const char* purpose) con
 std::string Bundle::read_graph(const GraphInfo& info) const {
   const std::string path = graph_path(info);
   const FileInfo& stated = manifest.files.at(info.file);
-  const File file = open_regular(folder, info.file);
+  const File file = open_regular(folder, info.file, Links::follow);
   check_size(file, stated, path, true);
   std::string content = file.read_up_to(stated.size + 1, path);
   if (sha256_hex(content) != stated.sha256) refuse_content(path);
   return content;
+}
+
+std::string Bundle::data_path(const GraphInfo& info) const {
+  if (!info.data) return "";
+  const std::string path = folder + "/" + *info.data;
+  const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), std::free);
+  return resolved ? resolved.get() : path;
 }
 
 }  // namespace tmd::internal

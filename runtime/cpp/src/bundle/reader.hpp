@@ -21,6 +21,9 @@ struct Bundle {
   // Throws Error(BUNDLE).
   std::string read_graph(const GraphInfo& info) const;
   std::string graph_path(const GraphInfo& info) const { return folder + "/" + info.file; }
+  // Where the data file of a graph really is, links resolved: engines refuse weights elsewhere than they are told.
+  // Empty: it has none.
+  std::string data_path(const GraphInfo& info) const;
 };
 
 }  // namespace tmd::internal

@@ -58,9 +58,13 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
   // The settings are Python's, except for the order of nodes, which the lowering sees to.
   Owner<OrtSession> open(const Bundle& bundle, std::int32_t threads) const {
     const std::string path = bundle.graph_path(info_), what = library_->version + " cannot load " + path;
+    const std::string data = bundle.data_path(info_);
+    const std::size_t slash = data.rfind('/');
+    const std::string folder = data.empty() ? bundle.folder : data.substr(0, slash + 1);
+    const std::string weights = data.empty() ? "" : data.substr(slash + 1);
     const bool literal = info_.precision == "fp8" || info_.precision == "nvfp4";
     const bool unsigned_activations = !literal && fast_unsigned_products();
-    const std::string model = lower_for_onnxruntime(bundle.read_graph(info_), path, unsigned_activations);
+    const std::string model = lower_for_onnxruntime(bundle.read_graph(info_), path, unsigned_activations, weights);
     OrtSessionOptions* made = nullptr;
     check(api().CreateSessionOptions(&made), what);
     const Owner<OrtSessionOptions> options(made, api().ReleaseSessionOptions);
@@ -69,7 +73,7 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
     };
     check(api().SetIntraOpNumThreads(options.get(), threads == TMD_DEFAULT ? 0 : threads), what);
     // The weights stay in the bundle's data file, which ONNX Runtime maps.
-    set("session.model_external_initializers_file_folder_path", bundle.folder.c_str());
+    set("session.model_external_initializers_file_folder_path", folder.c_str());
     set("session.force_spinning_stop", "1");
     // The fusion of Q/DQ with products takes every type for int8, and skips roundings.
     if (literal) set("session.disable_quant_qdq", "1");

@@ -40,6 +40,8 @@ std::shared_ptr<OnnxRuntime> OnnxRuntime::open(const std::string& path) {
 
   auto library = std::make_shared<OnnxRuntime>();
   const LibraryNames names = {"ONNX Runtime", {"libonnxruntime.so.1", "libonnxruntime.so"}, TMD_ONNXRUNTIME_LIBRARY};
+  // Version 1.31 keeps a record of its use in the user's cache, to be sent, unless this is set before it is loaded.
+  ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   void* handle = open_engine_library(names, path);
   const auto get_base = reinterpret_cast<decltype(&OrtGetApiBase)>(::dlsym(handle, "OrtGetApiBase"));
   if (!get_base) fail_engine("this ONNX Runtime has no function OrtGetApiBase: name libonnxruntime.so.1.");

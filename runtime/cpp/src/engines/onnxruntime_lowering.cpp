@@ -22,7 +22,9 @@ constexpr std::uint32_t kModelGraph = 7, kModelOpset = 8;
 constexpr std::uint32_t kGraphNode = 1, kGraphInitializer = 5, kGraphValueInfo = 13;
 constexpr std::uint32_t kNodeInput = 1, kNodeOutput = 2, kNodeName = 3, kNodeOpType = 4, kNodeAttribute = 5,
                         kNodeDomain = 7;
-constexpr std::uint32_t kTensorDims = 1, kTensorDataType = 2, kTensorInt32Data = 5, kTensorName = 8, kTensorRawData = 9;
+constexpr std::uint32_t kTensorDims = 1, kTensorDataType = 2, kTensorInt32Data = 5, kTensorName = 8, kTensorRawData = 9,
+                        kTensorExternalData = 13;
+constexpr std::uint32_t kEntryKey = 1, kEntryValue = 2;
 constexpr std::uint32_t kAttributeName = 1, kAttributeF = 2, kAttributeI = 3, kAttributeType = 20, kAttributeRef = 21;
 constexpr std::uint32_t kOpsetDomain = 1, kOpsetVersion = 2;
 // AttributeProto.AttributeType and TensorProto.DataType.
@@ -259,9 +261,27 @@ std::vector<const Node*> in_lean_order(const std::vector<Node>& nodes) {
   return ordered;
 }
 
+// A weight whose values lie in the file of this name, if they lie in a file.
+std::string with_location(std::string_view tensor, const std::string& name) {
+  WireWriter out;
+  WireReader reader(tensor);
+  for (WireField field; reader.next(&field);) {
+    if (field.number != kTensorExternalData || last_text(field.bytes, kEntryKey) != "location") {
+      out.copy(field);
+      continue;
+    }
+    WireWriter entry;
+    entry.bytes(kEntryKey, "location");
+    entry.bytes(kEntryValue, name);
+    out.bytes(kTensorExternalData, entry.data());
+  }
+  return out.data();
+}
+
 }  // namespace
 
-std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations) {
+std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations,
+                                  const std::string& weights) {
   const std::string model = float4_to_float8(stored, where);
   const std::string_view graph = last_text(model, kModelGraph);
   Widening widening(graph, where);
@@ -282,7 +302,10 @@ std::string lower_for_onnxruntime(std::string_view stored, const std::string& wh
   for (const Node* node : in_lean_order(nodes)) lowered.bytes(kGraphNode, node->data());
   WireReader parts(graph);
   for (WireField field; parts.next(&field);)
-    if (field.number != kGraphNode && !(field.number == kGraphValueInfo && widening.found_any())) lowered.copy(field);
+    if (field.number == kGraphInitializer && !weights.empty())
+      lowered.bytes(kGraphInitializer, with_location(field.bytes, weights));
+    else if (field.number != kGraphNode && !(field.number == kGraphValueInfo && widening.found_any()))
+      lowered.copy(field);
   if (unsigned_activations) activations.add_zeros(lowered);
 
   WireWriter out;

@@ -12,8 +12,10 @@ namespace tmd::internal {
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
 //   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;
 //   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
+// `weights` is the name of the file that they lie in; empty: the one that the graph names.
 // For graphs that check_graph has accepted; the encoding stays canonical. `where` names the file in messages.
 // Throws Error(BUNDLE) for a Cast that does not say to what.
-std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations);
+std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations,
+                                  const std::string& weights = "");
 
 }  // namespace tmd::internal

@@ -109,13 +109,22 @@ class OpenVinoGraph : public LoadedGraph {
     // checked, whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the
     // data file.
     const std::string content = bundle_.read_graph(info_), path = bundle_.graph_path(info_);
-    PrivateFolder folder;
-    const bool apart = folder.write(info_.file, content) &&
-                       (!info_.data || folder.link(bundle_.folder + "/" + *info_.data, *info_.data));
+    const std::string data = bundle_.data_path(info_);
+    const auto fill = [&](PrivateFolder& folder) {
+      return folder.write(info_.file, content) && (data.empty() || folder.link(data, *info_.data));
+    };
+    // A second name must be in the same file system as the first.
+    PrivateFolder temporary, beside(data.substr(0, data.rfind('/')));
+    PrivateFolder* const folder = fill(temporary) ? &temporary : !data.empty() && fill(beside) ? &beside : nullptr;
+    const bool apart = folder != nullptr;
+    if (!apart && !data.empty() && data != bundle_.folder + "/" + *info_.data)
+      fail_engine("OpenVINO needs the weights " + data +
+                  " under a second name, which neither the folder for temporary files nor their own takes: copy the "
+                  "bundle with its links followed (cp -rL), or use the engine onnxruntime.");
     ov_model_t* model = nullptr;
-    library_->check(
-        library_->ov_core_read_model(library_->core, (apart ? folder.path(info_.file) : path).c_str(), nullptr, &model),
-        library_->version + " cannot load " + path);
+    library_->check(library_->ov_core_read_model(library_->core, (apart ? folder->path(info_.file) : path).c_str(),
+                                                 nullptr, &model),
+                    library_->version + " cannot load " + path);
     Owner owner(model, [this](void* m) { free_model(static_cast<ov_model_t*>(m)); });
     if (!apart) bundle_.read_graph(info_);  // throws if it is not the same any more
     owner.release();

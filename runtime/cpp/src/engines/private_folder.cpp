@@ -91,8 +91,8 @@ void sweep_private_folders(const std::string& parent) {
   }
 }
 
-PrivateFolder::PrivateFolder() {
-  const std::string parent = parent_folder();
+PrivateFolder::PrivateFolder(const std::string& within) {
+  const std::string parent = within.empty() ? parent_folder() : within;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     std::string wanted = parent + "/" + new_name();
     if (::mkdir(wanted.c_str(), 0700) != 0) {

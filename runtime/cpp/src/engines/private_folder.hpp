@@ -14,7 +14,8 @@ namespace tmd::internal {
 // into it either.
 class PrivateFolder {
  public:
-  PrivateFolder();
+  // In `parent`; empty: in the folder for temporary files.
+  explicit PrivateFolder(const std::string& parent = "");
   PrivateFolder(const PrivateFolder&) = delete;
   PrivateFolder& operator=(const PrivateFolder&) = delete;
   ~PrivateFolder();

@@ -53,11 +53,18 @@ void Updater::set(const Coefficients& factors, double t, double guidance) const 
   coefficients_.upload();
 }
 
-void Updater::check(const Buffers& passed) const {
+void Updater::check(const Buffers& passed, const std::function<void()>& other_pass) const {
   if (std::isfinite(magnitude_.read<float>(1)[0])) return;
-  for (const auto& [name, buffer] : passed) {
-    const std::vector<float> values = buffer.read<float>(buffer.count());
-    if (!all_finite(values.data(), values.size())) fail_not_finite(TMD_STAGE_BACKBONE);
+  const auto check_passed = [&] {
+    for (const auto& [name, buffer] : passed) {
+      const std::vector<float> values = buffer.read<float>(buffer.count());
+      if (!all_finite(values.data(), values.size())) fail_not_finite(TMD_STAGE_BACKBONE);
+    }
+  };
+  check_passed();
+  if (other_pass) {
+    other_pass();
+    check_passed();
   }
   fail_not_finite(TMD_STAGE_FLOW_HEAD);
 }

@@ -8,6 +8,7 @@
 // The host sets the factors (rules.hpp) and copies x_next over x.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -31,8 +32,8 @@ class Updater {
   void set(const Coefficients& factors, double t = 0.0, double guidance = 1.0) const;
 
   // Throws Error(RUN) if x holds NaN or Inf. `passed`, what the backbone made for the flow head, tells which of the two
-  // gave it.
-  void check(const Buffers& passed) const;
+  // gave it. `other_pass` makes them anew for the other pass of the step, where it had one.
+  void check(const Buffers& passed, const std::function<void()>& other_pass = {}) const;
 
   const Buffer& data() const { return data_; }  // the data prediction of the latest step
   std::vector<float> preview() const { return data_.read<float>(x_.count()); }

@@ -86,8 +86,14 @@ class WanLoop : public Loop {
       if (factors[i].noise != 0) draws.into(latents_["noise"]);
       bound_.t.fill(static_cast<float>(told_time(times[i], sampler_.time_rounding)));
       updater_.set(factors[i], times[i], guided ? settings.guidance : 1.0);
+      if (guided) before_step_.copy(bound_.x);
       launches_.run({&backbone, &flow_head}, step, key_of(slots));
-      updater_.check(bound_.passed);
+      const auto negative_pass = [&] {  // again, for who asks where NaN came from
+        bound_.x.copy(before_step_);
+        bound_.prompt_embeds.copy(negative_prompt_);
+        bound_.step->run();
+      };
+      updater_.check(bound_.passed, guided ? std::function<void()>(negative_pass) : nullptr);
       if (start.on_preview && times[i + 1] > 0) start.on_preview(updater_.preview().data());
     }
     return {bound_.x.read<float>(settings.latents_count()), {}};
@@ -131,6 +137,7 @@ class WanLoop : public Loop {
 
   void put_prompts(const Start& start) {
     const std::pair<Buffer*, const float*> prompts[] = {{&prompt_, start.embeds}, {&negative_prompt_, start.negative}};
+    if (!before_step_.bytes()) before_step_ = graphs_.update->empty("x_next", bound_.dims);
     for (const auto& [buffer, embeds] : prompts) {
       if (!buffer->bytes()) *buffer = graphs_.backbone->empty("prompt_embeds", bound_.dims);
       buffer->write(embeds, embeds_count_);
@@ -143,7 +150,7 @@ class WanLoop : public Loop {
   Graphs graphs_;
   Launches launches_;
   BoundBackbone bound_;
-  Buffer velocity_, prompt_, negative_prompt_;
+  Buffer velocity_, prompt_, negative_prompt_, before_step_;
   std::unique_ptr<Step> flow_head_;
   Updater updater_;
   Buffers latents_;  // slot of the update -> buffer

@@ -55,7 +55,7 @@ float stored_to_float(const char* at, DType dtype) {
 std::vector<float> read_rows(const Bundle& bundle, const EmbeddingTable& table, const std::vector<std::int64_t>& ids) {
   const std::string path = bundle.folder + "/" + table.file;
   const auto dim = static_cast<std::size_t>(table.dim), item = item_size(table.dtype), row_bytes = dim * item;
-  const File file = open_regular(bundle.folder, table.file);
+  const File file = open_regular(bundle.folder, table.file, Links::follow);
   if (file.size() != bundle.manifest.files.at(table.file).size)
     fail_run(path + " was changed after the bundle was opened." + kRemedy);
   std::map<std::int64_t, std::size_t> seen;  // id -> the row of the result that has it already: pads repeat

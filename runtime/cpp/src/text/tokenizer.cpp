@@ -52,7 +52,7 @@ Tokenizer::Tokenizer(const Bundle& bundle) : text_(bundle.manifest.text) {
         "this bundle has no tokenizer, so it cannot read a prompt. Export it again with text_encoder among --parts.");
   const std::string path = bundle.folder + "/" + *text_.tokenizer;
   const FileInfo& stated = bundle.manifest.files.at(*text_.tokenizer);
-  const std::string content = open_regular(bundle.folder, *text_.tokenizer).read_up_to(stated.size + 1, path);
+  const std::string content = open_regular(bundle.folder, *text_.tokenizer, internal::Links::follow).read_up_to(stated.size + 1, path);
   if (internal::sha256_hex(content) != stated.sha256)
     refuse_bundle(path + " was changed after the bundle was opened." + kRemedy);
   *this = Tokenizer(content, text_, path);

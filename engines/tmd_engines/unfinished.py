@@ -6,20 +6,23 @@ machine or container that is on, and it can be removed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX, SUFFIX = ".tmd-", ".part"
 
 _made: dict[Path, int | None] = {}  # of this process -> its lock; None: the file system has no locks
 _ATTEMPTS = 100
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # of Linux, of Linux, of macOS
 
 
-def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: str = SUFFIX, mode: int = 0o666) -> Path:
+def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: str = SUFFIX, mode: int = 0o777) -> Path:
     """A new, empty file or folder in `folder`, with the permissions that the user's umask leaves of `mode`.
 
     Raises OSError."""
@@ -28,9 +31,9 @@ def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: s
         _made[path] = None  # before it is there: whoever ends the process at once shall find it
         try:
             if is_folder:
-                os.mkdir(path)
+                os.mkdir(path, mode)
             else:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode & 0o666))
         except FileExistsError:
             del _made[path]
             continue
@@ -45,6 +48,29 @@ def begin(folder: Path, is_folder: bool = False, prefix: str = PREFIX, suffix: s
         _made[path] = lock
         return path
     raise FileExistsError(17, "no new name was free", str(folder))
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step, whatever has them. False where the system, or this file system, cannot."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+    except (OSError, TypeError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):
+        return not library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    return hasattr(library, "renamex_np") and not library.renamex_np(*names, _RENAME_SWAP)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which has the name `path` when the block is over, and is gone if that failed. Raises OSError."""
+    new = begin(path.parent)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        discard(new)
 
 
 def end(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import RuntimeFailure
+from ..errors import EngineError
 
 _LONGEST = 2000
 
@@ -35,17 +35,17 @@ def tell(text: str) -> None:
     try:
         click.echo(clean(text), err=True)
     except (OSError, ValueError):
-        _silence(2, "stderr")
+        silence(2, "stderr")
 
 
 def say(text: str) -> None:
-    """A line of the result, on stdout. Raises RuntimeFailure if it cannot be written."""
+    """A line of the result, on stdout. Raises EngineError if it cannot be written."""
     try:
         click.echo(text)
     except (OSError, ValueError) as error:
-        _silence(1, "stdout")
+        silence(1, "stdout")
         reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise RuntimeFailure(f"cannot write to stdout: {reason}. Files that were written are complete.") from error
+        raise EngineError(f"cannot write to stdout: {reason}. Files that were written are complete.") from error
 
 
 def repair_streams() -> None:
@@ -67,7 +67,7 @@ def repair_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _silence(number: int, name: str) -> None:
+def silence(number: int, name: str) -> None:
     """What is still in the buffers of a broken stream goes nowhere, instead of failing again at the end."""
     with suppress(OSError, ValueError):
         if getattr(sys, name).fileno() == number:

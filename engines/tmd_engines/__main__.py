@@ -1,0 +1,5 @@
+"""`python -m tmd_engines` is `tmd-engine`."""
+
+from .command.start import main
+
+main()
