@@ -34,21 +34,23 @@ PARTS = {
 _SIGNS = {
     ("transformer", "original"): r"blocks\.\d+\.(self_attn|cross_attn)\.",
     ("transformer", "diffusers"): r"blocks\.\d+\.attn[12]\.",
+    ("transformer", "fastvideo"): r"blocks\.\d+\.(attn2|to_[qkv]|to_out|norm_[qk]|ffn\.fc_(in|out))\.",
     ("text_encoder", "original"): r"blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.fc[12]\.)",
     ("text_encoder", "diffusers"): r"encoder\.block\.\d+\.layer\.",
+    ("text_encoder", "ggml"): r"enc\.blk\.\d+\.",
     ("vae", "original"): r"(en|de)coder\.(middle|downsamples|upsamples)\.",
     ("vae", "diffusers"): r"(en|de)coder\.(mid_block|down_blocks|up_blocks)\.",
     ("student", "original"): r"(backbone|head)\.blocks\.\d+\.",
 }
 
-_FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _TWICE = {"encoder.embed_tokens.weight": "shared.weight"}  # transformers may store the embedding under both names
 _PATCHES = "patch_embedding.weight"  # [D,16,1,2,2], or [D,64] where patches are flattened first (rCM)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of `PARTS` and the layout of its names, "original" or "diffusers"."""
+    """One of `PARTS` and the layout of its names: "original" or one of `names.TABLES`."""
 
     part: str
     layout: str
@@ -93,6 +95,14 @@ class Checkpoint:
         """Whether `read` knows this name."""
         return name in self._names
 
+    @property
+    def stored_as(self) -> str | None:
+        """How weights are stored that are not floating point, as a part of a sentence; None if all are."""
+        if not self.tensors.formats:
+            return None
+        formats = ", ".join(f"{form} ({count})" for form, count in self.tensors.formats.most_common())
+        return f"weights of {PARTS[self.part]} stored as {formats}: dequantised to bfloat16"
+
     def size(self) -> Size:
         """Of a transformer, from its tensors; 0 for what they do not tell."""
         blocks = [int(match[1]) for name in self._stored if (match := re.match(r"blocks\.(\d+)\.", name))]
@@ -111,7 +121,9 @@ class Checkpoint:
         `model` is what the message calls the wanted model. Raises ExportError that lists what is missing, what is too
         much and what has another shape or is no floating point tensor.
         """
-        names = {name: converted(self.part, name) if self.layout == "diffusers" else name for name in shapes}
+        names = {
+            name: name if self.layout == "original" else converted(self.part, name, self.layout) for name in shapes
+        }
         wanted = {name: self._alias(stored) for name, stored in names.items()}
         missing = [stored for stored in wanted.values() if stored not in self._stored]
         extra = [name for name in self._stored if name not in set(wanted.values()) and not self._tolerated(name)]
@@ -139,7 +151,8 @@ class Checkpoint:
         self._names, self._shapes = {name: self._stored[stored] for name, stored in wanted.items()}, shapes
 
     def read(self, name: str) -> Tensor:
-        """The tensor that `fit` knows as `name`: on the CPU, as stored, mapped from its file. KeyError for another."""
+        """The tensor that `fit` knows as `name`: on the CPU, as stored, mapped from its file, or as its
+        storage format means it. KeyError for another."""
         return self.tensors.read(self._names[name]).reshape(tuple(self._shapes[name]))
 
     def _by_bare_name(self) -> dict[str, str]:
@@ -157,6 +170,10 @@ class Checkpoint:
     def _entry(self, name: str) -> Entry | None:
         stored = self._stored.get(name)
         return self.tensors.entries[stored] if stored is not None else None
+
+    def _called(self, name: str) -> str:
+        """A name of `tmd_ref` in the layout of this file."""
+        return name if self.layout == "original" else converted(self.part, name, self.layout)
 
     def _alias(self, name: str) -> str:
         other = next((other for other, first in _TWICE.items() if first == name), None)
