@@ -44,6 +44,7 @@ _SIGNS = {
 }
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+TOKENIZER = "spiece_model"  # as ComfyUI's files of text encoders carry it: the bytes of that file as a tensor
 _TWICE = {"encoder.embed_tokens.weight": "shared.weight"}  # transformers may store the embedding under both names
 _PATCHES = "patch_embedding.weight"  # [D,16,1,2,2], or [D,64] where patches are flattened first (rCM)
 
@@ -102,6 +103,13 @@ class Checkpoint:
             return None
         formats = ", ".join(f"{form} ({count})" for form, count in self.tensors.formats.most_common())
         return f"weights of {PARTS[self.part]} stored as {formats}: dequantised to bfloat16"
+
+    def tokenizer(self) -> bytes | None:
+        """The sentencepiece file that a text encoder's file may carry."""
+        entry = self._entry(TOKENIZER)
+        if entry is None or entry.dtype not in ("uint8", "int8"):
+            return None
+        return bytes(self.tensors.read(self._stored[TOKENIZER]).numpy().tobytes())
 
     def size(self) -> Size:
         """Of a transformer, from its tensors; 0 for what they do not tell."""
@@ -186,7 +194,7 @@ class Checkpoint:
             name.endswith("_extra_state")
             or (entry is not None and entry.dtype == "int64")
             or name in _TWICE
-            or name == "spiece_model"
+            or name == TOKENIZER
         )
 
 

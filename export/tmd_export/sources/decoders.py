@@ -66,6 +66,7 @@ class WithDecoder(Source):
 
     def check(self, parts: tuple[str, ...]) -> None:
         self._source.check(_others(parts))
+        self.origin = f"{self._source.origin}; decoder {self._path.name}"  # which may have opened more by now
         have = (_LATENTS, _TEMPORAL, _SPATIAL)
         latents = self.latents_entry()
         want = tuple(latents[name] for name in ("channels", "temporal_stride", "spatial_stride"))

@@ -6,6 +6,7 @@ from the folder of the model that it was made from. How files are found and reco
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
+from ..checkpoints.recognise import TOKENIZER as CARRIED
 from ..checkpoints.scheduler import Scheduler, read_scheduler
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
@@ -75,8 +77,9 @@ class WanSource(Wan21Source):
         self._given = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
         self.origin = self._given
         self._parts = _by_model(found)
+        self._carried: tempfile.TemporaryDirectory[str] | None = None
         self._roots = [one.path for one in found if one.path.is_dir()]
-        self.tokenizer = _tokenizer(found)
+        self.tokenizer = _tokenizer(found) or self._carried_tokenizer()
         self.fusion = None
         self._grids: TimeGrids | None = None
         self.wan = wan or (WAN_CONFIGS[model] if model else self._sizes())
@@ -177,7 +180,7 @@ class WanSource(Wan21Source):
         models = dict.fromkeys(MODEL_OF[part] for part in parts)
         parts_of = [self._parts[which] for which in models]
         files = [file for part in parts_of for file in (*part.files.files, *part.open().tensors.beside)]
-        if "text_encoder" in parts and self.tokenizer is not None:
+        if "text_encoder" in parts and self.tokenizer is not None and self._carried is None:
             files.append(self.tokenizer)
         found = {}
         for path in files:
@@ -198,6 +201,17 @@ class WanSource(Wan21Source):
         student: Any = on_meta(lambda: read_file(checkpoint.tensors.files[0], read_student))
         config: WanConfig = student.config
         return config
+
+    def _carried_tokenizer(self) -> Path | None:
+        """The tokenizer that the text encoder's file carries, written where it stays as long as this source."""
+        part = self._parts.get("text_encoder")
+        content = part.checkpoint.tokenizer() if part is not None and part.checkpoint is not None else None
+        if content is None:
+            return None
+        self._carried = tempfile.TemporaryDirectory(prefix="tmd-tokenizer-")
+        path = Path(self._carried.name) / CARRIED
+        path.write_bytes(content)
+        return path
 
     def _stored_as(self) -> list[str]:
         """How the weights that were opened so far are stored, where that is not as floating point."""
@@ -250,7 +264,8 @@ class WanSource(Wan21Source):
         if self.tokenizer is None:
             raise ExportError(
                 f"{self._given} has no tokenizer, which text_encoder needs: add a --checkpoint with "
-                "google/umt5-xxl/spiece.model (a tokenizer.json alone is not read), or choose other --parts."
+                "google/umt5-xxl/spiece.model (a tokenizer.json alone is not read, nor the vocabulary in a GGUF file), "
+                "or choose other --parts."
             )
         words = read_file(self.tokenizer, lambda path: Tokenizer(path, self.wan.text_len)).vocab_size
         if self.text.dim != self.wan.text_dim or words > self.text.vocab_size:
