@@ -160,6 +160,6 @@ def _infos(cursor: _Cursor, count: int) -> Iterator[Info]:
         if name is None or dims > _MAX_SIDES:
             raise Damaged(f"a tensor has {dims} dimensions" if name is not None else "a tensor's name is too long")
         sides = tuple(cursor.number("Q") for _ in range(dims))
-        if prod(sides) > 1 << 62:
-            raise Damaged(f"{quote(name)} has {prod(sides)} values")
+        if prod(side or 1 for side in sides) > 1 << 62:
+            raise Damaged(f"{quote(name)} has the sides {list(sides)}")
         yield Info(name, sides, cursor.number("I"), cursor.number("Q"))

@@ -43,7 +43,7 @@ _SIGNS = {
     ("student", "original"): r"(backbone|head)\.blocks\.\d+\.",
 }
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 TOKENIZER = "spiece_model"  # as ComfyUI's files of text encoders carry it: the bytes of that file as a tensor
 _TWICE = {"encoder.embed_tokens.weight": "shared.weight"}  # transformers may store the embedding under both names
 _PATCHES = "patch_embedding.weight"  # [D,16,1,2,2], or [D,64] where patches are flattened first (rCM)
