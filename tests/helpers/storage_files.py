@@ -27,7 +27,7 @@ from tmd_ref.wan import WanConfig, WanTransformer
 
 State = dict[str, Tensor]
 
-WIDE = WanConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=2, freq_dim=256, text_dim=256, text_len=12)
+WIDE = WanConfig(dim=256, ffn_dim=256, num_heads=4, num_layers=2, freq_dim=256, text_dim=256, text_len=12)
 """Wide enough for the blocks of every format: 256 columns in all matrices but the patches' 64."""
 
 # Where a block of a GGUF type has its float16 scales. Everything else in a block may be any bits.
@@ -41,12 +41,11 @@ FROM_BITS = tuple(_SCALES_AT)
 @cache
 def _wide() -> State:
     torch.manual_seed(0)
-    state = WanTransformer(WIDE).state_dict()
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in WanTransformer(WIDE).state_dict().items()}
     return {
-        name: 1 + 0.2 * torch.randn_like(weight)
-        if "norm" in name and name.endswith("weight")
-        else 0.06 * torch.randn_like(weight)
-        for name, weight in state.items()
+        name: 1 + 0.2 * torch.randn(shape) if "norm" in name and name.endswith("weight") else 0.06 * torch.randn(shape)
+        for name, shape in shapes.items()
     }
 
 

@@ -101,7 +101,7 @@ class Checkpoint:
         """How weights are stored that are not floating point, as a part of a sentence; None if all are."""
         if not self.tensors.formats:
             return None
-        formats = ", ".join(f"{form} ({count})" for form, count in self.tensors.formats.most_common())
+        formats = _listed([f"{form} ({count})" for form, count in self.tensors.formats.most_common()])
         return f"weights of {PARTS[self.part]} stored as {formats}: dequantised to bfloat16"
 
     def tokenizer(self) -> bytes | None:

@@ -31,12 +31,13 @@ State = dict[str, Tensor]
 
 def holds(source: WanSource, meant: State, rest: State) -> None:
     """Every weight is what its format means by it; those that are kept as they are may be rounded to float16."""
-    wan = WanTransformer(stored.WIDE)
-    wan.load_state_dict({**rest, **{name: weight.float() for name, weight in meant.items()}})
+    with torch.device("meta"):
+        wan = WanTransformer(stored.WIDE)
+    wan.load_state_dict({**rest, **{name: weight.float() for name, weight in meant.items()}}, assign=True)
     split = SplitWan(wan, source.head_blocks).state_dict()
-    expected = {weight.data_ptr(): name for name, weight in wan.state_dict().items()}
+    names = {weight.data_ptr(): name for name, weight in wan.state_dict().items()}
     for name, weight in split.items():
-        found, original = source.tensor("student", name), expected.get(weight.data_ptr(), name)
+        found, original = source.tensor("student", name), names[weight.data_ptr()]
         assert found.shape == weight.shape
         if original in meant:
             assert found.dtype == meant[original].dtype
@@ -77,17 +78,27 @@ def test_mlx_matrices_have_the_values_of_mlx(bits: int) -> None:
 # Whole transformers in the published layouts
 
 
-@pytest.mark.parametrize("kind", (*stored.WRITTEN_BY_GGUF, *stored.FROM_BITS, "BF16"))
+@pytest.mark.parametrize("kind", [*stored.WRITTEN_BY_GGUF, *stored.FROM_BITS])
 def test_gguf_has_the_values_of_diffusers(kind: str, tmp_path: Path) -> None:
+    names = ("blocks.0.ffn.0.weight", "time_projection.1.weight")
+    meant = stored.write_gguf(tmp_path / "wan.gguf", {name: stored.wide()[name] for name in names}, kind)
+    tensors = open_tensors([tmp_path / "wan.gguf"])
+    assert tensors.formats == {f"GGUF {kind}": 2}
+    for name in names:
+        found = tensors.read(name)
+        assert found.dtype == torch.bfloat16 and found.std() > 1e-3
+        assert torch.equal(found, meant[name])
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "BF16"])
+def test_a_transformer_in_gguf(kind: str, tmp_path: Path) -> None:
     meant = stored.write_gguf(tmp_path / "wan.gguf", stored.wide(), kind, keep="blocks.0.self_attn.q")
     source = stored.source(tmp_path / "wan.gguf")
     holds(source, meant, stored.wide())
     assert source.default_parts == ("backbone", "flow_head")
-    expected = {
-        f"checkpoint wan.gguf; weights of Wan2.1's transformer stored as GGUF {kind} (25): dequantised to bfloat16"
-    }
-    assert {source.origin} == (expected if kind != "BF16" else {"checkpoint wan.gguf"})
-    assert len(source.notes) == (kind != "BF16")
+    stored_as = f"weights of Wan2.1's transformer stored as GGUF {kind} (25): dequantised to bfloat16"
+    assert source.origin == ("checkpoint wan.gguf" if kind == "BF16" else f"checkpoint wan.gguf; {stored_as}")
+    assert source.notes == (() if kind == "BF16" else (f"{stored_as}.",))
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.high_noise_diffusion_model."])
@@ -96,8 +107,9 @@ def test_gguf_may_have_the_prefixes_of_other_programs(prefix: str, tmp_path: Pat
     holds(stored.source(tmp_path / "wan.gguf"), meant, stored.wide())
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("dtype", "prefix"), [(torch.float8_e4m3fn, "model.diffusion_model."), (torch.float8_e5m2, "")]
+)
 def test_scaled_fp8_has_the_values_of_its_definition(dtype: torch.dtype, prefix: str, tmp_path: Path) -> None:
     path = tmp_path / "wan_fp8_scaled.safetensors"
     meant = stored.write_scaled_fp8(path, stored.wide(), dtype, prefix)
@@ -106,9 +118,15 @@ def test_scaled_fp8_has_the_values_of_its_definition(dtype: torch.dtype, prefix:
     assert source.notes == ("weights of Wan2.1's transformer stored as scaled fp8 (26): dequantised to bfloat16.",)
 
 
-@pytest.mark.parametrize("form", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise"])
-@pytest.mark.parametrize("in_header", [False, True], ids=["marks", "header"])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("form", "in_header", "prefix"),
+    [
+        ("float8_e4m3fn", False, "model.diffusion_model."),
+        ("float8_e4m3fn", True, ""),
+        ("float8_e5m2", True, "model.diffusion_model."),
+        ("int8_tensorwise", False, ""),
+    ],
+)
 def test_comfy_quants_are_found_by_marks_and_by_the_header(
     form: str, in_header: bool, prefix: str, tmp_path: Path
 ) -> None:
@@ -170,7 +188,7 @@ def test_a_fastmetal_folder_has_the_values_of_its_definition(bits: int, tmp_path
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_a_scale_per_row_needs_no_word(dtype: torch.dtype, tmp_path: Path) -> None:
     state, meant = stored.wide(), {}
     for name in stored.matrices(state):
@@ -279,7 +297,7 @@ for path in sys.argv[1:]:
 
 
 def test_reading_takes_one_tensor_of_memory_and_not_all(tmp_path: Path) -> None:
-    side, count = 2048, 16  # 8 MiB each in bfloat16, 128 MiB together
+    side, count = 2048, 12  # 8 MiB each in bfloat16, 96 MiB together
     paths = []
     for form, write in _WRITE.items():
         (tmp_path / form).mkdir()
