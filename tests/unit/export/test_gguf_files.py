@@ -6,6 +6,7 @@ import random
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -48,7 +49,7 @@ def written(
 def test_what_the_library_writes_is_read_alike(tmp_path: Path) -> None:
     path = tmp_path / "all.gguf"
     generator = np.random.default_rng(0)
-    plain = {
+    plain: dict[str, Any] = {
         "f32": generator.normal(size=(3, 5)).astype(np.float32),
         "f16": generator.normal(size=(7,)).astype(np.float16),
         "f64": generator.normal(size=(2, 2)),
@@ -66,7 +67,8 @@ def test_what_the_library_writes_is_read_alike(tmp_path: Path) -> None:
     for name, values in plain.items():
         writer.add_tensor(name, values)
     rows = generator.normal(size=(1, 256)).astype(np.float32)
-    writer.add_tensor("turned", gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0), raw_dtype=Q8_0)
+    number = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("turned", gguf.quants.quantize(rows, number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
