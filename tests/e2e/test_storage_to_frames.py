@@ -28,11 +28,13 @@ from tmd_export.graphs.trace import trace
 from tmd_export.sources.source import on_meta
 from tmd_export.sources.wan import WanSource
 from tmd_export.weights.weights import Weights
+from tmd_ref.vae import WanVAE, WanVAEConfig
 from tmd_ref.wan import WanTransformer
 from tmd_runtime.command.cli import command as tmd_run
 from tmd_runtime.files.tensor_files import load_latents
 
 WAN = replace(stored.WIDE, text_dim=made.TEXT.dim)
+VAE = WanVAEConfig(dim=4, dim_mult=(1, 1), num_res_blocks=0, temporal_downsample=(True,))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         return traced[graph.name].clone()
 
     def open_source(model: str, paths: tuple[Path, ...], *_: Any) -> WanSource:
-        return WanSource(paths, model, **{**made.SIZES, "wan": WAN})
+        return WanSource(paths, model, **{**made.SIZES, "wan": WAN, "vae": VAE})
 
     monkeypatch.setattr(opening, "open_source", open_source)
     monkeypatch.setattr(graph_export, "trace", once)
@@ -68,7 +70,7 @@ def called(command: Any, *arguments: Any) -> Result:
 def generated(bundle: Bundle, out: Path) -> np.ndarray:
     """Latents of a prompt, whose video is written to `out`."""
     latents = out.with_suffix(".safetensors")
-    wishes = ("--prompt", "a red circle", "--seed", 1, "--frames", 5, "--size", "32x16", "--quiet")
+    wishes = ("--prompt", "a red circle", "--seed", 1, "--frames", 3, "--size", "32x16", "--quiet")
     engine = ("--engine", "onnxruntime")
     called(tmd_run, "--bundle", bundle.folder, *wishes, *engine, "--save-latents", latents, "--out", out)
     return load_latents(latents, bundle.manifest).latents
@@ -82,7 +84,7 @@ def test_gguf_and_scaled_fp8_give_the_frames_of_the_weights_that_they_mean(tmp_p
     }
     text, tokenizer = stored.text_state(made.models().text_encoder, "diffusers"), tokenizer_bytes()
     vae = tmp_path / "Wan2.1_VAE.pth"
-    torch.save(made.models().state("vae"), vae)
+    torch.save(WanVAE(VAE).state_dict(), vae)
     gguf, fp8 = tmp_path / "wan-Q8_0.gguf", tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
     meant = stored.write_gguf(gguf, teacher, "Q8_0")
     text_meant = stored.write_scaled_fp8(fp8, text)
