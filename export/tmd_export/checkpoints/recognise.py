@@ -120,7 +120,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the tensor with the original name `name`, as it is stored; () if there is none."""
-        entry = self._entry(self._alias(converted(self.part, name) if self.layout == "diffusers" else name))
+        entry = self._entry(self._alias(self._called(name)))
         return entry.shape if entry else ()
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
@@ -129,10 +129,7 @@ class Checkpoint:
         `model` is what the message calls the wanted model. Raises ExportError that lists what is missing, what is too
         much and what has another shape or is no floating point tensor.
         """
-        names = {
-            name: name if self.layout == "original" else converted(self.part, name, self.layout) for name in shapes
-        }
-        wanted = {name: self._alias(stored) for name, stored in names.items()}
+        wanted = {name: self._alias(self._called(name)) for name in shapes}
         missing = [stored for stored in wanted.values() if stored not in self._stored]
         extra = [name for name in self._stored if name not in set(wanted.values()) and not self._tolerated(name)]
         misshaped = []
@@ -178,6 +175,10 @@ class Checkpoint:
     def _entry(self, name: str) -> Entry | None:
         stored = self._stored.get(name)
         return self.tensors.entries[stored] if stored is not None else None
+
+    def _called(self, name: str) -> str:
+        """A name of `tmd_ref` in the layout of this file."""
+        return name if self.layout == "original" else converted(self.part, name, self.layout)
 
     def _called(self, name: str) -> str:
         """A name of `tmd_ref` in the layout of this file."""

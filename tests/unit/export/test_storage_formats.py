@@ -101,10 +101,14 @@ def test_a_transformer_in_gguf(kind: str, tmp_path: Path) -> None:
     assert source.notes == (() if kind == "BF16" else (f"{stored_as}.",))
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.high_noise_diffusion_model."])
-def test_gguf_may_have_the_prefixes_of_other_programs(prefix: str, tmp_path: Path) -> None:
-    meant = stored.write_gguf(tmp_path / "wan.gguf", stored.wide(), "Q8_0", prefix=prefix)
+def test_gguf_may_have_the_prefix_of_other_programs(tmp_path: Path) -> None:
+    meant = stored.write_gguf(tmp_path / "wan.gguf", stored.wide(), "Q8_0", prefix="model.diffusion_model.")
     holds(stored.source(tmp_path / "wan.gguf"), meant, stored.wide())
+
+
+def test_an_expert_of_wan22_in_gguf_is_refused(tmp_path: Path) -> None:
+    stored.write_gguf(tmp_path / "wan.gguf", stored.wide(), "Q8_0", prefix="model.high_noise_diffusion_model.")
+    assert "one of the two experts of Wan2.2-A14B" in refusal(lambda: stored.source(tmp_path / "wan.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,17 @@ def test_a_fastmetal_folder_has_the_values_of_its_definition(bits: int, tmp_path
         "FastMetal-1.3B-QAD/mlx_dit.safetensors",
         "FastMetal-1.3B-QAD/mlx_dit.json",
     }
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_the_sizes_are_read_from_every_layout(form: str, tmp_path: Path) -> None:
+    if form == "gguf":
+        stored.write_gguf(tmp_path / "wan.gguf", stored.wide(), "Q4_K")
+    else:
+        stored.write_mlx(tmp_path, stored.wide())
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4, "text_len": 12}))
+    source = WanSource([tmp_path / "wan.gguf" if form == "gguf" else tmp_path], None)
+    assert (source.wan, source.model) == (stored.WIDE, "wan-256x2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
