@@ -105,9 +105,10 @@ The parts are {", ".join(PARTS)}.
 A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
 the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
 text-to-video folder as its authors publish it, the same in the layout of
-diffusers, or a single .safetensors, .pt or .pth file of one part. Its format
-and size are recognised from the tensors. With several, a file given by itself
-replaces that part of a folder, in any order. Parts that no checkpoint has are
+diffusers, or a single .safetensors, .gguf, .pt or .pth file of one part. Its
+format and size are recognised from the tensors; weights in scaled fp8, int8,
+mxfp8, nvfp4, GGUF or MLX are dequantised to bfloat16. With several, a file
+given by itself replaces that part of a folder, in any order. Parts that no checkpoint has are
 left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
 bidirectional ones and do not work. For the tim models: a folder with the
 released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what

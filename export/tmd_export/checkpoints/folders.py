@@ -16,14 +16,14 @@ from tmd_engines.errors import quote
 from ..errors import ExportError
 from .contents import named_models, refuse_incomplete, refuse_unused
 from .experts import refuse_experts_in
-from .tensors import PICKLES, Tensors, open_tensors
+from .tensors import CONTAINERS, Tensors, open_tensors
 
-WEIGHTS = (".safetensors", *PICKLES)
+WEIGHTS = CONTAINERS
 TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "spiece.model", "tokenizer.model")
 
 # Where the parts lie: a folder inside of the checkpoint, and the names (without .safetensors) that a file has there.
 _PLACES = (
-    ("", ("diffusion_pytorch_model", "model", "student", "vae", "umt5")),
+    ("", ("diffusion_pytorch_model", "model", "student", "vae", "umt5", "mlx_dit")),
     ("transformer", ("diffusion_pytorch_model",)),
     ("generator_inference_transformer", ("diffusion_pytorch_model",)),
     ("text_encoder", ("model",)),
@@ -126,8 +126,6 @@ def _single(path: Path) -> Found:
         return Found(path, (), path)
     if path.name.endswith(".safetensors.index.json"):
         return Found(path, (_sharded(path),), None)
-    if path.suffix == ".gguf":
-        raise ExportError(f"{path} is a GGUF file, whose weights are quantised: take the model as safetensors or .pth.")
     if path.suffix not in WEIGHTS:
         raise ExportError(f"{path} is no file of weights: those end in {', '.join(WEIGHTS)}.")
     return Found(path, (WeightFiles((path,)),), None)

@@ -62,8 +62,39 @@ VAE: Table = (
     (r"^decoder\.upsamples\.(\d+)\.", lambda match: f"decoder.up_blocks.{_up_block(int(match[1]))}."),
 )
 
-TABLES = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
-"""Part -> substitutions from the original names to those of diffusers (the text encoder: of transformers)."""
+# FastVideo's names inside of the blocks, those of diffusers around them: as its checkpoints for MLX are written.
+TRANSFORMER_FASTVIDEO: Table = (
+    *TRANSFORMER,
+    (r"\.attn1\.to_out\.0\.", ".to_out."),
+    (r"\.attn1\.", "."),
+    (r"\.attn2\.to_out\.0\.", ".attn2.to_out."),
+    (r"\.norm2\.", ".self_attn_residual_norm.norm."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.fc_in."),
+    (r"\.ffn\.net\.2\.", ".ffn.fc_out."),
+)
+
+# llama.cpp's names, which text encoders in GGUF have.
+TEXT_ENCODER_GGML: Table = (
+    (r"^token_embedding\.", "token_embd."),
+    (r"^norm\.", "enc.output_norm."),
+    (r"^blocks\.(\d+)\.", r"enc.blk.\1."),
+    (r"\.norm1\.", ".attn_norm."),
+    (r"\.attn\.([qkvo])\.", r".attn_\1."),
+    (r"\.pos_embedding\.embedding\.", ".attn_rel_b."),
+    (r"\.norm2\.", ".ffn_norm."),
+    (r"\.ffn\.gate\.0\.", ".ffn_gate."),
+    (r"\.ffn\.fc1\.", ".ffn_up."),
+    (r"\.ffn\.fc2\.", ".ffn_down."),
+)
+
+TABLES = {
+    ("transformer", "diffusers"): TRANSFORMER,
+    ("transformer", "fastvideo"): TRANSFORMER_FASTVIDEO,
+    ("text_encoder", "diffusers"): TEXT_ENCODER,
+    ("text_encoder", "ggml"): TEXT_ENCODER_GGML,
+    ("vae", "diffusers"): VAE,
+}
+"""Part and layout -> substitutions from the original names ("diffusers" for the text encoder: of transformers)."""
 
 
 def _up_block(index: int) -> str:
@@ -71,15 +102,18 @@ def _up_block(index: int) -> str:
     return f"{stage}.resnets.{place}" if place < 3 else f"{stage}.upsamplers.0"
 
 
-def converted(part: str, name: str) -> str:
-    """The original name `name` of a weight of `part` in the layout of diffusers or transformers."""
-    for pattern, replacement in TABLES[part]:
+def converted(part: str, name: str, layout: str = "diffusers") -> str:
+    """The original name `name` of a weight of `part` in another layout: by default in diffusers' or transformers'."""
+    for pattern, replacement in TABLES[part, layout]:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 # What wrappers, parallel training and other programs put in front of a name; the longer ones first.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "module.")
+_PREFIXES = (
+    "model.high_noise_diffusion_model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.",
+    "ema_model.", "net.", "model.", "module.",
+)  # fmt: skip
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 

@@ -34,21 +34,24 @@ PARTS = {
 _SIGNS = {
     ("transformer", "original"): r"blocks\.\d+\.(self_attn|cross_attn)\.",
     ("transformer", "diffusers"): r"blocks\.\d+\.attn[12]\.",
+    ("transformer", "fastvideo"): r"blocks\.\d+\.(attn2|to_[qkv]|to_out|norm_[qk]|ffn\.fc_(in|out))\.",
     ("text_encoder", "original"): r"blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.fc[12]\.)",
     ("text_encoder", "diffusers"): r"encoder\.block\.\d+\.layer\.",
+    ("text_encoder", "ggml"): r"enc\.blk\.\d+\.",
     ("vae", "original"): r"(en|de)coder\.(middle|downsamples|upsamples)\.",
     ("vae", "diffusers"): r"(en|de)coder\.(mid_block|down_blocks|up_blocks)\.",
     ("student", "original"): r"(backbone|head)\.blocks\.\d+\.",
 }
 
-_FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+TOKENIZER = "spiece_model"  # as ComfyUI's files of text encoders carry it: the bytes of that file as a tensor
 _TWICE = {"encoder.embed_tokens.weight": "shared.weight"}  # transformers may store the embedding under both names
 _PATCHES = "patch_embedding.weight"  # [D,16,1,2,2], or [D,64] where patches are flattened first (rCM)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of `PARTS` and the layout of its names, "original" or "diffusers"."""
+    """One of `PARTS` and the layout of its names: "original" or one of `names.TABLES`."""
 
     part: str
     layout: str
@@ -93,6 +96,21 @@ class Checkpoint:
         """Whether `read` knows this name."""
         return name in self._names
 
+    @property
+    def stored_as(self) -> str | None:
+        """How weights are stored that are not floating point, as a part of a sentence; None if all are."""
+        if not self.tensors.formats:
+            return None
+        formats = _listed([f"{form} ({count})" for form, count in self.tensors.formats.most_common()])
+        return f"weights of {PARTS[self.part]} stored as {formats}: dequantised to bfloat16"
+
+    def tokenizer(self) -> bytes | None:
+        """The sentencepiece file that a text encoder's file may carry."""
+        entry = self._entry(TOKENIZER)
+        if entry is None or entry.dtype not in ("uint8", "int8"):
+            return None
+        return bytes(self.tensors.read(self._stored[TOKENIZER]).numpy().tobytes())
+
     def size(self) -> Size:
         """Of a transformer, from its tensors; 0 for what they do not tell."""
         blocks = [int(match[1]) for name in self._stored if (match := re.match(r"blocks\.(\d+)\.", name))]
@@ -102,7 +120,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the tensor with the original name `name`, as it is stored; () if there is none."""
-        entry = self._entry(self._alias(converted(self.part, name) if self.layout == "diffusers" else name))
+        entry = self._entry(self._alias(self._called(name)))
         return entry.shape if entry else ()
 
     def fit(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
@@ -111,8 +129,7 @@ class Checkpoint:
         `model` is what the message calls the wanted model. Raises ExportError that lists what is missing, what is too
         much and what has another shape or is no floating point tensor.
         """
-        names = {name: converted(self.part, name) if self.layout == "diffusers" else name for name in shapes}
-        wanted = {name: self._alias(stored) for name, stored in names.items()}
+        wanted = {name: self._alias(self._called(name)) for name in shapes}
         missing = [stored for stored in wanted.values() if stored not in self._stored]
         extra = [name for name in self._stored if name not in set(wanted.values()) and not self._tolerated(name)]
         misshaped = []
@@ -139,7 +156,8 @@ class Checkpoint:
         self._names, self._shapes = {name: self._stored[stored] for name, stored in wanted.items()}, shapes
 
     def read(self, name: str) -> Tensor:
-        """The tensor that `fit` knows as `name`: on the CPU, as stored, mapped from its file. KeyError for another."""
+        """The tensor that `fit` knows as `name`: on the CPU, as stored, mapped from its file, or as its
+        storage format means it. KeyError for another."""
         return self.tensors.read(self._names[name]).reshape(tuple(self._shapes[name]))
 
     def _by_bare_name(self) -> dict[str, str]:
@@ -158,6 +176,14 @@ class Checkpoint:
         stored = self._stored.get(name)
         return self.tensors.entries[stored] if stored is not None else None
 
+    def _called(self, name: str) -> str:
+        """A name of `tmd_ref` in the layout of this file."""
+        return name if self.layout == "original" else converted(self.part, name, self.layout)
+
+    def _called(self, name: str) -> str:
+        """A name of `tmd_ref` in the layout of this file."""
+        return name if self.layout == "original" else converted(self.part, name, self.layout)
+
     def _alias(self, name: str) -> str:
         other = next((other for other, first in _TWICE.items() if first == name), None)
         return other if other is not None and name not in self._stored and other in self._stored else name
@@ -169,7 +195,7 @@ class Checkpoint:
             name.endswith("_extra_state")
             or (entry is not None and entry.dtype == "int64")
             or name in _TWICE
-            or name == "spiece_model"
+            or name == TOKENIZER
         )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tmd_engines.errors import quote
 
-from .tensors import Entry
+from .mapped import Entry
 
 
 class Stranger(NamedTuple):
@@ -24,7 +24,10 @@ class Stranger(NamedTuple):
 
 
 _SPARSE = "its attention skips tokens, and with the dense attention of these graphs it shows noise"
-_ROUNDED = "take the file of the same model in float32, float16 or bfloat16; tmd-export rounds by itself"
+_ROUNDED = (
+    "this way to store weights is not known here; take the file of the same model in float32, float16, bfloat16, or in "
+    "a format that docs/wan.md lists"
+)
 
 STRANGERS = (
     Stranger(r"(^|\.)proj_l\.", "TurboDiffusion's sparse-linear attention (SLA)", _SPARSE),
@@ -43,17 +46,30 @@ STRANGERS = (
         "a LoRA",
         "it holds only differences to a model; give it as --lora, beside the --checkpoint of that model",
     ),
-    Stranger(r"(^|\.)(weight_scale_2|(input|weight)_global_scale)$", "a model quantised to NVFP4", _ROUNDED),
-    Stranger(r"^scaled_fp8$|\.(scale_weight|scale_input|comfy_quant)$", "a ComfyUI model in scaled fp8", _ROUNDED),
+    Stranger(
+        r"\.lokr_\w+$",
+        "a LoKr",
+        "it holds only differences to a model, as Kronecker products; merge it into that model first",
+    ),
+    Stranger(
+        r"\.hada_\w+$",
+        "a LoHa",
+        "it holds only differences to a model, as Hadamard products; merge it into that model first",
+    ),
+    Stranger(
+        r"^(first_stage_model|cond_stage_model|conditioner|text_encoders?|vae)\.",
+        "an all-in-one file",
+        "transformer, VAE and text encoder lie in it together; give each part as a file of its own",
+    ),
+    Stranger(r"(^|\.)(input|weight)_global_scale$", "a model quantised to NVFP4 as LightX2V does it", _ROUNDED),
     Stranger(r"(^|\.)int8_weight$", "a model with int8 linear layers", _ROUNDED),
 )
 
 _ROUNDED_TO = {
     "int8": "a model with int8 linear layers",
     "uint8": "a model quantised to NVFP4 or another packed type",
+    "uint32": "a model quantised to a packed type",
     "F4": "a model quantised to NVFP4",
-    "float8_e4m3fn": "a model in fp8",
-    "float8_e5m2": "a model in fp8",
 }
 
 IMAGE_CHANNELS = 36  # of latents, a mask and the latents of an image

@@ -6,6 +6,7 @@ from the folder of the model that it was made from. How files are found and reco
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
+from ..checkpoints.recognise import TOKENIZER as CARRIED
 from ..checkpoints.scheduler import Scheduler, read_scheduler
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
@@ -72,10 +74,12 @@ class WanSource(Wan21Source):
         """
         found = [find(Path(path), [Path(other) for other in paths if other != path]) for path in paths]
         self._found = found
-        self.origin = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
+        self._given = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
+        self.origin = self._given
         self._parts = _by_model(found)
+        self._carried: tempfile.TemporaryDirectory[str] | None = None
         self._roots = [one.path for one in found if one.path.is_dir()]
-        self.tokenizer = _tokenizer(found)
+        self.tokenizer = _tokenizer(found) or self._carried_tokenizer()
         self.fusion = None
         self._grids: TimeGrids | None = None
         self.wan = wan or (WAN_CONFIGS[model] if model else self._sizes())
@@ -87,6 +91,7 @@ class WanSource(Wan21Source):
         self._named = {_MODEL_OF_FILE[name]: one.path for one in found for name in one.named}
         here = {*self._parts, *self._named}
         self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in here)
+        self.origin = "; ".join([self._given, *self._stored_as()])
         self.notes = self._notes()
 
     @property
@@ -139,11 +144,12 @@ class WanSource(Wan21Source):
                         f"--checkpoint of their own, or choose other parts{possible}."
                     )
                 raise ExportError(
-                    f"{self.origin} has nothing to make {part} from: add a --checkpoint with "
+                    f"{self._given} has nothing to make {part} from: add a --checkpoint with "
                     f"{_WHERE_FROM[MODEL_OF[part]]}, or choose other parts{possible}."
                 )
         for which in dict.fromkeys(MODEL_OF[part] for part in parts):
             self._checkpoint(which)
+        self.origin = "; ".join([self._given, *self._stored_as()])
         if "text_encoder" in parts:
             self._check_text()
         if any(MODEL_OF[part] == "vae" for part in parts) and self.vae.z_dim != self.wan.out_channels:
@@ -172,8 +178,9 @@ class WanSource(Wan21Source):
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         models = dict.fromkeys(MODEL_OF[part] for part in parts)
-        files = [file for which in models for file in self._parts[which].files.files]
-        if "text_encoder" in parts and self.tokenizer is not None:
+        parts_of = [self._parts[which] for which in models]
+        files = [file for part in parts_of for file in (*part.files.files, *part.open().tensors.beside)]
+        if "text_encoder" in parts and self.tokenizer is not None and self._carried is None:
             files.append(self.tokenizer)
         found = {}
         for path in files:
@@ -194,6 +201,22 @@ class WanSource(Wan21Source):
         student: Any = on_meta(lambda: read_file(checkpoint.tensors.files[0], read_student))
         config: WanConfig = student.config
         return config
+
+    def _carried_tokenizer(self) -> Path | None:
+        """The tokenizer that the text encoder's file carries, written where it stays as long as this source."""
+        part = self._parts.get("text_encoder")
+        content = part.checkpoint.tokenizer() if part is not None and part.checkpoint is not None else None
+        if content is None:
+            return None
+        self._carried = tempfile.TemporaryDirectory(prefix="tmd-tokenizer-")
+        path = Path(self._carried.name) / CARRIED
+        path.write_bytes(content)
+        return path
+
+    def _stored_as(self) -> list[str]:
+        """How the weights that were opened so far are stored, where that is not as floating point."""
+        opened = [part.checkpoint for part in self._parts.values() if part.checkpoint is not None]
+        return [checkpoint.stored_as for checkpoint in opened if checkpoint.stored_as]
 
     def _checkpoint(self, which: str) -> Checkpoint:
         """The tensors of a model, complete and of the right sizes. Raises ExportError."""
@@ -240,8 +263,9 @@ class WanSource(Wan21Source):
     def _check_text(self) -> None:
         if self.tokenizer is None:
             raise ExportError(
-                f"{self.origin} has no tokenizer, which text_encoder needs: add a --checkpoint with "
-                "google/umt5-xxl/spiece.model (a tokenizer.json alone is not read), or choose other --parts."
+                f"{self._given} has no tokenizer, which text_encoder needs: add a --checkpoint with "
+                "google/umt5-xxl/spiece.model (a tokenizer.json alone is not read, nor the vocabulary in a GGUF file), "
+                "or choose other --parts."
             )
         words = read_file(self.tokenizer, lambda path: Tokenizer(path, self.wan.text_len)).vocab_size
         if self.text.dim != self.wan.text_dim or words > self.text.vocab_size:
@@ -258,6 +282,7 @@ class WanSource(Wan21Source):
 
     def _notes(self) -> tuple[str, ...]:
         notes = [note for one in self._found for note in one.notes]
+        notes += [f"{stored_as}." for stored_as in self._stored_as()]
         student = self._parts["student"].open() if "student" in self._parts else None
         wrapper = student.tensors.wrapper if student else None
         if student is not None and wrapper is not None:

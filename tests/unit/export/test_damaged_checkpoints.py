@@ -99,8 +99,6 @@ def test_formats_that_cannot_be_mapped_are_refused(transformer: State, tmp_path:
         for entry in archive.infolist():
             packed.writestr(entry.filename, archive.read(entry))
     assert "is compressed or too large" in refusal(lambda: small(tmp_path / "z.pth"))
-    (tmp_path / "model.gguf").touch()
-    assert "GGUF" in refusal(lambda: small(tmp_path / "model.gguf"))
     (tmp_path / "model.txt").touch()
     assert "is no file of weights" in refusal(lambda: small(tmp_path / "model.txt"))
 
@@ -177,3 +175,45 @@ def test_a_folder_with_nothing_known_says_what_belongs_there(tmp_path: Path, tra
     said = refusal(lambda: small(tmp_path))
     assert "has no student.safetensors" in said and "official Wan2.1 folder" in said
     assert "To use distilled.safetensors, give that file itself" in said
+
+
+def test_a_file_under_the_name_of_another_says_what_it_is(transformer: State, tmp_path: Path) -> None:
+    safetensors = saved(tmp_path / "right.safetensors", transformer).read_bytes()
+    pickled = saved(tmp_path / "right.pth", transformer).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5676070424\n"
+    for name, content, said in (
+        ("model.safetensors", b"GGUF\x03\x00\x00\x00", "is a GGUF file by its content"),
+        ("model.pth", b"GGUF\x03\x00\x00\x00", "give it the ending .gguf"),
+        ("model.safetensors", pickled, "is a PyTorch file by its content, and its name says otherwise"),
+        ("model.pth", safetensors, "give it the ending .safetensors"),
+        ("model.gguf", safetensors, "is a safetensors file by its content"),
+        ("model.safetensors", pointer, "is a git-lfs pointer: it says where the weights are"),
+        ("model.gguf", pointer, "Run git lfs pull in that folder"),
+        ("model.pth", b"\n<!DOCTYPE html><html>", "is a web page and no file of weights"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert said in refusal(partial(small, path))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"epoch": 3, "global_step": 12_000, "name": "rcm", "lr": 1e-5, "best": None},
+        {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}},
+        {"ema_decay": 0.99, "state_dict_of_the_critic": {"w": torch.ones(2)}},
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["state_dict", "ema_state_dict"])
+def test_numbers_and_text_beside_the_dictionary_of_weights_do_not_matter(
+    wrapper: str, beside: State, transformer: State, tmp_path: Path
+) -> None:
+    source = small(saved(tmp_path / "model.pt", {wrapper: transformer, **beside}))
+    assert torch.equal(source.tensor("student", "backbone.text_embedding.0.bias"), transformer["text_embedding.0.bias"])
+    assert source.notes == (f"of {tmp_path / 'model.pt'}, the weights under {wrapper!r} are taken.",)
+
+
+def test_averaged_weights_come_before_the_others(transformer: State, tmp_path: Path) -> None:
+    other = {name: weight + 1 for name, weight in transformer.items()}
+    source = small(saved(tmp_path / "model.pt", {"state_dict": other, "ema_state_dict": transformer, "epoch": 3}))
+    assert torch.equal(source.tensor("student", "backbone.text_embedding.0.bias"), transformer["text_embedding.0.bias"])
