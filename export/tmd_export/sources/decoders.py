@@ -54,7 +54,7 @@ class WithDecoder(Wrapped):
 
     def check(self, parts: tuple[str, ...]) -> None:
         super().check(_others(parts))
-        self.origin = f"{self._source.origin}; decoder {self._path.name}"  # which may have opened more by now
+        self.origin = f"{self._inner.origin}; decoder {self._path.name}"  # which may have opened more by now
         have = (_LATENTS, _TEMPORAL, _SPATIAL)
         latents = self.latents_entry()
         want = tuple(latents[name] for name in ("channels", "temporal_stride", "spatial_stride"))

@@ -14,9 +14,17 @@ class Wrapped(Source):
 
     def __init__(self, inner: Source) -> None:
         self._inner = inner
-        self.model, self.family, self.origin, self.sampler = inner.model, inner.family, inner.origin, inner.sampler
+        self.model, self.family, self.origin = inner.model, inner.family, inner.origin
         self.tokenizer, self.notes, self.trained = inner.tokenizer, inner.notes, inner.trained
-        self.parts, self.default_parts, self.sampler_note = inner.parts, inner.default_parts, inner.sampler_note
+        self.parts, self.default_parts = inner.parts, inner.default_parts
+
+    @property
+    def sampler(self) -> dict[str, Any] | None:  # type: ignore[override]  # read when it is needed: it may be refused
+        return self._inner.sampler
+
+    @property
+    def sampler_note(self) -> str | None:  # type: ignore[override]
+        return self._inner.sampler_note
 
     def model_entry(self) -> dict[str, Any]:
         return self._inner.model_entry()
