@@ -180,10 +180,6 @@ class Checkpoint:
         """A name of `tmd_ref` in the layout of this file."""
         return name if self.layout == "original" else converted(self.part, name, self.layout)
 
-    def _called(self, name: str) -> str:
-        """A name of `tmd_ref` in the layout of this file."""
-        return name if self.layout == "original" else converted(self.part, name, self.layout)
-
     def _alias(self, name: str) -> str:
         other = next((other for other, first in _TWICE.items() if first == name), None)
         return other if other is not None and name not in self._stored and other in self._stored else name

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.cpp_tools import Twin, engine_options, onnxruntime_library, program, twin
 from tests.helpers.processes import with_default_signals
-from tmd_engines.device import unfinished
+from tmd_engines import unfinished
 from tmd_runtime.built_in import BUILT_IN
 
 ENGINES = ["onnxruntime", "openvino"]
