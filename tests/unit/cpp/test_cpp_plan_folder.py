@@ -209,6 +209,22 @@ def test_what_is_no_folder_of_plans_is_told(tmp_path: Path) -> None:
             assert "has schema_version" in answer["error"] and "build the plans again" in answer["error"]
 
 
+def _set(place: tuple[str | int, ...], value: Any, document: Any) -> None:
+    for step in place[:-1]:
+        document = document[step]
+    document[place[-1]] = value
+
+
+def _drop(place: tuple[str | int, ...], document: Any) -> None:
+    for step in place[:-1]:
+        document = document[step]
+    del document[place[-1]]
+
+
+def _append(value: Any, document: Any) -> None:
+    document["plans"].append(value)
+
+
 def changes() -> list[Callable[[dict[str, Any]], Any]]:
     """What can be wrong with an entry, or with the document around it."""
     values: tuple[Any, ...] = (
@@ -232,14 +248,13 @@ def changes() -> list[Callable[[dict[str, Any]], Any]]:
     hashes = ("0" * 63, "0" * 65, "A" * 64, "g" * 64)
     made: list[Callable[[dict[str, Any]], Any]] = []
     for field in ("file", "size", "sha256", "key", "figures"):
-        made += [lambda d, f=field, v=v: d["plans"][0].update({f: v}) for v in values]
-        made.append(lambda d, f=field: d["plans"][0].pop(f))
-    made += [lambda d, v=v: d["plans"][0].update(file=v) for v in names]
-    made += [lambda d, v=v: d["plans"][0].update(sha256=v) for v in hashes]
-    made += [lambda d, v=v: d["plans"][0]["figures"].update(scratch=v) for v in values]
-    made += [lambda d, v=v: d["plans"][0]["key"].update(graph=v) for v in values]
-    made += [lambda d, v=v: d.update(plans=v) for v in values]
-    made += [lambda d, v=v: d["plans"].append(v) for v in values]
+        made += [partial(_set, ("plans", 0, field), value) for value in values]
+        made.append(partial(_drop, ("plans", 0, field)))
+    made += [partial(_set, ("plans", 0, "file"), name) for name in names]
+    made += [partial(_set, ("plans", 0, "sha256"), digits) for digits in hashes]
+    for place in (("plans", 0, "figures", "scratch"), ("plans", 0, "key", "graph"), ("plans",)):
+        made += [partial(_set, place, value) for value in values]
+    made += [partial(_append, value) for value in values]
     return made
 
 
