@@ -43,7 +43,7 @@ _NUMPY: Mapping[torch.dtype, Any] = {
 
 
 class Rounding(Protocol):
-    """How a value is quantized: for good (`_Stored`), or behind a switch (`observe.Switches`)."""
+    """How a value is quantized: for good (`_Stored`), or in another manner."""
 
     format: Format
 
@@ -61,13 +61,15 @@ def quantize(
     ranges: Mapping[str, float],
     products: str,
     kept: frozenset[str] = frozenset(),
+    dtype: torch.dtype | None = None,
 ) -> QuantizedWeights:
     """Quantizes the products of `model`, as `trace` gives it, in place; returns what to write as its weights.
 
     `ranges`: largest absolute value of every activation, by the names of `Layer.operands`. `products`: see
-    `layers.find`. `kept`: layers that stay as they are. Raises ExportError if a range is missing.
+    `layers.find`. `kept`: layers that stay as they are. `dtype`: that of the products (None: as in a bundle).
+    Raises ExportError if a range is missing.
     """
-    rounding = _Stored(model.graph, weights, FORMATS[precision], DTYPES[precision])
+    rounding = _Stored(model.graph, weights, FORMATS[precision], dtype or DTYPES[precision])
     layers = find(model, products, rounding.format.attention)
     rewrite(model.graph, [layer for layer in layers if layer.name not in kept], ranges, rounding)
     return QuantizedWeights(weights, rounding.formats)

@@ -1,0 +1,36 @@
+"""Sessions of ONNX Runtime that measure: weights are read from their files when they are used, and nothing is fused
+that would change what the graph says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmd_engines.onnxruntime.lowering import attention_to_multi_head_attention
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def open_session(model: ir.Model, folder: Path) -> Any:
+    """`model`, with data files in `folder`, as a session. The memory that it takes does not grow with the model."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    proto = ir.to_proto(model)
+    attention_to_multi_head_attention(proto)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    for key, value in (
+        ("model_external_initializers_file_folder_path", str(folder)),
+        ("disable_prepacking", "1"),  # which copies every weight
+        ("disable_quant_qdq", "1"),  # the fusion of Q/DQ does not know fp8
+        ("intra_op.allow_spinning", "0"),  # threads that wait take processor time from each other
+    ):
+        options.add_session_config_entry(f"session.{key}", value)
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
