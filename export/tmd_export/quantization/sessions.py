@@ -1,5 +1,4 @@
-"""Sessions of ONNX Runtime that measure: node by node as the graph says, with weights read from their files when they are
-used."""
+"""Sessions of ONNX Runtime that measure: node by node as the graph says, with weights read when they are used."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_session(model: ir.Model, folder: Path) -> Any:
-    """`model`, with data files in `folder`, as a session. The memory that it takes does not grow with the model."""
+    """`model`, with data files in `folder`, as a session that neither copies nor packs its weights."""
     import onnx_ir as ir
     import onnxruntime
 
