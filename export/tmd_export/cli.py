@@ -218,8 +218,7 @@ The bundle appears under its name only when it is complete.""",
 @click.option(
     "--keep-no-layers",
     is_flag=True,
-    help="For int8, fp8 and nvfp4: quantize every layer, without the slow measurement of which ones should stay in "
-    "more bits.",
+    help="For int8, fp8 and nvfp4: quantize every layer, without measuring which ones should stay in more bits.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.helpers import synthetic
 from tests.helpers.synthetic import DIM, GRAPHS, GraphBuilder, manifest_without_files, tokenizer_bytes, write_graph
 from tmd_engines import BundleWriter
+from tmd_engines.bundle.float4 import BLOCK_SCALES
 
 QUANTIZED = ("backbone", "flow_head")
 _TYPES = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
@@ -56,7 +57,8 @@ def _linear4(g: GraphBuilder, x: str, weight: np.ndarray, out: str) -> None:
     content = (packed[:, 0] | packed[:, 1] << 4).astype(np.uint8).tobytes()
     g.weights.append(TensorProto(name=name, data_type=TensorProto.FLOAT4E2M1, dims=weight.shape, raw_data=content))
     one = _constant(g, TensorProto.FLOAT, 2.0**-6)
-    wide = g.op("DequantizeLinear", _constant(g, TensorProto.FLOAT8E4M3FN, exact), one, out=f"{out}.wide")
+    g.weights.append(numpy_helper.from_array(scales, f"{name}{BLOCK_SCALES}"))
+    wide = g.op("DequantizeLinear", g.weights[-1].name, one, out=f"{out}.wide")
     narrow = g.op("Cast", wide, to=TensorProto.BFLOAT16, out=f"{out}.narrow")
     matrix = g.op("DequantizeLinear", name, narrow, axis=0, block_size=16, out=f"{out}.matrix")
 

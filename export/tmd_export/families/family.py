@@ -61,7 +61,7 @@ class ExportFamily(ABC):
     missing_parts: str = "give another --checkpoint that has them"
     exact: str
     products: str
-    small_patches: tuple[int, int, int] = (2, 10, 10)
+    small_patches: tuple[int, int, int] = (2, 6, 6)
     any_size: bool = False
 
     @abstractmethod

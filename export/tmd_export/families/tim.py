@@ -35,7 +35,7 @@ class _Tim(ExportFamily):
     exact = r"(t|delta|x)_embedder|final_layer"
     products = r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q|proj)|mlp\.(fc1_g|fc1_x|fc2))|sides\.\d+\.kv"
 
-    small_patches = (1, 16, 16)
+    small_patches = (1, 8, 8)
 
     def samplings(self, sampler: Any) -> list[tuple[int, int]]:
         """A few, from the shortest run to a long one: a step may have any length."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .family import Builder
 
 
+MAX_STEPS = 6  # to calibrate on, of a model for any number of them: they go from noise to data as its 50 do
+
+
 class Wan21(ExportFamily):
     """Of the models of Wan2.1's architecture. Whether a checkpoint has an inner flow, its tensors say."""
 
@@ -86,8 +89,8 @@ class _Wan(Wan21):
         return {**sampler, "grid": on_grid(sampler["rule"], grid)}
 
     def samplings(self, sampler: Any) -> list[tuple[int, int]]:
-        """Every number of steps that the model is made for; of one for any number its default."""
-        return [(steps, 1) for steps in sampler.allowed_steps or (sampler.steps,)]
+        """Every number of steps that the model is made for; of one for any number its default, or fewer."""
+        return [(steps, 1) for steps in sampler.allowed_steps or (min(sampler.steps, MAX_STEPS),)]
 
     def builders(self) -> dict[str, Builder]:
         from ..graphs.wan import backbone, flow_head

@@ -36,11 +36,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs at one size, and what the reference makes of them."""
+    """Inputs at one size, and what the reference makes of them: `calls` calls, one behind the other along the batch."""
 
     sizes: Mapping[str, int]
     inputs: Arrays
     expected: Arrays
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = Fals
                     scaled = max(scaled, error / max(1.0, math.sqrt(float(np.square(expected, dtype=float).mean()))))
                     squares[0] += float(np.square(found - expected, dtype=float).sum())
                     squares[1] += float(np.square(expected, dtype=float).sum())
-                cosine = min(cosine, _cosine(found, expected))
+                pairs = zip(np.split(found, case.calls), np.split(expected, case.calls), strict=True)
+                cosine = min(cosine, *(_cosine(one, other) for one, other in pairs))
     precision = bundle.graph_info(name).precision
     scope = "" if precision == "fp32" else f"values rounded to {precision}"
     relative = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0

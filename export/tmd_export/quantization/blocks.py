@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tmd_engines.bundle.float4 import BLOCK, BLOCK_SCALES, FLOAT4, FLOAT8
 
-from ..errors import ExportError
 from . import nvfp4
 from .format import Form, Format
 from .layers import Layer
@@ -51,16 +50,6 @@ class Blocks(Format):
         """See `Format.activation`."""
         scale = constant(graph, f"{name}.input{TENSOR_SCALE}", _scalar(nvfp4.tensor_scale(largest)))
         return _rounded(graph, value, scale, f"{name}.input", before, dtype)
-
-    def weight(self, graph: ir.Graph, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        """See `Format.weight`. Its blocks go along K."""
-        if value.const_value is None:
-            raise ExportError(f"{name} has no values: its range cannot be found.")
-        largest = float(np.abs(value.const_value.numpy()).max())
-        scale = constant(graph, f"{name}{TENSOR_SCALE}", _scalar(nvfp4.tensor_scale(largest)))
-        columns = add("Transpose", [value], f"{name}.columns", before, perm=[1, 0])
-        rounded = _rounded(graph, columns, scale, name, before, torch.float32)
-        return add("Transpose", [rounded], f"{name}.rounded", before, perm=[1, 0])
 
     def parts(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, Form]:
         """See `Format.parts`."""

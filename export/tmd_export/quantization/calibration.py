@@ -15,6 +15,7 @@ from ..errors import ExportError
 from ..sources.source import Source
 
 FILE = "calibration.json"
+FORMAT: Literal["tmd-calibration-2"] = "tmd-calibration-2"
 MAX_BYTES = 16 << 20
 QUANTIZABLE = ("backbone", "flow_head")
 
@@ -26,9 +27,10 @@ class _Part(BaseModel):
 
 
 class Sensitivity(_Part):
-    """Relative L2 errors of a graph's result: with every layer quantized, with all but `kept`, with one layer alone.
+    """Relative L2 errors of a graph's result: with every layer quantized, with all but `kept`, and each layer's part.
 
-    `layers` is empty where it was not measured. `kept` are the layers that stay in high precision.
+    The squares of the parts add up to that of `everything`. `layers` is empty where they were not measured. `kept` are
+    the layers that stay in high precision.
     """
 
     everything: Size
@@ -44,7 +46,7 @@ class Calibration(_Part):
     graph. The rest says what was run: `prompts`, latent `(frames, height, width)`, pairs of steps and inner steps.
     """
 
-    format: Literal["tmd-calibration-1"]
+    format: Literal["tmd-calibration-2"]
     checkpoint: dict[str, str]
     prompts: tuple[str, ...]
     latents: tuple[int, int, int]
@@ -64,9 +66,12 @@ def read_calibration(path: Path) -> Calibration:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
+        problem = f"{place}: {first['msg']}"
+        if place == "format" and isinstance(first["input"], str):
+            problem = f"its format is {first['input']}, and {FORMAT} is read"
         raise ExportError(
-            f"{path} is no calibration of this version of tmd-export: {place}: {first['msg']}. Leave --calibration out "
-            "to calibrate anew."
+            f"{path} is no calibration of this version of tmd-export: {problem}. Make a new one: run the same "
+            "tmd-export command without --calibration."
         ) from None
 
 

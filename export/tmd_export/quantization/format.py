@@ -54,10 +54,6 @@ class Format(ABC):
         """`value`, an activation in `dtype`, rounded with `largest` as the largest value there is."""
 
     @abstractmethod
-    def weight(self, graph: ir.Graph, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        """`value`, a weight `[K, N]` in float32, rounded while the graph runs: for measurements, not for bundles."""
-
-    @abstractmethod
     def parts(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, Form]:
         """What a weight `[K, N]` of a graph in `dtype` is written as: ending of a name -> shape and type."""
 

@@ -39,7 +39,7 @@ _ROWS, _COLUMNS = [0, 2, 1, 3], [0, 2, 3, 1]  # [B, S, heads, D] -> [B, heads, S
 
 
 class Rounding(Protocol):
-    """How a value is quantized: for good (`_Stored`), or behind a switch (`observe.Switches`)."""
+    """How a value is quantized: for good (`_Stored`), or in another manner."""
 
     def activation(self, value: ir.Value, name: str, largest: float, before: ir.Node, format: Format) -> ir.Value:
         """`value`, rounded with `largest` as the largest value there is. `name` is that of its range."""
@@ -55,15 +55,19 @@ def quantize(
     ranges: Mapping[str, float],
     products: str,
     kept: frozenset[str] = frozenset(),
+    exact: frozenset[str] = frozenset(),
+    dtype: torch.dtype | None = None,
 ) -> QuantizedWeights:
     """Quantizes the products of `model`, as `trace` gives it, in place; returns what to write as its weights.
 
     `ranges`: largest absolute value of every activation, by the names of `Layer.operands`. `products`: see
-    `layers.find`. `kept`: layers that stay out of the format. Raises ExportError if a range is missing.
+    `layers.find`. `kept`: layers that stay out of the format, `exact` those that stay as they are. `dtype`: that of the
+    products (None: as in a bundle). Raises ExportError if a range is missing.
     """
     asked = FORMATS[precision]
-    rounding = _Stored(model.graph, weights, DTYPES[precision])
-    chosen = [(layer, asked.of(layer, layer.name in kept)) for layer in find(model, products, asked.attention)]
+    rounding = _Stored(model.graph, weights, dtype or DTYPES[precision])
+    layers = [layer for layer in find(model, products, asked.attention) if layer.name not in exact]
+    chosen = [(layer, asked.of(layer, layer.name in kept)) for layer in layers]
     rewrite(model.graph, [(layer, format) for layer, format in chosen if format], ranges, rounding)
     model.ir_version = max(model.ir_version, *(format.ir_version for _, format in chosen if format), 0)
     return QuantizedWeights(weights, rounding.formats)

@@ -22,24 +22,25 @@ from ..graphs import accuracy
 from ..parts import UPDATE
 from ..sources.source import Source
 from ..weights.weights import Weights
-from .calibration import FILE, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
+from .calibration import FILE, FORMAT, QUANTIZABLE, Calibration, Sensitivity, check_identity, identity
+from .contributions import Contributions
 from .formats import FORMATS
-from .observe import Arrays, Observed, Switched
+from .observe import Arrays, Observed
+from .passes import Pass, stacked
 from .prompts import default_prompts
 from .qdq import quantize
-from .samplings import Condition, Samplings
+from .rounded import Rounded
+from .samplings import Condition, Samplings, few
 from .sensitivity import measure
 from .weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MAX_TABLE_BYTES = 1 << 30  # of weights in float32; above it, layers are measured one by one only if some must be kept
+LARGE_BYTES = 1 << 30  # of a graph's weights in float32; above it, few passes are run, and a table only if it is needed
 KEPT_STEPS = 8  # of a long sampling, about so many passes are kept to compare with
 SCRATCH = "float32"
 SEED, HELD_OUT_SEED = 0, 1 << 31  # the first of the noise to calibrate on, and of the noise to compare on
-
-Pass = tuple[Arrays, Arrays]
 
 
 class Quantizer:
@@ -66,6 +67,7 @@ class Quantizer:
         self._precisions = {part: each for part, each in precisions.items() if each in FORMATS and part in QUANTIZABLE}
         self._identity = identity(source)
         self._given = given if isinstance(given, Calibration) else None
+        self._built_in_prompts = given is None or isinstance(given, Calibration)
         own = default_prompts(source.model in built_in())
         self._prompts = own if given is None or isinstance(given, Calibration) else tuple(given)
         if self._given:
@@ -78,6 +80,7 @@ class Quantizer:
                 "not among the parts: add it, or give --calibration FILE.json of an earlier export and --no-verify."
             )
         self.calibration: Calibration | None = None
+        self._large, self._usual_steps = False, 0
         self._passes: dict[str, dict[int, list[Pass]]] = {}  # graph -> steps -> passes on prompts held out
 
     @property
@@ -98,6 +101,7 @@ class Quantizer:
         scratch.mkdir()
         try:
             bundle = self._in_float32(scratch, tell)
+            self._large = any(_weight_bytes(bundle, part) > LARGE_BYTES for part in QUANTIZABLE)
             with ExitStack() as opened:
                 graphs = {part: Observed(bundle, part, self._family.products) for part in QUANTIZABLE}
                 for graph in graphs.values():
@@ -123,10 +127,13 @@ class Quantizer:
     def measure(self, bundle: Bundle, part: str) -> accuracy.Accuracy:
         """The written graph `part` against float32, on every pass of samplings of prompts held out, worst case."""
         found = []
-        specs = bundle.graph_info(part).inputs
+        info = bundle.graph_info(part)
         for steps, passes in self._passes[part].items():
-            cases = [accuracy.Case(_sizes(specs, given), given, expected) for given, expected in passes]
-            found.append((steps, len(cases), accuracy.measure(bundle, part, cases, as_stored=True)))
+            cases = [
+                accuracy.Case(_sizes(info.inputs, given), given, expected, calls)
+                for given, expected, calls in stacked(info.inputs, info.outputs, passes)
+            ]
+            found.append((steps, len(passes), accuracy.measure(bundle, part, cases, as_stored=True)))
         by_steps = ", ".join(f"{steps}: {each.relative_l2:.4f}" for steps, _, each in found)
         total = sum(count for _, count, _ in found)
         worst = min((each for *_, each in found), key=lambda each: each.cosine)
@@ -170,33 +177,41 @@ class Quantizer:
                     graph(others)
 
             graph.watch = more
-        runs = list(itertools.product(self._conditions(samplings, self._prompts, SEED), samplings.counts))
+        counts = few(samplings.counts) if self._large else samplings.counts
+        prompts = self._prompts[: len(counts)] if self._large and self._built_in_prompts else self._prompts
+        conditions = self._conditions(samplings, prompts, SEED)
+        runs = _in_turn(conditions, counts) if self._large else list(itertools.product(conditions, counts))
         for done, (condition, count) in enumerate(runs):
             tell("calibrate", done, len(runs))
             samplings.run(condition, SEED + done, *count)
         return Calibration(
-            format="tmd-calibration-1",
+            format=FORMAT,
             checkpoint=self._identity,
-            prompts=self._prompts if self._encodes else (),
+            prompts=prompts if self._encodes else (),
             latents=samplings.latents,
-            steps=tuple(samplings.counts),
+            steps=tuple(counts),
             ranges={part: dict(graph.ranges) for part, graph in graphs.items()},
             sensitivity={},
         )
 
     def _hold_out(self, samplings: Samplings, graphs: Mapping[str, Observed]) -> None:
         """Keeps passes of samplings of other prompts from other noise, with every number of steps and the default inner
-        one."""
+        one; of a large model with the fewest steps and its default ones, each on a prompt of its own."""
         conditions = self._conditions(
             samplings, default_prompts(self._source.model in built_in(), held_out=True), HELD_OUT_SEED
         )
-        inner = samplings.default_steps[1]
-        self._passes = {part: {} for part in QUANTIZABLE}
-        for steps in sorted({steps for steps, _ in samplings.counts}):
+        known, inner = sorted({steps for steps, _ in samplings.counts}), samplings.default_steps[1]
+        self._usual_steps = samplings.usual_steps
+        if self._large:
+            known = sorted({known[0], self._usual_steps})
+            runs = list(zip(range(len(known)), itertools.cycle(conditions), known, strict=False))
+        else:
+            runs = [(number, each, steps) for steps in known for number, each in enumerate(conditions)]
+        self._passes = {part: {steps: [] for steps in known} for part in QUANTIZABLE}
+        for number, condition, steps in runs:
             for part, graph in graphs.items():
-                graph.watch = self._keeper(graph, self._passes[part].setdefault(steps, []), steps)
-            for number, condition in enumerate(conditions):
-                samplings.run(condition, HELD_OUT_SEED + number, steps, inner)
+                graph.watch = self._keeper(graph, self._passes[part][steps], steps)
+            samplings.run(condition, HELD_OUT_SEED + number, steps, inner)
 
     def _keeper(self, graph: Observed, passes: list[Pass], steps: int) -> Callable[[Arrays, Arrays], None]:
         """Adds what a graph is compared on to `passes`."""
@@ -208,19 +223,37 @@ class Quantizer:
             for given in (inputs, *family.beside(graph.graph, inputs)):
                 compared = family.compared(graph.graph, given)
                 found = outputs if compared is inputs else graph(compared)
-                passes.append((_copied(compared), _copied(found)))
+                passes.append(Pass(_copied(compared), _copied(found)))
 
         return keep
 
     def _measure_layers(
         self, bundle: Bundle, part: str, precision: str, calibration: Calibration, tell: Tell
     ) -> Sensitivity:
-        path = bundle.graph_path(part)
-        switched = Switched(path, precision, calibration.ranges[part], self._family.products)
-        small = path.with_name(f"{path.name}.data").stat().st_size <= MAX_TABLE_BYTES
-        passes = self._passes[part][self._document["sampler"]["steps"]]
-        each, budget = small if self._keep_layers else None, FORMATS[precision].budget
-        return measure(switched, switched.layers, passes, each, lambda *done: tell("calibrate", *done), budget)
+        tell("calibrate")
+        info = bundle.graph_info(part)
+        rounded = Rounded(bundle.graph_path(part), precision, calibration.ranges[part], self._family.products)
+        together = stacked(info.inputs, info.outputs, self._passes[part][self._usual_steps])
+        passes = [(given, expected) for given, expected, _ in together]
+        table = (lambda: Contributions(rounded)(passes)) if self._keep_layers else None
+        try:
+            return measure(rounded, passes, table, not self._large, goal=FORMATS[precision].budget)
+        finally:
+            rounded.close()
+
+
+def _in_turn(
+    conditions: Sequence[Condition], counts: Sequence[tuple[int, int]]
+) -> list[tuple[Condition, tuple[int, int]]]:
+    """Every condition and every count at least once, and not each with each."""
+    most = max(len(conditions), len(counts))
+    return [(conditions[k % len(conditions)], counts[k % len(counts)]) for k in range(most)]
+
+
+def _weight_bytes(bundle: Bundle, part: str) -> int:
+    path = bundle.graph_path(part)
+    data = path.with_name(f"{path.name}.data")
+    return data.stat().st_size if data.exists() else 0
 
 
 def _copied(arrays: Arrays) -> Arrays:

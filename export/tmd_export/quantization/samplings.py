@@ -26,6 +26,9 @@ from ..families import ExportFamily
 MAX_TOKENS = 256  # of latents to calibrate on; larger default ones are replaced by the `small_patches` of the family
 
 
+FEW_STEPS = 6  # at most, of the samplings that a large model is calibrated on
+
+
 class Condition(NamedTuple):
     """What one run is conditioned on: embeddings float32 `[1, text, E]` and, with guidance, those of the negative
     prompt; or the number of a class, int64 `[1]`, and that of none."""
@@ -49,6 +52,12 @@ class Samplings:
         """Steps and inner steps of a run by default."""
         sampler = self._manifest.sampler
         return sampler.steps, self._manifest.family.inner_steps(sampler) or 1
+
+    @property
+    def usual_steps(self) -> int:
+        """The number of steps by default, or the nearest below it that there are samplings with."""
+        known = {steps for steps, _ in self.counts}
+        return max((steps for steps in known if steps <= self.default_steps[0]), default=min(known))
 
     def conditions(self, prompts: Sequence[str], encodes: Bundle | None, seed: int) -> list[Condition]:
         """One for each of `prompts`. `encodes`: the bundle of the text encoder; None: noise from `seed`, or classes.
@@ -98,6 +107,15 @@ class Samplings:
                     raise ExportError(f"the prompt {prompt!r} cannot be calibrated on: {error}") from error
                 found.append(Condition(*read.same_length(*embeds)))
         return found
+
+
+def few(counts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of `counts` that a large model is calibrated on: the longest of at most `FEW_STEPS`, and the shortest.
+
+    The longest goes through most times, also those of the shorter ones; the shortest has the longest steps.
+    """
+    ranked = sorted(counts, key=prod)
+    return list(dict.fromkeys(([count for count in ranked if count[0] <= FEW_STEPS] or ranked[:1])[-1:] + ranked[:1]))
 
 
 def latent_size(manifest: Manifest, family: ExportFamily) -> tuple[int, int, int]:

@@ -46,22 +46,6 @@ class Scaled(Format):
         quantized = add("QuantizeLinear", [value, scale, zero], f"{name}.input_quantized", before)
         return add("DequantizeLinear", [quantized, scale, zero], f"{name}.input", before)
 
-    def weight(self, graph: ir.Graph, value: ir.Value, name: str, before: ir.Node) -> ir.Value:
-        """See `Format.weight`."""
-        import onnx_ir as ir
-
-        size = add("Abs", [value], f"{name}.abs", before)
-        largest = add(
-            "ReduceMax", [size, constant(graph, "scaled.rows", np.array([0]))], f"{name}.max", before, keepdims=0
-        )
-        end = constant(graph, "scaled.largest", np.asarray(self.largest, np.float32))
-        exact = add("Div", [largest, end], f"{name}.exact_scale", before)
-        least = constant(graph, "scaled.least", np.asarray(_LEAST_SCALE, np.float32))
-        scale = add("Max", [exact, least], f"{name}.scale", before)
-        kind = int(ir.DataType[self.onnx])
-        narrow = add("QuantizeLinear", [value, scale], f"{name}.narrow", before, axis=1, output_dtype=kind)
-        return add("DequantizeLinear", [narrow, scale], f"{name}.rounded", before, axis=1)
-
     def parts(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, Form]:
         """See `Format.parts`. Scales have the type of the products, so that what is dequantized needs no cast."""
         return {VALUES: (shape, self.dtype), SCALES: (shape[1:], dtype)}

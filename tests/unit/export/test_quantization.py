@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from tmd_export import ExportError
 from tmd_export.families.build import build
 from tmd_export.families.tmd import TMD
 from tmd_export.graphs import rules as lint
-from tmd_export.quantization import nvfp4, qdq, sensitivity
+from tmd_export.quantization import nvfp4, qdq
 from tmd_export.quantization.calibration import FILE, read_calibration
 from tmd_export.quantization.formats import FP8, INT8
-from tmd_export.quantization.observe import Observed, Switched
+from tmd_export.quantization.observe import Observed
 from tmd_export.quantization.prompts import default_prompts, read_prompts
 from tmd_export.quantization.qdq import quantize
+from tmd_export.quantization.rounded import Rounded
 from tmd_export.quantization.scaled import SCALES, VALUES
 from tmd_export.quantization.weights import QuantizedWeights
 
@@ -226,14 +228,17 @@ def test_a_graph_with_all_layers_rounded_is_what_torch_computes(
     path = small_export().bundle.graph_path("backbone")
     observed = Observed(small_export().bundle, "backbone", TMD.products)
     exact = observed(arrays)["features"]
-    switched = Switched(path, precision, observed.ranges, TMD.products)
-    if precision == "nvfp4":  # what is not in it is in fp8
-        fp8 = Switched(path, "fp8", observed.ranges, TMD.products)
-        assert np.abs(switched(arrays, ())["features"] - fp8(arrays, fp8.layers)["features"]).max() < 1e-5
-        assert set(switched.layers) == {name for name in fp8.layers if not name.endswith(".attention")}
-    else:
-        assert np.abs(switched(arrays, ())["features"] - exact).max() < 1e-5
-    found = switched(arrays, switched.layers)["features"]
+    with (
+        closing(Rounded(path, precision, observed.ranges, TMD.products)) as rounded,
+        closing(Rounded(path, "fp8", observed.ranges, TMD.products)) as fp8,
+    ):
+        kept = rounded(arrays, rounded.layers)["features"]
+        if precision == "nvfp4":  # what is not in it is in fp8
+            assert np.abs(kept - fp8(arrays)["features"]).max() < 1e-5
+            assert set(rounded.layers) == {name for name in fp8.layers if not name.endswith(".attention")}
+        else:
+            assert np.abs(kept - exact).max() < 1e-5
+        found = rounded(arrays)["features"]
     in_torch(precision, observed.ranges, graph.module, monkeypatch)
     with torch.no_grad():
         expected = graph.module(*inputs.values())[0].numpy()
@@ -251,8 +256,8 @@ def test_heads_filled_up_with_zeros_compute_the_same(monkeypatch: pytest.MonkeyP
     results = []
     for unit in (16, 24):  # heads of this model have 16 values
         monkeypatch.setattr(qdq, "_HEAD_UNIT", unit)
-        switched = Switched(path, "fp8", observed.ranges, TMD.products)
-        results.append(switched(inputs, switched.layers)["features"])
+        with closing(Rounded(path, "fp8", observed.ranges, TMD.products)) as rounded:
+            results.append(rounded(inputs)["features"])
     assert WAN.head_dim == 16 and np.abs(results[0] - results[1]).max() < 1e-6
 
 
@@ -272,27 +277,6 @@ def test_ranges_are_those_of_the_layers_inputs() -> None:
     found = {name: value for name, value in observed.ranges.items() if ".attention." not in name}
     assert len(found) == LINEARS + FUSION
     assert found == pytest.approx({name: largest[name] for name in found}, rel=1e-4)
-
-
-# Which layers stay.
-
-
-def test_the_worst_layers_are_kept_until_the_rest_is_good_enough() -> None:
-    errors = {"a": 0.03, "b": 0.3, "c": 0.04, "d": 0.1}
-    expected = {"y": np.eye(4, dtype=np.float32)}
-
-    def compute(_: Any, chosen: Collection[str]) -> dict[str, np.ndarray]:
-        return {"y": expected["y"] * np.array([1 + errors[name] * (name in chosen) for name in errors], np.float32)}
-
-    found = sensitivity.measure(compute, list(errors), [({}, expected)], each=True)
-    assert found.layers == pytest.approx({name: error / 2 for name, error in errors.items()}, rel=1e-3)
-    assert found.kept == ("b", "d")  # without b alone, sqrt(0.03² + 0.04² + 0.1²) / 2 = 0.056 would be left
-    assert found.everything > sensitivity.GOAL >= found.chosen
-    unmeasured = sensitivity.measure(compute, ["a"], [({}, expected)], each=False)
-    assert not unmeasured.layers and not unmeasured.kept
-    unmeasured = sensitivity.measure(compute, list(errors), [({}, expected)], each=None)
-    assert not unmeasured.layers and not unmeasured.kept
-    assert unmeasured.chosen == found.everything > sensitivity.GOAL
 
 
 # Calibrations as files.
@@ -320,7 +304,7 @@ def test_a_calibration_of_other_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda document: document.update(format="tmd-calibration-9"), "format"),
+        (lambda document: document.update(format="tmd-calibration-9"), "its format is tmd-calibration-9"),
         (lambda document: document["ranges"]["backbone"].update(x=-1.0), r"ranges\.backbone\.x"),
         (lambda document: document.update(more=1), "more"),
         (lambda document: document.pop("checkpoint"), "checkpoint"),
@@ -332,6 +316,13 @@ def test_a_damaged_calibration_is_refused(change: Callable[[Any], None], said: s
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(document))
     with pytest.raises(ExportError, match=f"no calibration of this version of tmd-export: {said}"):
+        read_calibration(path)
+
+
+def test_a_calibration_of_an_earlier_version_is_refused_with_what_makes_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text('{"format": "tmd-calibration-1"}')
+    with pytest.raises(ExportError, match=r"tmd-calibration-1.*tmd-calibration-2.*without --calibration"):
         read_calibration(path)
 
 

@@ -15,7 +15,7 @@ from tmd_engines import load
 from tmd_export.families.tmd import TMD
 from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.quantization.observe import Observed
-from tmd_export.quantization.samplings import Samplings
+from tmd_export.quantization.samplings import Samplings, few
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_a_sampling_is_a_run_of_the_runtime(samplings: tuple[Samplings, dict[str
     found = runs.run(condition, 7, 2, 4)
     assert calls == ["backbone", *["flow_head"] * 4] * 2
     with tmd_runtime.load(small_export().bundle, "onnxruntime") as pipeline:
-        size: dict[str, Any] = {"frames": 3, "size": (40, 40)}
+        size: dict[str, Any] = {"frames": 3, "size": (24, 24)}
         expected = pipeline.denoise(condition.prompt, seed=7, steps=2, inner_steps=4, **size)
-    assert found.shape == expected.shape == (1, 16, *runs.latents) == (1, 16, 2, 20, 20)
+    assert found.shape == expected.shape == (1, 16, *runs.latents) == (1, 16, 2, 12, 12)
     assert np.abs(found - expected).max() < 1e-4 and found.std() > 0.1
 
 
@@ -49,6 +49,16 @@ def test_samplings_have_every_number_of_steps_that_a_model_is_made_for(
     few, any_number = ({"steps": 4, "allowed_steps": allowed} for allowed in ((1, 2), None))
     assert WAN_FAMILY.samplings(SimpleNamespace(**few)) == [(1, 1), (2, 1)]
     assert WAN_FAMILY.samplings(SimpleNamespace(**any_number)) == [(4, 1)]
+    assert WAN_FAMILY.samplings(SimpleNamespace(steps=50, allowed_steps=None)) == [(6, 1)]
+
+
+def test_large_models_have_the_longest_short_sampling_and_the_shortest(
+    samplings: tuple[Samplings, dict[str, Observed]],
+) -> None:
+    assert few(samplings[0].counts) == [(4, 4), (1, 1)]
+    assert few([(1, 1), (4, 1), (8, 1), (16, 1)]) == [(4, 1), (1, 1)]
+    assert few([(50, 1)]) == [(50, 1)] and few([(3, 1)]) == [(3, 1)]
+    assert samplings[0].usual_steps == 2
 
 
 def test_prompts_become_the_features_that_a_run_makes_of_them() -> None:

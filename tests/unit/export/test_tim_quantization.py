@@ -39,7 +39,7 @@ def test_the_products_of_the_blocks_are_quantized_and_no_others(quantized: Expor
     assert set(found.sensitivity["int8"]["backbone"].layers) == {"sides.0.kv"}
     attentions = {"blocks.0.attn.attention", "blocks.0.cross_attn.attention"}
     assert set(found.sensitivity["fp8"]["flow_head"].layers) == {f"blocks.0.{name}" for name in BLOCK} | attentions
-    assert found.steps == ((1, 1), (4, 1), (8, 1), (16, 1)) and found.latents == (1, 16, 16)
+    assert found.steps == ((1, 1), (4, 1), (8, 1), (16, 1)) and found.latents == (1, 8, 8)
     rounded = [graph for graph in quantized.graphs if graph.precision != "fp32"]
     assert [graph.name for graph in rounded] == list(PARTS)
     assert all(graph.accuracy and 0.99 < graph.accuracy.cosine < 0.99999 for graph in rounded)
@@ -93,9 +93,9 @@ def test_calibration_watches_a_run_and_the_jumps_that_end_one_early(
     ("family", "patch", "frames", "side", "size"),
     [
         (TIM, 2, 1, 64, (1, 8, 8)),
-        (TIM, 2, 1, 1024, (1, 32, 32)),
-        (TIM, 1, 1, 1024, (1, 16, 16)),
-        (TMD, 2, 81, 832, (2, 20, 20)),
+        (TIM, 2, 1, 1024, (1, 16, 16)),
+        (TIM, 1, 1, 1024, (1, 8, 8)),
+        (TMD, 2, 81, 832, (2, 12, 12)),
     ],
 )
 def test_large_pictures_are_calibrated_on_small_ones(
