@@ -19,8 +19,12 @@ def lines() -> Iterator[str]:
     queue: SimpleQueue[str] = SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
-            queue.put(line)
+        rest = b""
+        # Not sys.stdin, whose lock a thread would hold when the interpreter ends.
+        while piece := os.read(0, 1 << 16):
+            *whole, rest = (rest + piece).split(b"\n")
+            for line in whole:
+                queue.put(line.decode() + "\n")
         os._exit(1)
 
     threading.Thread(target=read, name="stdin", daemon=True).start()
@@ -32,7 +36,8 @@ def follow() -> None:
     """From now on, the end of stdin ends this process as SIGTERM does, so that it can clean up."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1 << 16):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="stdin", daemon=True).start()

@@ -76,6 +76,7 @@ def generated(bundle: Bundle, out: Path) -> np.ndarray:
     return load_latents(latents, bundle.manifest).latents
 
 
+@pytest.mark.slow
 def test_gguf_and_scaled_fp8_give_the_frames_of_the_weights_that_they_mean(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = {

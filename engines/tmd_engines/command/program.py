@@ -5,6 +5,7 @@ What is not here: what a command does, and which of its errors are whose fault.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def verdict(message: str, code: int) -> tuple[str, int]:
 
 def sweep(name: str, places: Iterable[Path], quiet: bool = False) -> None:
     """Removes what programs that were killed have left unfinished in these folders, and says so."""
-    for place in sorted(place for place in set(places) if place.is_dir()):
+    for place in sorted(place for place in set(places) if os.path.isdir(place)):
         removed = unfinished.sweep(place)
         if removed and not quiet:
             names = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")

@@ -46,7 +46,9 @@ class WithDecoder(Wrapped):
         """Raises ExportError if `path` cannot be read, is no decoder that is known here, or is one of other latents."""
         super().__init__(source)
         self._path = Path(path)
-        self.default_parts = tuple(p for p in VIDEO_PARTS if p in source.default_parts or MODEL_OF[p] == "vae")
+        decoders = {part for part in VIDEO_PARTS if MODEL_OF[part] == "vae"}
+        self.parts = tuple(part for part in VIDEO_PARTS if part in {*source.parts, *decoders})
+        self.default_parts = tuple(part for part in VIDEO_PARTS if part in {*source.default_parts, *decoders})
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")

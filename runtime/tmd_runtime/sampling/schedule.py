@@ -81,8 +81,8 @@ def _warped_grid(steps: int, shift: float, step: float, first: float) -> NDArray
     return np.array([first, *warped, 0.0], np.float32).astype(np.float64)
 
 
-GRIDS = {"wan": wan_grid, "diffusers-unipc": unipc_grid, "diffusers-euler": euler_grid}
-"""`sampler.grid` of a manifest -> (steps, shift) -> times, noise to data."""
+GRIDS = {"diffusers-unipc": unipc_grid, "diffusers-euler": euler_grid}
+"""`sampler.grid` of a manifest, where it is not Wan's own -> (steps, shift) -> times, noise to data."""
 
 
 def told_time(t: float, rounding: str) -> float:

@@ -17,7 +17,7 @@ from ..settings import MAX_STEPS, Settings
 from .backbone import BoundBackbone
 from .calls import Call, Calls, Draws, Launches
 from .family import Denoised, LatentShape, RuntimeFamily, check_guidance, choose, common_settings, refuse_jumps
-from .schedule import GRIDS, told_time
+from .schedule import GRIDS, told_time, wan_grid
 from .update import Updater
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _times(sampler: Any, steps: int, shift: float | None) -> tuple[float, ...]:
         raise UsageFailure(f"a shift of {shift:g} is out of range: choose 1 to 1000 (default {sampler.shift:g}).")
     if sampler.times is not None:
         return (*sampler.times[:steps], 0.0)
-    return tuple(map(float, GRIDS[sampler.grid](steps, sampler.shift if shift is None else shift)))
+    return tuple(map(float, GRIDS.get(sampler.grid, wan_grid)(steps, sampler.shift if shift is None else shift)))
 
 
 def _guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]]:

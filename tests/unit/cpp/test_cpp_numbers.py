@@ -46,7 +46,7 @@ def test_rope_refuses_the_same_grids() -> None:
 def test_time_grids() -> None:
     for steps in (1, 2, 3, 4, 7, 50, 1000):
         for shift in (1.0, 3.0, 5.0, 12.5):
-            for name, grid in GRIDS.items():
+            for name, grid in {"wan": wan_grid, **GRIDS}.items():
                 assert twin().ask("make_grid", name=name, steps=steps, shift=shift)["ok"] == grid(steps, shift).tolist()
             answer = twin().ask("grid", steps=steps, shift=shift, t_max=0.999)
             try:

@@ -250,7 +250,8 @@ def test_a_wrapped_source_answers_every_question_with_what_is_inside() -> None:
     questions = {name for name, value in vars(Source).items() if callable(value) and not name.startswith("_")}
     assert len(questions) > 9 and questions <= set(vars(Wrapped))
     facts = {name: getattr(wrapped, name) for name in Source.__annotations__}
-    assert facts == {name: getattr(small_source(), name) for name in facts} and set(facts) <= set(vars(wrapped))
+    assert facts == {name: getattr(small_source(), name) for name in facts}
+    assert set(facts) <= {*vars(wrapped), *vars(Wrapped)}
 
 
 def test_a_transition_model_takes_names_of_its_released_file(tmp_path: Path) -> None:

@@ -277,7 +277,12 @@ def test_the_command_line_carries_classes_pictures_and_previews(run: Callable[..
         ("text", ("--prompt", "x", "--preview", "p.jpg"), 2, "the ending '.jpg' is unknown"),
         ("text", ("--prompt", "x", "--strength", 0.5), 2, "--init-latents and --strength go together"),
         ("text", ("--prompt", "x", "--init-latents", "no.safetensors", "--strength", 0.5), 1, "does not exist"),
-        ("text", ("--prompt", "x", "--init-latents", "clip.safetensors", "--strength", 0.5), 2, "this run makes"),
+        (
+            "text",
+            ("--prompt", "x", "--init-latents", "clip.safetensors", "--strength", 0.5),
+            1,
+            "holds the latents of a video",
+        ),
         ("classes", ("--prompt", "x"), 2, "choose a class, 0 to 4"),
         ("classes", ("--prompt", "x", "--class", 1), 2, "two beginnings of a run"),
         ("classes", ("--class", 9), 2, "there is no class 9"),

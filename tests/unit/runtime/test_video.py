@@ -211,7 +211,7 @@ def test_an_unwritable_folder_is_found_before_the_run(
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tmd_engines.device.unfinished.begin", denied)
+    monkeypatch.setattr("tmd_engines.unfinished.begin", denied)
     with pytest.raises(RuntimeFailure, match=r"cannot write .*: permission denied. Choose another place"):
         check_target(tmp_path / name)
 

@@ -1,6 +1,6 @@
 // A folder of our own for the files that an engine reads by their names: what lies in it nobody else exchanges.
 //
-// It has a name and a lock as everything that is in the making (tmd_engines.device.unfinished). The lock ends with its
+// It has a name and a lock as everything that is in the making (tmd_engines.unfinished). The lock ends with its
 // process, so what a killed one left behind is told from what another uses, and the next process removes it.
 #pragma once
 
