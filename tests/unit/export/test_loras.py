@@ -306,7 +306,7 @@ def test_a_calibration_belongs_to_the_merged_weights(checkpoint: Path, tmp_path:
 
 
 def _calibration(path: Path, checkpoint: dict[str, str]) -> Path:
-    entries = {"format": "tmd-calibration-1", "checkpoint": checkpoint, "prompts": [], "latents": [1, 1, 1]}
+    entries = {"format": "tmd-calibration-2", "checkpoint": checkpoint, "prompts": [], "latents": [1, 1, 1]}
     path.write_text(json.dumps({**entries, "steps": [[1, 1]], "ranges": {}, "sensitivity": {}}))
     return path
 
