@@ -26,8 +26,15 @@ class VelocityHead(nn.Module):
     def forward(self, x: Tensor, t: Tensor, features: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x `[B, 16, T, H, W]` gives only its shape; t `[B]` in 0..1; features `[B, N, D]` and context `[B, S, D]` of
         `Backbone`, rope tables `[N, head_dim/2]`. Returns the velocity `[B, 16, T, H, W]`."""
+        times = embed_time(time_sinusoid(t, self.config.freq_dim), self.time_embedding, self.time_projection)
+        return self.velocity(x, times, features, context, cos, sin)
+
+    def velocity(
+        self, x: Tensor, times: tuple[Tensor, Tensor], features: Tensor, context: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """What `forward` computes once the time is embedded: `times` are e `[B, D]` and e0 `[B, 6, D]`."""
         operands = rotary_operands(cos, sin, x.shape[0])
-        e, e0 = embed_time(time_sinusoid(t, self.config.freq_dim), self.time_embedding, self.time_projection)
+        e, e0 = times
         h, context = features, cast_for(self.blocks[0].get_submodule("cross_attn"), context)
         for block in self.blocks:
             h = block(h, e0, context, operands)
@@ -43,16 +50,22 @@ class SplitWan(nn.Module):
     parameters under a second name.
     """
 
+    parts: tuple[type[Backbone], type[VelocityHead]] = Backbone, VelocityHead
+
     def __init__(self, wan: WanTransformer, head_blocks: int) -> None:
         """Takes over modules of `wan`, also on the meta device. Raises ValueError if a part would have no block."""
         super().__init__()
         check_head_blocks(wan.config, head_blocks)
         self.config, self.head_blocks = wan.config, head_blocks
-        self.backbone = Backbone(wan, head_blocks)
-        self.head = VelocityHead(wan, head_blocks)
+        backbone, head = self.parts
+        self.backbone, self.head = backbone(wan, head_blocks), head(wan, head_blocks)
+
+    def rope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rope tables for latents of this size, on their device."""
+        return rope_tables(*token_grid(x, self.config.patch_size), self.config.head_dim, x.device)
 
     def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As `WanTransformer.forward`."""
-        cos, sin = rope or rope_tables(*token_grid(x, self.config.patch_size), self.config.head_dim, x.device)
+        cos, sin = rope or self.rope(x)
         features, context = self.backbone(x, t, prompt_embeds, cos, sin)
         return self.head(x, t, features, context, cos, sin)

@@ -195,10 +195,16 @@ class WanTransformer(nn.Module):
         `rope`: tables from `rope_tables`, computed here when None. Returns `[B, 16, T, H, W]`.
         Raises ValueError for odd H or W.
         """
+        return self.velocity(x, self.embed_time(t), prompt_embeds, rope)
+
+    def velocity(
+        self, x: Tensor, times: tuple[Tensor, Tensor], prompt_embeds: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """What `forward` computes once the time is embedded: `times` are e and e0 of `embed_time`."""
         grid = token_grid(x, self.config.patch_size)
         cos, sin = rope or rope_tables(*grid, self.config.head_dim, x.device)
         operands = rotary_operands(cos, sin, x.shape[0])
-        e, e0 = self.embed_time(t)
+        e, e0 = times
         context = self.embed_text(prompt_embeds)
         x = self.patchify(x)
         for block in self.blocks:

@@ -17,6 +17,8 @@ TRANSFORMER: Table = (
     (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
     (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
     (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^delta_embedding\.0\.", "condition_embedder.delta_embedder.linear_1."),  # of flow maps
+    (r"^delta_embedding\.2\.", "condition_embedder.delta_embedder.linear_2."),
     (r"^time_projection\.1\.", "condition_embedder.time_proj."),
     (r"^head\.modulation$", "scale_shift_table"),
     (r"^head\.head\.", "proj_out."),
