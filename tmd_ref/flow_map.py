@@ -39,8 +39,9 @@ class FlowMapWan(WanTransformer):
         super().__init__(config)
         self.gate = gate
         dim = config.dim
-        self.delta_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        for layer in (self.delta_embedding[0], self.delta_embedding[2]):
+        layers = nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        self.delta_embedding = nn.Sequential(*layers)
+        for layer in (layers[0], layers[2]):
             nn.init.normal_(layer.weight, std=0.02)
 
     def forward(  # type: ignore[override]  # it is told one time more

@@ -120,9 +120,7 @@ class Backbone(nn.Module):
         _, e0 = embed_time(time_sinusoid(t, self.config.freq_dim), self.time_embedding, self.time_projection)
         return self.features(x, e0, prompt_embeds, cos, sin)
 
-    def features(
-        self, x: Tensor, e0: Tensor, prompt_embeds: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def features(self, x: Tensor, e0: Tensor, prompt_embeds: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` computes once the time is embedded: e0 `[B, 6, D]`."""
         operands = rotary_operands(cos, sin, x.shape[0])
         context = self.text_embedding(cast_for(self.text_embedding, prompt_embeds))

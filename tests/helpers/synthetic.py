@@ -112,13 +112,16 @@ def _add_time(g: GraphBuilder, x: str, time: str) -> str:
     return g.op("Add", x, g.op("Sin", embedded))
 
 
-def backbone() -> GraphBuilder:
+def backbone(flow_map: bool = False) -> GraphBuilder:
+    """With `flow_map`, told the time to go to as well."""
     g = GraphBuilder("backbone")
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     prompt = g.input("prompt_embeds", ["batch", "text", TEXT_DIM])
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
     tokens, _ = _patchify(g, x)
     tokens = _add_time(g, tokens, t)
+    if flow_map:
+        tokens = _add_time(g, tokens, g.input("r", ["batch"]))
     query = _rope(g, g.op("MatMul", tokens, g.weight(DIM, DIM)), cos, sin)
     key = _rope(g, g.op("MatMul", tokens, g.weight(DIM, DIM)), cos, sin)
     tokens = g.op("Add", tokens, g.attention(query, key, g.op("MatMul", tokens, g.weight(DIM, DIM))))
@@ -152,8 +155,9 @@ def flow_head() -> GraphBuilder:
     return g
 
 
-def velocity_head() -> GraphBuilder:
-    """The second graph of family "wan": the velocity straight from the features; of x it uses the shape."""
+def velocity_head(flow_map: bool = False) -> GraphBuilder:
+    """The second graph of families "wan" and "anyflow": the velocity straight from the features; of x it uses the
+    shape."""
     g = GraphBuilder("flow_head")
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     features = g.input("features", ["batch", "tokens", DIM])
@@ -161,6 +165,8 @@ def velocity_head() -> GraphBuilder:
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
     _, grid = _patchify(g, x)
     tokens = _add_time(g, features, t)
+    if flow_map:
+        tokens = _add_time(g, tokens, g.input("r", ["batch"]))
     rotated = _rope(g, tokens, cos, sin)
     tokens = g.op("Add", tokens, g.attention(rotated, rotated, tokens))
     tokens = g.op("Add", tokens, g.attention(tokens, context, context))
@@ -307,14 +313,23 @@ def velocity_sampler(**changes: object) -> dict:
     }
 
 
+def flow_map_sampler(**changes: object) -> dict:
+    """A `sampler` for family "anyflow"."""
+    return {"rule": "euler", "steps": 3, "shift": 5.0, "guidance": 1.0, "negative_prompt": None, **changes}
+
+
+def _is_flow_map(sampler: dict | None) -> bool:
+    return sampler is not None and "time_rounding" not in sampler
+
+
 def manifest_without_files(graphs: dict, sampler: dict | None = None) -> dict:
     """The manifest of the synthetic model around the given graph entries, as `BundleWriter.commit` takes it.
 
-    With a `sampler` (see `velocity_sampler`) it is of family "wan".
+    With a `sampler` it is of family "wan" (see `velocity_sampler`) or "anyflow" (`flow_map_sampler`).
     """
     document = _student_manifest(graphs)
     if sampler is not None:
-        document["model"]["family"] = "wan"
+        document["model"]["family"] = "anyflow" if _is_flow_map(sampler) else "wan"
         del document["model"]["fusion"]
         document["sampler"] = sampler
     return document
@@ -368,12 +383,17 @@ def _student_manifest(graphs: dict) -> dict:
 def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None) -> Path:
     """Writes a complete, valid bundle under the new folder `folder` with the named graphs; returns its path.
 
-    With a `sampler` (see `velocity_sampler`) it is of family "wan".
+    With a `sampler` it is of another family, see `manifest_without_files`.
     """
     from tmd_engines import BundleWriter
 
+    flow_map = _is_flow_map(sampler)
     with BundleWriter(folder) as writer:
-        builders = {**globals(), "flow_head": flow_head if sampler is None else velocity_head}
+        builders = {
+            **globals(),
+            "backbone": lambda: backbone(flow_map),
+            "flow_head": flow_head if sampler is None else lambda: velocity_head(flow_map),
+        }
         entries = {name: write_graph(writer.folder, builders[name]()) for name in graphs}
         (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
         return writer.commit(manifest_without_files(entries, sampler)).folder

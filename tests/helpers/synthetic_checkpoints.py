@@ -39,7 +39,7 @@ RELATIVES = [
         "TurboDiffusion's sparse-linear attention (SLA)",
     ),
     ("blocks.0.to_gate_compress.weight", _SQUARE, "FastWan's video sparse attention (VSA)"),
-    ("condition_embedder.delta_embedder.linear_1.weight", _SQUARE, "AnyFlow"),
+    ("far_patch_embedding.weight", _SQUARE, "AnyFlow-FAR"),
     ("img_emb.proj.0.weight", _SQUARE, "an image-to-video model"),
     ("blocks.0.cross_attn.k_img.weight", _SQUARE, "an image-to-video model"),
     ("condition_embedder.image_embedder.norm1.weight", _SQUARE, "an image-to-video model"),

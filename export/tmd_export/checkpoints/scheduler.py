@@ -23,11 +23,13 @@ _CHOOSE = "Choose how to sample it with --preset."
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Update `rule` and `shift` (None: the configuration has none) of the class `called`."""
+    """Update `rule` and `shift` (None: the configuration has none) of the class `called`, and whether it is for flow
+    maps, which are told two times."""
 
     called: str
     rule: str
     shift: float | None
+    flow_map: bool = False
 
     def __str__(self) -> str:
         return self.called + ("" if self.shift is None else f", shift {self.shift:g}")
@@ -41,7 +43,10 @@ class _Class:
     rule: str
     shift: str
     must: Mapping[str, Any]
+    flow_map: bool = False
 
+
+_FLOW_MAP = _Class("euler", "shift", {"num_train_timesteps": 1000}, flow_map=True)
 
 # diffusers 0.42, schedulers/scheduling_{unipc_multistep,flow_match_euler_discrete}.py: the defaults that Wan relies on.
 _CLASSES = {
@@ -74,6 +79,8 @@ _CLASSES = {
             "use_beta_sigmas": False,
         },
     ),
+    "FlowMapEulerDiscreteScheduler": _FLOW_MAP,
+    "FlowMapDiscreteScheduler": _FLOW_MAP,  # its name in NVlabs/AnyFlow, whose folders were published first
 }
 
 
@@ -98,7 +105,7 @@ def read_scheduler(folder: Path) -> Scheduler | None:
     shift = config.get(known.shift)
     if shift is not None and (type(shift) not in (int, float) or not 1 <= shift <= 1000):
         raise ExportError(f"{path} sets {known.shift} to {quote(shift)}: a shift is 1 to 1000. {_CHOOSE}")
-    return Scheduler(str(called), known.rule, None if shift is None else float(shift))
+    return Scheduler(str(called), known.rule, None if shift is None else float(shift), known.flow_map)
 
 
 def _same(value: Any, wanted: Any) -> bool:

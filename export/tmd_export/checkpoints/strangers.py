@@ -32,7 +32,7 @@ _ROUNDED = (
 STRANGERS = (
     Stranger(r"(^|\.)proj_l\.", "TurboDiffusion's sparse-linear attention (SLA)", _SPARSE),
     Stranger(r"\.to_gate_compress\.", "FastWan's video sparse attention (VSA)", f"{_SPARSE}. FastWan-QAD is dense"),
-    Stranger(r"(^|\.)delta_embedder\.", "AnyFlow", "it is told two times at once, and these graphs tell one"),
+    Stranger(r"^far_patch_embedding\.", "AnyFlow-FAR", "it goes chunk by chunk; take the AnyFlow that does not (T2V)"),
     Stranger(r"^vace_", "VACE", "it edits videos and needs one as input; take the text-to-video model"),
     Stranger(
         r"^img_emb\.|\.image_embedder\.|\.(k_img|v_img|norm_k_img|add_k_proj|add_v_proj|norm_added_k)\.",

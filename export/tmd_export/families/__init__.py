@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ExportError
 from ..presets import Preset
+from .anyflow import ANYFLOW
 from .family import GRIDS, ExportFamily, Request
 from .tim import TIM
 from .tmd import TMD
@@ -21,7 +22,7 @@ from .wan import WAN
 if TYPE_CHECKING:
     from ..sources.source import Source
 
-FAMILIES: dict[str, ExportFamily] = {family.name: family for family in (TMD, WAN, TIM)}
+FAMILIES: dict[str, ExportFamily] = {family.name: family for family in (TMD, WAN, ANYFLOW, TIM)}
 """`model.family` of a manifest -> the family. A new one is added here, or put in by a program of its own."""
 
 __all__ = [

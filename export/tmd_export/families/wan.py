@@ -21,14 +21,15 @@ MAX_STEPS = 6  # to calibrate on, of a model for any number of them: they go fro
 class Wan21(ExportFamily):
     """Of the models of Wan2.1's architecture. Whether a checkpoint has an inner flow, its tensors say."""
 
-    models = ("tiny", "wan1.3b", "wan14b")
-    built_in = ("tiny",)
+    models: tuple[str, ...] = ("tiny", "wan1.3b", "wan14b")
+    built_in: tuple[str, ...] = ("tiny",)
     videos = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}  # noqa: RUF012
     # Wan itself computes its time embedding and its output layer in float32.
-    exact = r"(time|interval)_(embedding|projection)|patch_embedding|head\.head"
+    exact = r"(time|interval|delta)_(embedding|projection)|patch_embedding|head\.head"
     products = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"
     any_size = True
     fusion: str | None  # of random weights
+    flow_map = False  # likewise
 
     def open(self, request: Request) -> Source:
         from ..sources.decoders import WithDecoder
@@ -37,6 +38,7 @@ class Wan21(ExportFamily):
         return source if request.decoder is None else WithDecoder(source, request.decoder)
 
     def _open(self, request: Request) -> Source:
+        from tmd_ref.flow_map import GATE
         from tmd_ref.wan import WAN_CONFIGS
 
         from ..sources.folder import FolderSource
@@ -57,7 +59,7 @@ class Wan21(ExportFamily):
         if request.seed is not None:
             if paths:
                 raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
-            return RandomSource(model, request.seed, fusion=self.fusion)
+            return RandomSource(model, request.seed, fusion=self.fusion, gate=GATE if self.flow_map else None)
         if len(paths) == 1 and (paths[0] / FILE_OF["student"]).is_file():
             source = FolderSource(paths[0], model)
             check_architecture(source.wan, WAN_CONFIGS[model], model, paths[0])

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tmd_ref.split import SplitWan
 from tmd_ref.student import TMDStudent
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
-from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
+from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 from ..parts import VIDEO_PARTS
 from .random_weights import random_tensor
@@ -34,9 +33,11 @@ class RandomSource(Wan21Source):
         fusion: str | None = "gated",
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
+        gate: float | None = None,
     ) -> None:
-        """`model` is one of those of Wan2.1, or any name if all sizes are given. `fusion` None: without inner flow."""
-        self.model, self.seed, self.fusion = model, seed, fusion
+        """`model` is one of those of Wan2.1, or any name if all sizes are given. `fusion` None: without inner flow;
+        then `gate` makes a flow map."""
+        self.model, self.seed, self.fusion, self.gate = model, seed, fusion, gate
         self.origin = f"random weights, seed {seed}"
         self.wan = wan or WAN_CONFIGS[model]
         self.head_blocks = head_blocks or HEAD_BLOCKS[model]
@@ -72,5 +73,5 @@ class RandomSource(Wan21Source):
 
     def _student(self) -> nn.Module:
         if self.fusion is None:
-            return SplitWan(WanTransformer(self.wan), self.head_blocks)
+            return self.without_flow()
         return TMDStudent(self.wan, self.head_blocks, self.fusion)

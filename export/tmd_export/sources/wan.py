@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from tmd_engines.bundle.files import sha256_hex
 from tmd_ref.checkpoint import read_config
-from tmd_ref.split import SplitWan
 from tmd_ref.student import TimeGrids, TMDStudent, read_student
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
-from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
+from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
@@ -32,11 +31,12 @@ from ..checkpoints.recognise import TOKENIZER as CARRIED
 from ..checkpoints.scheduler import Scheduler, read_scheduler
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
+from ..presets.anyflow import scheduled_flow_map
 from ..presets.tmd import student_sampler
 from ..presets.wan import scheduled_sampler
 from .source import on_meta, read_file
 from .wan21 import HEAD_BLOCKS, Wan21Source, check_architecture, vae_name
-from .wan_sizes import check_config, known_name, read_sizes
+from .wan_sizes import check_config, known_name, read_gate, read_sizes
 
 # What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
 _MODEL_OF_FILE = {"transformer": "student", "student": "student", "vae": "vae", "text_encoder": "text_encoder"}
@@ -117,7 +117,17 @@ class WanSource(Wan21Source):
         if self._grids is not None:
             return student_sampler(self._grids)
         scheduler = self._scheduler
-        return None if scheduler is None else scheduled_sampler(scheduler.rule, scheduler.shift)
+        if scheduler is None:
+            return None
+        if scheduler.flow_map != (self.gate is not None):
+            told = "one time" if self.gate is None else "two times"
+            raise ExportError(
+                f"{self._given} is sampled by {scheduler.called}, and its transformer is told {told}: they do not "
+                "belong together. Copy the checkpoint again, or choose how to sample it with --preset."
+            )
+        if scheduler.flow_map:
+            return scheduled_flow_map(scheduler.shift)
+        return scheduled_sampler(scheduler.rule, scheduler.shift)
 
     @property
     def sampler_note(self) -> str | None:  # type: ignore[override]
@@ -163,7 +173,7 @@ class WanSource(Wan21Source):
             path = self._parts[which].files.files[0]
             return on_meta(lambda: read_file(path, read_student))
         makers: dict[str, Any] = {
-            "student": lambda: SplitWan(WanTransformer(self.wan), self.head_blocks),
+            "student": self.without_flow,
             "vae": lambda: WanVAE(self.vae),
             "text_encoder": lambda: UMT5Encoder(self.text),
         }
@@ -252,6 +262,7 @@ class WanSource(Wan21Source):
                     f"choose {f'--model {known[0]}' if known else 'another checkpoint'}, or leave --model out."
                 )
             check_config(checkpoint, self.wan)
+            self.gate = read_gate(checkpoint)
         self._checkpoint("student")
 
     def _own_config(self, which: str, kind: type) -> Any:

@@ -7,9 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from tmd_ref.flow_map import FlowMapWan, SplitFlowMap
+from tmd_ref.split import SplitWan
 from tmd_ref.text import EOS_ID, PAD_ID
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAEConfig
-from tmd_ref.wan import WanConfig
+from tmd_ref.wan import WanConfig, WanTransformer
 
 from ..checkpoints.names import converted, uncut
 from ..errors import ExportError
@@ -21,16 +25,26 @@ HEAD_BLOCKS = {"tiny": 2, "wan1.3b": 5, "wan14b": 5}  # of students with random 
 class Wan21Source(Source):
     """A transformer with the sizes `wan`, whose last `head_blocks` blocks are in the flow head.
 
-    `fusion` is how the flow head of a student takes in the features; None: there is no inner flow.
+    `fusion` is how the flow head of a student takes in the features; None: there is no inner flow. `gate` is the share
+    of the second time in a flow map (`tmd_ref.flow_map`); None: it is told one time.
     """
 
     wan: WanConfig
     head_blocks: int
     fusion: str | None
+    gate: float | None = None
 
     @property
-    def family(self) -> str:  # type: ignore[override]  # it follows from the fusion
+    def family(self) -> str:  # type: ignore[override]  # it follows from the network
+        if self.gate is not None:
+            return "anyflow"
         return "wan" if self.fusion is None else "tmd"
+
+    def without_flow(self) -> nn.Module:
+        """The transformer without inner flow, cut in two."""
+        if self.gate is not None:
+            return SplitFlowMap(FlowMapWan(self.wan, self.gate), self.head_blocks)
+        return SplitWan(WanTransformer(self.wan), self.head_blocks)
 
     @property
     def vae(self) -> WanVAEConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
+from tmd_ref.flow_map import GATE
 from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 from ..checkpoints import Checkpoint
@@ -93,6 +94,24 @@ def check_config(checkpoint: Checkpoint, wan: WanConfig) -> None:
                 f"{path} says that {name} is {quote(stated[name])}, and the weights beside it are of a model with "
                 f"{quote(size(wan))}: they do not belong together. Copy both again from one place."
             )
+
+
+def read_gate(checkpoint: Checkpoint) -> float | None:
+    """How much the second time counts in a flow map (`tmd_ref.flow_map`), which tensors do not tell: as config.json
+    says, else as in all of AnyFlow. None for a transformer that is told one time. Raises ExportError for a flow map
+    that is told something else than the time to go to."""
+    if not checkpoint.shape("delta_embedding.0.weight"):
+        return None
+    path, stated = _config(checkpoint)
+    gate, second = stated.get("gate_value", GATE), stated.get("deltatime_type", "r")
+    if type(gate) not in (int, float) or not 0 < gate < 1:
+        raise ExportError(f"{path} says that gate_value is {quote(gate)}: it is a share. Copy it again.")
+    if second != "r":
+        raise ExportError(
+            f"{path} says that deltatime_type is {quote(second)}: only 'r', the time to go to, is computed here. This "
+            "checkpoint cannot be exported."
+        )
+    return float(gate)
 
 
 def known_name(wan: WanConfig) -> str:

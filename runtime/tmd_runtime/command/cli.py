@@ -108,13 +108,13 @@ A file appears under its name only when it is complete.""",
     "--schedule",
     type=Schedule(),
     metavar="T,T,...",
-    help="Times of a Transition Model in the place of --steps, falling from 1 to 0.",
+    help="Times of a Transition Model or flow map in the place of --steps, falling from 1 to 0.",
 )
 @click.option(
     "--deadline",
     type=Number(0, 86400),
     metavar="SECONDS",
-    help="Time for the steps of a Transition Model: takes as many as fit, at most --steps, and jumps to the end.",
+    help="Time for the steps of a Transition Model or flow map: as many as fit, at most --steps.",
 )
 @click.option(
     "--rho",

@@ -1,6 +1,7 @@
 """From noise to latents: the settings and the loop of every family, and the noise, grids and tables that they share.
 
-One module per family (`tmd`, `wan`, and `tim` with `tim_settings`); nothing else in the runtime knows one by its name.
+One module per family (`tmd`, `wan`, `anyflow`, and `tim` with `tim_settings`); nothing else in the runtime knows one by
+its name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RuntimeFailure, UsageFailure
 from ..settings import Wishes, check_types
+from .anyflow import ANYFLOW
 from .family import Denoised, Loop, RuntimeFamily
 from .tim import TIM
 from .tmd import TMD
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..settings import MoreWishes, Settings
 
-SAMPLING: dict[str, RuntimeFamily] = {family.name: family for family in (TMD, WAN, TIM)}
+SAMPLING: dict[str, RuntimeFamily] = {family.name: family for family in (TMD, WAN, ANYFLOW, TIM)}
 """`model.family` of a manifest -> how the runtime samples it. A program may add a family of its own."""
 
 __all__ = ["SAMPLING", "Denoised", "Loop", "RuntimeFamily", "family_of", "resolve_settings"]

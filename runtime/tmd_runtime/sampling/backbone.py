@@ -1,4 +1,4 @@
-"""The graph `backbone` of a model that runs it once per step (tmd, wan), and the buffers that its graphs share."""
+"""The graph `backbone` of a model that runs it once per step, and the buffers that its graphs share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,30 @@ if TYPE_CHECKING:
 class BoundBackbone:
     """The backbone tied to buffers for latents of `latent_shape` and prompts of `text_tokens` tokens.
 
-    `step` runs it on `x`, `t` and `prompt_embeds`. `outputs` (features, context) and `rope` are for the flow head;
-    `dims` are the sizes behind the symbols of all graphs.
+    `step` runs it on `x`, `times` (`t`, and whatever else `told` names) and `prompt_embeds`. `outputs` (features,
+    context) and `rope` are for the flow head; `dims` are the sizes behind the symbols of all graphs.
     """
 
-    def __init__(self, backbone: Engine, manifest: Manifest, latent_shape: LatentShape, text_tokens: int) -> None:
+    def __init__(
+        self,
+        backbone: Engine,
+        manifest: Manifest,
+        latent_shape: LatentShape,
+        text_tokens: int,
+        told: tuple[str, ...] = ("t",),
+    ) -> None:
         batch, _, frames, height, width = latent_shape
         pt, ph, pw = manifest.model.patch_size
         grid = (frames // pt, height // ph, width // pw)
         self.dims = {"batch": batch, "frames": frames, "height": height, "width": width}
         self.dims |= {"tokens": grid[0] * grid[1] * grid[2], "text": text_tokens}
-        self.x, self.t, self.prompt_embeds = (backbone.empty(name, **self.dims) for name in ("x", "t", "prompt_embeds"))
+        self.x, self.prompt_embeds = (backbone.empty(name, **self.dims) for name in ("x", "prompt_embeds"))
+        self.times = {name: backbone.empty(name, **self.dims) for name in told}
+        self.t = self.times["t"]
         self.rope = {name: backbone.empty(name, **self.dims) for name in ("rope_cos", "rope_sin")}
         for buffer, table in zip(self.rope.values(), rope_tables(*grid, manifest.model.head_dim), strict=True):
             buffer[...] = table
         self.outputs = {name: backbone.empty(name, **self.dims) for name in ("features", "context")}
         self.features = self.outputs["features"]
-        inputs = {"x": self.x, "t": self.t, "prompt_embeds": self.prompt_embeds, **self.rope}
+        inputs = {"x": self.x, **self.times, "prompt_embeds": self.prompt_embeds, **self.rope}
         self.step = backbone.bind(inputs, self.outputs)

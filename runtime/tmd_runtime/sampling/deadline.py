@@ -1,4 +1,5 @@
-"""Which steps a Transition Model takes when the time is limited: as many as fit, and the last one jumps to 0."""
+"""Which steps a model takes that jumps from any time to any earlier one, when the time is limited: as many as fit, and
+the last one goes to 0."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    Clock = Callable[[], float]
 
 _SHORTEST = 1e-6  # seconds; nothing is faster, whatever a clock says
 
@@ -22,6 +25,22 @@ class StepTimes:
 
     def knows(self, rows: int) -> bool:
         return bool(self._seconds[rows])
+
+    def measure(self, kinds: Iterable[int], deadline: float, step: Callable[[int], object], clock: Clock) -> float:
+        """Takes the steps of those `kinds` (numbers of rows) whose cost is not known. Returns the seconds spent."""
+
+        def cost(rows: int) -> float:
+            start = clock()
+            step(rows)
+            return clock() - start
+
+        start = clock()
+        for rows in kinds:
+            if not self.knows(rows):
+                first = cost(rows)
+                # The very first one may be slow for reasons that do not come back, and here it would decide.
+                self.add(rows, cost(rows) if first > deadline / 10 else first)
+        return clock() - start
 
     def __getitem__(self, rows: int) -> float:
         return max(self._seconds[rows])
@@ -50,3 +69,11 @@ def steps_in_time(
             r = t * (count - 1) / count
         yield t, r
         t, most = r, most - 1
+
+
+def steps_ahead(t: float, r: float, done: int, steps: int, planned: bool) -> int:
+    """How many steps will follow the one from t to r, which is number `done` of `steps`; of a run whose steps are
+    `planned` as it goes, as far as one can say."""
+    if r == 0:
+        return 0
+    return round(r / (t - r)) if planned else steps - done

@@ -117,11 +117,17 @@ def refuse_jumps(wishes: Wishes) -> None:
     for what, value, remedy in (
         ("a schedule of one's own", wishes.schedule, "leave it out"),
         ("a deadline", wishes.deadline, "choose the number of steps"),
-        ("to start from a picture", wishes.strength, "leave it out"),
-        ("rho", wishes.rho, "leave it out"),
     ):
         if value is not None:
-            raise UsageFailure(f"{what} is for Transition Models, and this is none: {remedy}.")
+            raise UsageFailure(f"{what} is for Transition Models and flow maps, and this is none: {remedy}.")
+    refuse_pictures(wishes)
+
+
+def refuse_pictures(wishes: Wishes) -> None:
+    """Raises UsageFailure for a wish that only Transition Models grant."""
+    for what, value in (("to start from a picture", wishes.strength), ("rho", wishes.rho)):
+        if value is not None:
+            raise UsageFailure(f"{what} is for Transition Models, and this is none: leave it out.")
 
 
 def choose(what: str, value: int | None, default: int, allowed: Sequence[int]) -> int:

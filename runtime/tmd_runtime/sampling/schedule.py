@@ -99,6 +99,17 @@ def told_time(t: float, rounding: str) -> float:
     return t
 
 
+def warp(t: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
+    """shift·t / (1 + (shift - 1)·t): times in 0..1, moved towards noise. 0 and 1 stay."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_map_grid(steps: int, shift: float) -> NDArray[np.float64]:
+    """AnyFlow's grid, noise to data: 1 to 0 in `steps` equal steps, warped (diffusers 0.42,
+    scheduling_flow_map_euler_discrete.py, `set_timesteps`). Returns float64 `[steps + 1]`, descending."""
+    return warp(uniform_times(steps), shift)
+
+
 def uniform_times(steps: int) -> NDArray[np.float64]:
     """TiM's grid, noise to data: 1 to 0 in `steps` equal steps. Returns float64 `[steps + 1]`, descending."""
     return 1 - np.arange(steps + 1) / steps

@@ -18,7 +18,7 @@ from tmd_engines.bundle.families.rules import Coefficients
 
 from ..clock import Timings
 from .calls import Call, Calls, Draws, Launches
-from .deadline import StepTimes, steps_in_time
+from .deadline import StepTimes, steps_ahead, steps_in_time
 from .family import Denoised, LatentShape, RuntimeFamily
 from .schedule import tim_rope_tables
 from .tim_settings import TimSettings, tim_settings
@@ -126,7 +126,11 @@ class TimLoop:
         timings.report("backbone", 1, 1, timings.seconds["backbone"])
         jumps: Iterator[tuple[float, float]] = pairwise(settings.times)
         if settings.deadline is not None:
-            end = start + settings.deadline + self._measure(kinds, settings.deadline, timings)
+            spent = self._costs.measure(
+                kinds, settings.deadline, lambda rows: self._rows[rows].try_step(), perf_counter
+            )
+            timings.add("load", spent)  # only a first run has it
+            end = start + settings.deadline + spent
             jumps = steps_in_time(
                 settings.times,
                 settings.scheduled,
@@ -151,7 +155,8 @@ class TimLoop:
             if settings.rho > 0 and len(times) > 1 and r > 0:
                 draws.into(now.noise)
                 factors = renewal(t, r, settings.rho)
-            calls.expect("flow_head", len(times) + _ahead(settings, t, r, len(times)))
+            planned = settings.deadline is not None and not settings.scheduled
+            calls.expect("flow_head", len(times) + steps_ahead(t, r, len(times), settings.steps, planned))
             now.step(calls, t, r, factors)
             self._costs.add(rows_at(t), perf_counter() - start)
             times.append(r)
@@ -162,32 +167,6 @@ class TimLoop:
         if rows not in self._rows:
             with timings.stage("load"):
                 self._rows[rows] = _Rows(*self._engines, self._rope, {**self._dims, "batch": rows})
-
-    def _measure(self, kinds: list[int], deadline: float, timings: Timings) -> float:
-        """Seconds that went into steps whose time was not known. They count as `load`: only a first run has them."""
-
-        def cost(rows: int) -> float:
-            start = perf_counter()
-            self._rows[rows].try_step()
-            return perf_counter() - start
-
-        start = perf_counter()
-        for rows in kinds:
-            if not self._costs.knows(rows):
-                first = cost(rows)
-                # The very first one may be slow for reasons that do not come back, and here it would decide.
-                self._costs.add(rows, cost(rows) if first > deadline / 10 else first)
-        seconds = perf_counter() - start
-        timings.add("load", seconds)
-        return seconds
-
-
-def _ahead(settings: TimSettings, t: float, r: float, done: int) -> int:
-    """How many steps will follow the one from t to r, which is number `done`, as far as one can say."""
-    if r == 0:
-        return 0
-    planned = settings.deadline is not None and not settings.scheduled
-    return round(r / (t - r)) if planned else settings.steps - done
 
 
 class _Rows:

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageFailure
-from ..settings import MAX_STEPS, Settings, Wishes
+from ..settings import Wishes
 from .family import check_guidance, common_settings
+from .jumps import JumpSettings, check_deadline, jump_times
 from .schedule import uniform_times
 
 if TYPE_CHECKING:
     from tmd_engines import Manifest
 
-MAX_DEADLINE = 86400  # a day, in seconds
 MAX_RHO = 10.0  # the manifest's limit
 
 
 @dataclass(frozen=True)
-class TimSettings(Settings):
-    """Guidance takes part in the steps from a time inside `guidance_interval`, without its ends.
-
-    With a `deadline`, `times` are the finest that the run may take, or, if `scheduled`, those that it shall take as
-    long as it can.
-    """
+class TimSettings(JumpSettings):
+    """Guidance takes part in the steps from a time inside `guidance_interval`, without its ends."""
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    scheduled: bool = False
 
     def guided(self, t: float) -> bool:
         """Whether the step from time t takes guidance."""
         low, high = self.guidance_interval
         return self.guidance != 1 and low < t < high
 
-    def through(self, times: tuple[float, ...]) -> Self:
-        """See `Settings.through`: the run that a deadline made of these settings."""
-        nfe = float(sum(1 + self.guided(t) for t in times[:-1]))
-        return replace(self, times=times, steps=len(times) - 1, nfe=nfe)
+    def evaluations(self, t: float) -> int:
+        return 1 + self.guided(t)
 
     @property
     def details(self) -> dict[str, str]:
@@ -50,16 +42,17 @@ class TimSettings(Settings):
             found["rho"] = f"{self.rho:g}"
         if self.strength is not None:
             found["strength"] = f"{self.strength:g}"
-        if self.scheduled or self.deadline is not None:
-            found["schedule"] = ",".join(map(repr, self.times))
-        return found
+        return found | super().details
 
 
 def tim_settings(manifest: Manifest, wishes: Wishes) -> TimSettings:
     """The wishes, completed from the manifest. Raises UsageFailure that says what the model can do."""
     sampler: Any = manifest.sampler
     _refuse(wishes)
-    times = _times(sampler.steps, wishes)
+    start = 1.0 if wishes.strength is None else float(wishes.strength)
+    if not 0 < start <= 1:
+        raise UsageFailure(f"a strength of {start:g} is out of range: choose above 0 (keeps the picture) and up to 1.")
+    times = jump_times(sampler.steps, wishes, lambda count: start * uniform_times(count), start, "the picture")
     steps = len(times) - 1
     guidance, negative_prompt, warnings = _guidance(sampler, wishes, times)
     if wishes.rho is not None and not 0 <= wishes.rho <= MAX_RHO:
@@ -94,32 +87,7 @@ def _refuse(wishes: Wishes) -> None:
         raise UsageFailure(f"this model makes stills, so it cannot do {wishes.frames} frames: leave them out.")
     if wishes.label is not None and wishes.negative_prompt is not None:
         raise UsageFailure("this model draws numbered classes, which have no negative prompt: leave it out.")
-    if wishes.deadline is not None and not 0 < wishes.deadline <= MAX_DEADLINE:
-        raise UsageFailure(
-            f"a deadline of {wishes.deadline:g} s is out of range: choose above 0, up to {MAX_DEADLINE}."
-        )
-
-
-def _times(default: int, wishes: Wishes) -> tuple[float, ...]:
-    """The times of the run, falling from 1, or from the strength, to 0. A deadline alone allows the most steps."""
-    schedule: Sequence[float] | None = wishes.schedule
-    if schedule is not None and wishes.steps is not None:
-        raise UsageFailure("a schedule says how many steps there are: leave the steps out.")
-    steps = wishes.steps
-    if steps is None:
-        steps = default if wishes.deadline is None else MAX_STEPS
-    count = steps if schedule is None else len(schedule) - 1
-    if not 1 <= count <= MAX_STEPS:
-        raise UsageFailure(f"{count} steps cannot be done: choose 1 to {MAX_STEPS} (default {default}).")
-    start = 1.0 if wishes.strength is None else float(wishes.strength)
-    if not 0 < start <= 1:
-        raise UsageFailure(f"a strength of {start:g} is out of range: choose above 0 (keeps the picture) and up to 1.")
-    times = tuple(map(float, start * uniform_times(count) if schedule is None else schedule))
-    if times[0] != start or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
-        where = "1 (noise)" if wishes.strength is None else f"{start:g} (the strength)"
-        example = ",".join(f"{start * share:g}" for share in (1, 0.6, 0.2, 0))
-        raise UsageFailure(f"the times of a schedule must fall from {where} to 0 (the picture), such as {example}.")
-    return times
+    check_deadline(wishes)
 
 
 def _guidance(sampler: Any, wishes: Wishes, times: Sequence[float]) -> tuple[float, str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ Both graphs are the transformer, cut in two: the features of the backbone go str
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .schedule import GRIDS, told_time, wan_grid
 from .update import Updater
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -55,7 +56,7 @@ class _Wan(RuntimeFamily):
             steps = choose("steps", wishes.steps, sampler.steps, sampler.allowed_steps)
         if not 1 <= steps <= MAX_STEPS:
             raise UsageFailure(f"{steps} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
-        guidance, negative_prompt, warnings = _guidance(sampler, wishes)
+        guidance, negative_prompt, warnings = model_guidance(sampler, wishes)
         return WanSettings(
             **common_settings(manifest, wishes, steps, passes=1 if guidance == 1 else 2, warnings=warnings),
             guidance=guidance,
@@ -90,7 +91,7 @@ def _times(sampler: Any, steps: int, shift: float | None) -> tuple[float, ...]:
     return tuple(map(float, GRIDS.get(sampler.grid, wan_grid)(steps, sampler.shift if shift is None else shift)))
 
 
-def _guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]]:
+def model_guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]]:
     """Guidance, negative prompt and warnings."""
     check_guidance(wishes.guidance, wishes.negative_prompt, sampler.guidance)
     guidance = sampler.guidance if wishes.guidance is None else wishes.guidance
@@ -102,7 +103,9 @@ def _guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str, ...]
 
 
 class WanLoop:
-    """The sampler of a velocity model, with classifier-free guidance."""
+    """The sampler of a velocity model, with classifier-free guidance. `told` are the times that its graphs take."""
+
+    told: tuple[str, ...] = ("t",)
 
     def __init__(
         self,
@@ -114,10 +117,10 @@ class WanLoop:
         text_tokens: int,
     ) -> None:
         self._rule = RULES[manifest.sampler.rule]
-        self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens)
+        self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens, self.told)
         self._velocity = flow_head.empty("velocity", **bound.dims)
         # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-        inputs = {"x": bound.x, "t": bound.t, **bound.rope, **bound.outputs}
+        inputs = {"x": bound.x, **bound.times, **bound.rope, **bound.outputs}
         self._flow_head = flow_head.bind(inputs, {"velocity": self._velocity})
         self._launches = Launches(backbone, flow_head, update)
         self._updater = Updater(update, bound.x, bound.dims)
@@ -139,10 +142,9 @@ class WanLoop:
     ) -> Denoised:
         """See `Loop.run`. With guidance v = v_neg + guidance·(v_pos - v_neg). It starts from no picture."""
         assert isinstance(settings, WanSettings)
-        times, bound = settings.times, self._bound
-        factors = [self._rule(times, i) for i in range(settings.steps)]
+        bound = self._bound
         guided = negative_embeds is not None
-        slots = _slots(factors, guided)
+        slots = _slots([self._rule(settings.times, i) for i in range(settings.steps)], guided)
         update = self._update_with(slots)
         passes = settings.steps * (2 if guided else 1)
         calls = Calls(timings, backbone=passes, flow_head=passes)
@@ -165,21 +167,43 @@ class WanLoop:
         if guided:
             self._buffer("prompt", "prompt")[...] = prompt_embeds
             self._buffer("negative_prompt", "prompt")[...] = negative_embeds
+        guidance = settings.guidance if guided else 1.0
+
+        def try_step() -> None:
+            bound.x[...] = 0.0
+            self._tell(settings, 1.0, 0.0)
+            self._updater.set(self._rule((1.0, 0.0), 0), 1.0, guidance)
+            step(lambda stage, run, counts=True: run())
+
+        jumps = self._jumps(settings, calls, timings, try_step)
         draws.into(bound.x, settings.init_scale)
         for name in slots & {"before_1", "before_2"}:
             self._buffer(name)[...] = bound.x  # finite, whatever an earlier run left there
-        for i, t in enumerate(times[:-1]):
-            if factors[i].noise:
+        times = [settings.times[0]]
+        for t, r in jumps:
+            times.append(r)
+            factors = self._rule(times, len(times) - 2)
+            if factors.noise:
                 draws.into(self._buffer("noise"))
-            bound.t[...] = told_time(t, settings.time_rounding)
-            self._updater.set(factors[i], t, settings.guidance if guided else 1.0)
+            self._tell(settings, t, r)
+            self._updater.set(factors, t, guidance)
             if guided:
                 self._buffer("before_step")[...] = bound.x
             self._launches.run(calls, step, key=slots)
             self._updater.check(bound.features, (self._negative_features,) if guided else ())
-            if on_preview is not None and times[i + 1] > 0:
+            if on_preview is not None and r > 0:
                 on_preview(self._updater.preview())
-        return Denoised(np.array(bound.x, np.float32), times)
+        return Denoised(np.array(bound.x, np.float32), tuple(times))
+
+    def _tell(self, settings: WanSettings, t: float, r: float) -> None:
+        """Tells the graphs of the step from t to r."""
+        self._bound.t[...] = told_time(t, settings.time_rounding)
+
+    def _jumps(
+        self, settings: WanSettings, calls: Calls, timings: Timings, try_step: Callable[[], None]
+    ) -> Iterable[tuple[float, float]]:
+        """The steps (t, r) of the run. `try_step` takes one that leads nowhere, for its time; x is lost."""
+        return pairwise(settings.times)
 
     def _negative_features(self) -> Any:
         """What the backbone made of the negative prompt in the latest step: only a run that failed asks for it."""

@@ -18,6 +18,7 @@ FLOORS = ("base", "bundle", "text", "engines", "sampling", "autoencoder", "run",
 
 FAMILY_FILES = {f"sampling/{name}{end}" for name in FAMILIES for end in (".cpp", "_settings.cpp", "_settings.hpp")} | {
     "sampling/rules.cpp",  # the table of rules
+    "sampling/wan.hpp",  # what wan and anyflow share
     "bundle/signatures.inc",  # written from the families' own tables
 }
 NAMES = {*FAMILIES, *RULES, "flow_map"}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.bundle_tools import move_behind_links, reseal
 from tests.helpers.cpp_tools import RUN, Twin, engine_options, onnxruntime_library, program, twin
-from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
 from tmd_engines import Bundle
 from tmd_engines.device.plan_cache import PlanCache
@@ -23,6 +23,7 @@ BUNDLES: dict[str, Callable[[Path], Path]] = {
     "euler": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(rule="euler")),
     "renoise": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(rule="renoise")),
     "unipc, guided": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(steps=5, guidance=3.0)),
+    "flow map, guided": lambda folder: write_synthetic_bundle(folder, sampler=flow_map_sampler(guidance=3.0)),
     "tim": write_tim_bundle,
     "tim, guided": lambda folder: write_tim_bundle(folder, guidance=3.0),
 }

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.cpp_tools import BUNDLE, ROOT, program, twin
 from tests.helpers.cpp_verdicts import agree
 from tests.helpers.documents import parse, put, valid_document, valid_tim_document, valid_wan_document
-from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
 from tmd_engines import BundleError
 from tmd_engines.bundle.families.rules import RULES
@@ -102,6 +102,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     bundles = {
         "tmd": write_synthetic_bundle(folder / "tmd"),
         "wan": write_synthetic_bundle(folder / "wan", sampler=velocity_sampler()),
+        "anyflow": write_synthetic_bundle(folder / "anyflow", sampler=flow_map_sampler()),
         "tim": write_tim_bundle(folder / "tim", pictures=True),
         "classes": write_tim_bundle(folder / "classes", classes=True),
         "plain": write_plain_bundle(folder / "plain"),

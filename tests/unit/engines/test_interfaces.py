@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from tests.helpers.bundle_tools import edit_graph, edit_manifest, refused
-from tests.helpers.synthetic import CHANNELS, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import CHANNELS, flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
 from tmd_engines import Bundle
 from tmd_engines.bundle.families import FAMILIES
@@ -20,6 +20,7 @@ _TYPES = {"float32": onnx.TensorProto.FLOAT, "uint8": onnx.TensorProto.UINT8, "i
 BUNDLES: dict[str, Callable[[Path], Path]] = {
     "tmd": write_synthetic_bundle,
     "wan": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler()),
+    "anyflow": lambda folder: write_synthetic_bundle(folder, sampler=flow_map_sampler()),
     "tim": lambda folder: write_tim_bundle(folder, pictures=True),
     "classes": lambda folder: write_tim_bundle(folder, classes=True),
     "plain": write_plain_bundle,
@@ -89,6 +90,7 @@ def test_bundles_of_every_family_are_as_their_signatures_say(name: str, tmp_path
         ("tmd", "decoder_step", "cache_03_next", {"name": "cache_03_after"}),
         ("wan", "flow_head", "velocity", {"shape": [1]}),
         ("wan", "flow_head", "x", {"name": "y"}),
+        ("anyflow", "flow_head", "r", {"name": "s"}),
         ("wan", "update", "negative", {"shape": ["batch", 1, "frames", "height", "width"]}),
         ("tim", "flow_head", "guidance", {"shape": [2, 2]}),
         ("tim", "flow_head", "context", {"shape": ["batch", "text", 33]}),

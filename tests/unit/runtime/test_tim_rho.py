@@ -20,7 +20,8 @@ from tmd_engines import Bundle
 from tmd_ref.tim.sampling import tim_sample, uniform_times
 from tmd_runtime import NoiseStream, Pipeline, UsageFailure
 from tmd_runtime.command.cli import command
-from tmd_runtime.sampling.tim import TimLoop, renewal
+from tmd_runtime.sampling.deadline import StepTimes
+from tmd_runtime.sampling.tim import renewal
 
 PROMPT = "a red circle moving right"
 MEAN, SPREAD = 1.5, 0.4
@@ -122,7 +123,7 @@ def test_a_deadline_draws_noise_in_the_steps_that_it_takes(
 ) -> None:
     jumps = iter([(1.0, 0.8), (0.8, 0.3), (0.3, 0.1), (0.1, 0.0)])
     monkeypatch.setattr("tmd_runtime.sampling.tim.steps_in_time", lambda *_: jumps)
-    monkeypatch.setattr(TimLoop, "_measure", lambda *_: 0.0)
+    monkeypatch.setattr(StepTimes, "measure", lambda *_: 0.0)
     result = pipeline(PROMPT, seed=3, deadline=1.0, rho=0.2)
     assert len(drawn) == 1 + 2 and result.times == (1.0, 0.8, 0.3, 0.1, 0.0)
     drawn.clear()

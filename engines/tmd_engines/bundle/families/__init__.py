@@ -6,12 +6,13 @@ What is not here: how a family is exported (`tmd_export.families`) and how it is
 
 from __future__ import annotations
 
+from .anyflow import ANYFLOW
 from .family import Calls, Family
 from .tim import TIM
 from .tmd import TMD
 from .wan import WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (TMD, WAN, TIM)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (TMD, WAN, ANYFLOW, TIM)}
 """`model.family` of a manifest -> the family. A new one is added here, or put in by a program of its own."""
 
 __all__ = ["FAMILIES", "Calls", "Family"]

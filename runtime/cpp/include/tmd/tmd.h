@@ -296,7 +296,7 @@ typedef struct tmd_result {
   int32_t tokens;             /* rows that tmd_encode wrote; else 0 */
   int32_t steps;              /* steps that were taken: with a deadline, as many as there was time for */
   int32_t times_count;        /* of times */
-  const double* times;        /* family "tim": the times that the run went through, as a schedule that repeats it; valid
+  const double* times;        /* families "tim", "anyflow": the times that the run went through, as a schedule that repeats it; valid
                                * until the next call on the context. NULL: of another family */
 } tmd_result;
 

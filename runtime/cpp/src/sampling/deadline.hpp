@@ -1,9 +1,13 @@
-// Which steps a Transition Model takes when the time is limited; the twin of tmd_runtime/sampling/deadline.py.
+// Which steps a model takes that jumps from any time to any earlier one, when the time is limited; the twin of tmd_runtime/sampling/deadline.py.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <functional>
 #include <vector>
+
+#include "base/progress.hpp"
 
 namespace tmd::internal {
 
@@ -33,6 +37,28 @@ inline double next_time(const std::vector<double>& times, bool fixed, double t, 
   if (count == 1) return 0.0;
   if (fixed) return times[times.size() - static_cast<std::size_t>(most)];
   return t * static_cast<double>(count - 1) / static_cast<double>(count);
+}
+
+// Takes a step whose cost is not known. Returns the seconds that this took.
+inline double measure(StepTimes& costs, double deadline, const std::function<void()>& step) {
+  const auto cost = [&] {
+    const Stopwatch clock;
+    step();
+    return clock.seconds();
+  };
+  if (costs.known()) return 0;
+  const Stopwatch all;
+  const double first = cost();
+  // The very first one may be slow for reasons that do not come back, and here it would decide.
+  costs.add(first > deadline / 10 ? cost() : first);
+  return all.seconds();
+}
+
+// How many steps will follow the one from t to r, which is number `done` of `steps`; of a run whose steps are `planned`
+// as it goes, as far as one can say.
+inline std::int64_t steps_ahead(double t, double r, std::int64_t done, std::int64_t steps, bool planned) {
+  if (r <= 0) return 0;
+  return planned ? std::llround(r / (t - r)) : steps - done;
 }
 
 }  // namespace tmd::internal

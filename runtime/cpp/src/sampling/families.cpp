@@ -6,12 +6,13 @@ namespace tmd::internal {
 // Each in the file of its name.
 const RuntimeFamily& tmd_family();
 const RuntimeFamily& wan_family();
+const RuntimeFamily& anyflow_family();
 const RuntimeFamily& tim_family();
 
 namespace {
 
 using MakeFamily = const RuntimeFamily& (*)();
-constexpr MakeFamily kFamilies[] = {tmd_family, wan_family, tim_family};
+constexpr MakeFamily kFamilies[] = {tmd_family, wan_family, anyflow_family, tim_family};
 
 }  // namespace
 

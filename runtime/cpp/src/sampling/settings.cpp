@@ -112,13 +112,18 @@ void resolve_guidance(const tmd_run_options& options, double guidance,
 }
 
 void refuse_jumps(const tmd_run_options& options) {
-  const auto refuse = [](bool wanted, const char* what) {
+  for (const auto& [wanted, what] : {std::pair(options.schedule != nullptr, "a schedule of one's own"),
+                                     std::pair(options.deadline >= 0, "a deadline")})
+    if (wanted)
+      refuse_usage(std::string(what) + " is for Transition Models and flow maps, and this is none: leave it out.");
+  refuse_pictures(options);
+}
+
+void refuse_pictures(const tmd_run_options& options) {
+  for (const auto& [wanted, what] :
+       {std::pair(options.strength >= 0 || options.init_latents, "to start from a picture"),
+        std::pair(options.rho >= 0, "rho")})
     if (wanted) refuse_usage(std::string(what) + " is for Transition Models, and this is none: leave it out.");
-  };
-  refuse(options.schedule != nullptr, "a schedule of one's own");
-  refuse(options.deadline >= 0, "a deadline");
-  refuse(options.strength >= 0 || options.init_latents, "to start from a picture");
-  refuse(options.rho >= 0, "rho");
 }
 
 Settings resolve_settings(const Manifest& manifest, const tmd_run_options& options) {

@@ -29,6 +29,7 @@ struct Settings {
   // long as it can. `strength` is the first of them where a run starts from a picture.
   std::optional<double> deadline, strength;
   bool scheduled = false;
+  double shift = 1.0;  // what the steps of a flow map with a deadline are warped by
   std::int64_t label = -1;  // of a model of classes
 
   int passes() const { return guidance == 1.0 ? 1 : 2; }
@@ -52,7 +53,8 @@ void check_steps(std::int64_t steps, const SamplerInfo& sampler);  // 1 to kMaxS
 // Guidance and its negative prompt, by default `guidance` and `negative_prompt`.
 void resolve_guidance(const tmd_run_options& options, double guidance,
                       const std::optional<std::string>& negative_prompt, Settings& settings);
-// What takes a model that jumps from any time to any other.
+// What takes a model that jumps from any time to any other; and what only Transition Models grant.
 void refuse_jumps(const tmd_run_options& options);
+void refuse_pictures(const tmd_run_options& options);
 
 }  // namespace tmd::internal

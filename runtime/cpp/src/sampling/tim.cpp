@@ -181,7 +181,7 @@ class TimLoop : public Loop {
     const Stopwatch clock;
     read_prompts(needed, start, settings, progress);
     double end = settings.deadline.value_or(0);
-    if (settings.deadline) end += measure(needed, *settings.deadline, progress);
+    if (settings.deadline) end += measure_steps(needed, *settings.deadline, progress);
     const auto dearest = [&] {
       double most = 0;
       for (const std::size_t kind : {0, 1})
@@ -210,7 +210,8 @@ class TimLoop : public Loop {
       const Stopwatch step;
       const bool renews = settings.rho > 0 && times.size() > 1 && r > 0;
       if (renews) now->draw_fresh(draws);
-      calls.expect(done + ahead(settings, t, r, done));
+      const bool planned = settings.deadline && !settings.scheduled;
+      calls.expect(done + steps_ahead(t, r, done, settings.steps, planned));
       now->step(calls, t, r, renews ? renewal(t, r, settings.rho) : kMove);
       costs_[kind].add(step.seconds());
       times.push_back(r);
@@ -220,13 +221,6 @@ class TimLoop : public Loop {
   }
 
  private:
-  // How many steps will follow the one from t to r, which is number `done`, as far as one can say.
-  static std::int64_t ahead(const Settings& settings, double t, double r, std::int64_t done) {
-    if (r <= 0) return 0;
-    const bool planned = settings.deadline && !settings.scheduled;
-    return planned ? std::llround(r / (t - r)) : settings.steps - done;
-  }
-
   // The buffers of one row (kind 0) or of two; an engine may compile for them here.
   void bind(std::size_t kind, Progress& progress) {
     if (rows_[kind]) return;
@@ -252,21 +246,12 @@ class TimLoop : public Loop {
   }
 
   // Seconds that went into steps whose time was not known. They count as loading: only a first run has them.
-  double measure(const bool (&needed)[2], double deadline, Progress& progress) {
-    const auto cost = [&](std::size_t kind) {
-      const Stopwatch step;
-      rows_[kind]->try_step();
-      return step.seconds();
-    };
-    const Stopwatch all;
-    for (const std::size_t kind : {0, 1}) {
-      if (!needed[kind] || costs_[kind].known()) continue;
-      const double first = cost(kind);
-      // The very first one may be slow for reasons that do not come back, and here it would decide.
-      costs_[kind].add(first > deadline / 10 ? cost(kind) : first);
-    }
-    progress.add(TMD_STAGE_LOAD, all.seconds());
-    return all.seconds();
+  double measure_steps(const bool (&needed)[2], double deadline, Progress& progress) {
+    double seconds = 0;
+    for (const std::size_t kind : {0, 1})
+      if (needed[kind]) seconds += measure(costs_[kind], deadline, [&] { rows_[kind]->try_step(); });
+    progress.add(TMD_STAGE_LOAD, seconds);
+    return seconds;
   }
 
   Graphs graphs_;

@@ -5,11 +5,11 @@
 #include <sstream>
 
 #include "base/error.hpp"
+#include "sampling/jumps.hpp"
 
 namespace tmd::internal {
 namespace {
 
-constexpr double kMaxDeadline = 86400;  // a day, in seconds
 constexpr double kMaxRho = 10;
 
 // As Python's format "g".
@@ -29,29 +29,9 @@ void refuse(const Manifest& manifest, const tmd_run_options& options) {
     refuse_usage("this model draws numbered classes, which have no negative prompt: leave it out.");
   if ((options.inner_steps != TMD_DEFAULT && options.inner_steps != 1) || options.shift >= 0)
     refuse_usage("this model is a Transition Model, which has neither inner steps nor a shift: leave them out.");
-  if (options.deadline == 0 || options.deadline > kMaxDeadline)
-    refuse_usage("this deadline is out of range: choose above 0, up to 86400 seconds.");
-  if (options.deadline > 0 && options.on_preview)
-    refuse_usage("previews take time that a deadline cannot plan with: leave the preview or the deadline out.");
-  if (options.schedule && options.steps != TMD_DEFAULT)
-    refuse_usage("a schedule says how many steps there are: leave the steps out.");
   if (options.strength >= 0 && !(options.strength > 0 && options.strength <= 1))
     refuse_usage("this strength is out of range: choose above 0 (keeps the picture) and up to 1.");
   if (options.rho > kMaxRho) refuse_usage("this rho is out of range: choose 0 (no fresh noise) to 10.");
-}
-
-// The times of the run, falling from `start` to 0.
-std::vector<double> jump_times(const tmd_run_options& options, std::int64_t count, double start) {
-  std::vector<double> times;
-  for (std::int64_t k = 0; k <= count; ++k)
-    times.push_back(options.schedule ? options.schedule[k]
-                                     : start * (1 - static_cast<double>(k) / static_cast<double>(count)));
-  bool falls = times.front() == start && times.back() == 0;
-  for (std::size_t k = 1; k < times.size(); ++k) falls = falls && times[k] < times[k - 1];
-  if (!falls)
-    refuse_usage(std::string("the times of a schedule must fall from ") + (start == 1 ? "1 (noise)" : "the strength") +
-                 " to 0 (the picture), such as 1, 0.6, 0.2, 0.");
-  return times;
 }
 
 // Without guidance if no step takes it.
@@ -96,15 +76,15 @@ std::shared_ptr<const SamplerInfo> read_tim_sampler(Object& object) {
 void resolve_tim(const Manifest& manifest, const tmd_run_options& options, Settings& settings) {
   const auto& sampler = static_cast<const TimSampler&>(*manifest.sampler);
   refuse(manifest, options);
-  if (options.deadline > 0) settings.deadline = options.deadline;
   if (options.strength >= 0) settings.strength = options.strength;
-  settings.scheduled = options.schedule != nullptr;
-  settings.steps = options.schedule               ? std::int64_t{options.schedule_count} - 1
-                   : options.steps != TMD_DEFAULT ? options.steps
-                   : settings.deadline            ? kMaxSteps
-                                                  : sampler.steps;
-  check_steps(settings.steps, sampler);
-  settings.times = jump_times(options, settings.steps, settings.strength.value_or(1.0));
+  const double start = settings.strength.value_or(1.0);
+  const auto grid = [start](std::int64_t steps) {
+    std::vector<double> times;
+    for (std::int64_t k = 0; k <= steps; ++k)
+      times.push_back(start * (1 - static_cast<double>(k) / static_cast<double>(steps)));
+    return times;
+  };
+  resolve_jumps(sampler, options, grid, start, "the picture", settings);
   if (settings.steps >= 3) {
     settings.rho = options.rho >= 0 ? options.rho : sampler.rho;
   } else if (options.rho > 0) {

@@ -101,7 +101,7 @@ class TmdLoop : public Loop {
     bound_.prompt_embeds.write(start.embeds, embeds_count_);
     draws.into(bound_.x);
     for (auto i = static_cast<std::size_t>(outer); i > 0; --i) {
-      bound_.t.fill(static_cast<float>(t[i]));
+      bound_.times["t"].fill(static_cast<float>(t[i]));
       draws.into(inner_.noise());
       updater_.set(rule_(falling, static_cast<std::size_t>(outer) - i), t[i]);
       launches_.run({&backbone, &flow_head}, transition, inner);

@@ -1,161 +1,32 @@
 // Wan transformers without inner flow: one velocity per step, or two with guidance, and a rule that makes the step. The
 // twin of tmd_runtime/sampling/wan.py.
-//
-// Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it.
-#include <set>
+#include "sampling/wan.hpp"
 
-#include "sampling/backbone.hpp"
-#include "sampling/calls.hpp"
+#include "base/error.hpp"
 #include "sampling/family.hpp"
 #include "sampling/schedule.hpp"
-#include "sampling/update.hpp"
 
 namespace tmd::internal {
+
+void refuse_inner_steps(const tmd_run_options& options) {
+  if (options.inner_steps != TMD_DEFAULT && options.inner_steps != 1)
+    refuse_usage("this model has no inner steps, so it cannot do " + std::to_string(options.inner_steps) +
+                 ": leave them out.");
+}
+
+double choose_shift(const WanSampler& sampler, const tmd_run_options& options) {
+  if (options.shift >= 0 && !(options.shift >= 1 && options.shift <= 1000))
+    refuse_usage("this shift is out of range: choose 1 to 1000.");
+  return options.shift >= 0 ? options.shift : sampler.shift;
+}
+
+void resolve_model_guidance(const WanSampler& sampler, const tmd_run_options& options, Settings& settings) {
+  resolve_guidance(options, sampler.guidance, sampler.negative_prompt, settings);
+  if (sampler.guidance == 1 && settings.guidance != 1)
+    settings.warnings += "the model was distilled to do without guidance; it takes twice the time and may look worse.\n";
+}
+
 namespace {
-
-// How to sample a model whose output is the velocity at the time it was asked for.
-struct WanSampler : SamplerInfo {
-  double shift = 1.0;
-  std::vector<double> times;  // noise to data, 0 left out; empty: those of `grid`
-  std::string grid = "wan";
-  std::string time_rounding = "none";
-  double init_scale = 1.0, guidance = 1.0;
-  std::optional<std::string> negative_prompt;
-};
-
-// The sampler of a velocity model, with classifier-free guidance.
-class WanLoop : public Loop {
- public:
-  WanLoop(const Manifest& manifest, Graphs graphs, const Settings& settings, std::int64_t tokens)
-      : sampler_(static_cast<const WanSampler&>(*manifest.sampler)),
-        rule_(find_rule(sampler_.rule)),
-        embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)),
-        graphs_(std::move(graphs)),
-        launches_(graphs_.backbone),
-        bound_(*graphs_.backbone, manifest, settings, tokens),
-        velocity_(graphs_.flow_head->empty("velocity", bound_.dims)),
-        updater_(graphs_.update, bound_.x, bound_.dims) {
-    // Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-    Buffers inputs = {{"x", bound_.x}, {"t", bound_.t}};
-    inputs.insert(bound_.rope.begin(), bound_.rope.end());
-    inputs.insert(bound_.passed.begin(), bound_.passed.end());
-    flow_head_ = graphs_.flow_head->bind(inputs, {{"velocity", velocity_}});
-  }
-
-  Denoised run(const Start& start, const Settings& settings, Progress& progress) override {
-    const std::vector<double>& times = settings.times;
-    const bool guided = start.negative != nullptr;
-    std::vector<Coefficients> factors;
-    for (std::size_t i = 0; i + 1 < times.size(); ++i) factors.push_back(rule_(times, i));
-    const std::set<std::string> slots = slots_of(factors, guided);
-    const bool remembers = slots.count("before_1");
-    Step* bound_update = nullptr;
-    progress.timed(TMD_STAGE_LOAD, [&] { bound_update = &update_with(slots); });  // an engine may compile here
-    Step& update = *bound_update;
-    const std::int64_t passes = settings.steps * (guided ? 2 : 1);
-    Calls backbone(progress, TMD_STAGE_BACKBONE, passes), flow_head(progress, TMD_STAGE_FLOW_HEAD, passes);
-    Draws draws(settings.seed, settings.latents_count(), progress);
-
-    const auto velocity = [&](const Call& call) {
-      call(backbone, *bound_.step, true);
-      call(flow_head, *flow_head_, true);
-    };
-    const Piece step = [&](const Call& call) {
-      if (guided) {
-        bound_.prompt_embeds.copy(negative_prompt_);
-        velocity(call);
-        latents_["negative"].copy(velocity_);
-        bound_.prompt_embeds.copy(prompt_);
-      }
-      velocity(call);
-      call(flow_head, update, false);
-      if (remembers) {
-        latents_["before_2"].copy(latents_["before_1"]);
-        latents_["before_1"].copy(updater_.data());
-      }
-    };
-
-    if (guided)
-      put_prompts(start);
-    else
-      bound_.prompt_embeds.write(start.embeds, embeds_count_);
-    draws.into(bound_.x, sampler_.init_scale);
-    for (const char* name : {"before_1", "before_2"})
-      if (slots.count(name)) latents_[name].copy(bound_.x);  // finite, whatever an earlier run left there
-    for (std::size_t i = 0; i < factors.size(); ++i) {
-      if (factors[i].noise != 0) draws.into(latents_["noise"]);
-      bound_.t.fill(static_cast<float>(told_time(times[i], sampler_.time_rounding)));
-      updater_.set(factors[i], times[i], guided ? settings.guidance : 1.0);
-      if (guided) before_step_.copy(bound_.x);
-      launches_.run({&backbone, &flow_head}, step, key_of(slots));
-      const auto negative_pass = [&] {  // again, for who asks where NaN came from
-        bound_.x.copy(before_step_);
-        bound_.prompt_embeds.copy(negative_prompt_);
-        bound_.step->run();
-      };
-      updater_.check(bound_.passed, guided ? std::function<void()>(negative_pass) : nullptr);
-      if (start.on_preview && times[i + 1] > 0) start.on_preview(updater_.preview().data());
-    }
-    return {bound_.x.read<float>(settings.latents_count()), {}};
-  }
-
- private:
-  // The optional inputs of the graph `update` that a run with these factors reads.
-  static std::set<std::string> slots_of(const std::vector<Coefficients>& factors, bool guided) {
-    std::set<std::string> slots;
-    if (guided) slots.insert("negative");
-    for (const Coefficients& each : factors) {
-      if (each.noise != 0) slots.insert("noise");
-      if (each.before_1 != 0 || each.before_2 != 0) slots.insert({"before_1", "before_2"});
-    }
-    return slots;
-  }
-
-  static std::int64_t key_of(const std::set<std::string>& slots) {
-    std::int64_t key = 0;
-    for (const char* name : {"negative", "noise", "before_1"})
-      key = key * 2 + static_cast<std::int64_t>(slots.count(name));
-    return key;
-  }
-
-  // The update with these slots in use; their buffers are made at their first use, of finite values.
-  Step& update_with(const std::set<std::string>& slots) {
-    std::unique_ptr<Step>& update = updates_[key_of(slots)];
-    if (!update) {
-      Buffers used;
-      for (const std::string& name : slots) {
-        if (!latents_.count(name)) {
-          latents_[name] = graphs_.update->empty("x_next", bound_.dims);
-          latents_[name].fill(0);
-        }
-        used[name] = latents_[name];
-      }
-      update = updater_.bind(velocity_, used);
-    }
-    return *update;
-  }
-
-  void put_prompts(const Start& start) {
-    const std::pair<Buffer*, const float*> prompts[] = {{&prompt_, start.embeds}, {&negative_prompt_, start.negative}};
-    if (!before_step_.bytes()) before_step_ = graphs_.update->empty("x_next", bound_.dims);
-    for (const auto& [buffer, embeds] : prompts) {
-      if (!buffer->bytes()) *buffer = graphs_.backbone->empty("prompt_embeds", bound_.dims);
-      buffer->write(embeds, embeds_count_);
-    }
-  }
-
-  WanSampler sampler_;
-  Rule rule_;
-  std::size_t embeds_count_;
-  Graphs graphs_;
-  Launches launches_;
-  BoundBackbone bound_;
-  Buffer velocity_, prompt_, negative_prompt_, before_step_;
-  std::unique_ptr<Step> flow_head_;
-  Updater updater_;
-  Buffers latents_;  // slot of the update -> buffer
-  std::map<std::int64_t, std::unique_ptr<Step>> updates_;
-};
 
 class Wan : public RuntimeFamily {
  public:
@@ -192,24 +63,18 @@ class Wan : public RuntimeFamily {
   void resolve(const Manifest& manifest, const tmd_run_options& options, Settings& settings) const override {
     refuse_jumps(options);
     const auto& sampler = static_cast<const WanSampler&>(*manifest.sampler);
-    if (options.inner_steps != TMD_DEFAULT && options.inner_steps != 1)
-      refuse_usage("this model has no inner steps, so it cannot do " + std::to_string(options.inner_steps) +
-                   ": leave them out.");
+    refuse_inner_steps(options);
     settings.steps = choose_steps(sampler, options.steps);
     if (options.shift >= 0 && !sampler.times.empty())
       refuse_usage("this model was distilled for fixed times, which have no shift to choose: leave it out.");
-    if (options.shift >= 0 && !(options.shift >= 1 && options.shift <= 1000))
-      refuse_usage("this shift is out of range: choose 1 to 1000.");
-    resolve_guidance(options, sampler.guidance, sampler.negative_prompt, settings);
+    const double shift = choose_shift(sampler, options);
+    resolve_model_guidance(sampler, options, settings);
     if (sampler.times.empty()) {
-      settings.times = make_grid(sampler.grid, settings.steps, options.shift >= 0 ? options.shift : sampler.shift);
+      settings.times = make_grid(sampler.grid, settings.steps, shift);
     } else {
       settings.times.assign(sampler.times.begin(), sampler.times.begin() + settings.steps);
       settings.times.push_back(0.0);
     }
-    if (sampler.guidance == 1 && settings.guidance != 1)
-      settings.warnings +=
-          "the model was distilled to do without guidance; it takes twice the time and may look worse.\n";
   }
 
   std::unique_ptr<Loop> make_loop(const Manifest& manifest, Graphs graphs, const Settings& settings,

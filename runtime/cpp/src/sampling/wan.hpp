@@ -1,0 +1,77 @@
+// What wan and anyflow share: the sampler of a velocity model, with classifier-free guidance. The twin of `WanLoop` in
+// tmd_runtime/sampling/wan.py.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sampling/backbone.hpp"
+#include "sampling/calls.hpp"
+#include "sampling/loop.hpp"
+#include "sampling/rules.hpp"
+#include "sampling/update.hpp"
+
+namespace tmd::internal {
+
+// How to sample a model whose output is the velocity at the time it was asked for.
+struct WanSampler : SamplerInfo {
+  double shift = 1.0;
+  std::vector<double> times;  // noise to data, 0 left out; empty: those of `grid`
+  std::string grid = "wan";
+  std::string time_rounding = "none";
+  double init_scale = 1.0, guidance = 1.0;
+  std::optional<std::string> negative_prompt;
+};
+
+// For the settings of both families; these throw Error(USAGE).
+void refuse_inner_steps(const tmd_run_options& options);
+double choose_shift(const WanSampler& sampler, const tmd_run_options& options);
+// Guidance, with a warning to who asks for it of a model that was distilled to do without.
+void resolve_model_guidance(const WanSampler& sampler, const tmd_run_options& options, Settings& settings);
+
+// Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it.
+class WanLoop : public Loop {
+ public:
+  // `told`: the times that the graphs take.
+  WanLoop(const Manifest& manifest, Graphs graphs, const Settings& settings, std::int64_t tokens,
+          const std::vector<std::string>& told = {"t"});
+
+  Denoised run(const Start& start, const Settings& settings, Progress& progress) override;
+
+ protected:
+  using Jumps = std::function<bool(double& t, double& r)>;  // the next step (t, r); false: there is none
+
+  // Tells the graphs of the step from t to r.
+  virtual void tell(double t, double r);
+  // The steps of the run. `try_step` takes one that leads nowhere, for the time that it takes; x is lost.
+  virtual Jumps jumps(const Settings& settings, Calls& backbone, Calls& flow_head, Progress& progress,
+                      const std::function<void()>& try_step);
+
+ private:
+  Step& update_with(const std::set<std::string>& slots);
+  void put_prompts(const Start& start);
+
+  WanSampler sampler_;
+  Rule rule_;
+  std::size_t embeds_count_;
+  Graphs graphs_;
+  Launches launches_;
+
+ protected:
+  BoundBackbone bound_;
+
+ private:
+  Buffer velocity_, prompt_, negative_prompt_, before_step_;
+  std::unique_ptr<Step> flow_head_;
+  Updater updater_;
+  Buffers latents_;  // slot of the update -> buffer
+  std::map<std::int64_t, std::unique_ptr<Step>> updates_;
+};
+
+}  // namespace tmd::internal
