@@ -43,9 +43,9 @@ class Wishes:
     `size` is (width, height) in pixels. `guidance` 1 switches guidance off; `negative_prompt` is what it steers away
     from. `shift` warps the time grid of a model without fixed times. For Transition Models and flow maps: `schedule`
     is a list of times that falls from 1 to 0, in the place of `steps`; `deadline` is how many seconds the steps may
-    take, and makes `steps` the most of them. For Transition Models: `strength` is the time in (0, 1] at which a run from
-    a picture starts, in the place of 1; `label` is the class to draw, for a model of numbered classes; `rho` puts fresh
-    noise into the steps between the first and the last.
+    take, and makes `steps` the most of them. For Transition Models: `strength` is the time in (0, 1] at which a run
+    from a picture starts, in the place of 1; `label` is the class to draw, for a model of numbered classes; `rho` puts
+    fresh noise into the steps between the first and the last.
     """
 
     seed: int | None = None

@@ -45,6 +45,11 @@ def valid_wan_document() -> dict[str, Any]:
     return document
 
 
+def valid_anyflow_document() -> dict[str, Any]:
+    """Of family "anyflow"."""
+    return _document(synthetic.backbone(flow_map=True), synthetic.flow_map_sampler())
+
+
 def valid_tim_document() -> dict[str, Any]:
     """Of family "tim": all blocks in the flow head, any number of steps."""
     document = _document(synthetic_tim.backbone(classes=False))

@@ -151,7 +151,7 @@ def test_models_without_inner_flow_have_a_sampler_of_their_own() -> None:
     [
         # each family has sections of its own
         ("model/family", "tmd", "model.fusion"),
-        ("model/family", "heun", "model.family: must be one of tmd, wan, tim (found 'heun')"),
+        ("model/family", "heun", "model.family: must be one of tmd, wan, anyflow, tim (found 'heun')"),
         ("model/family", None, "model.family: must be one of"),
         ("model/fusion", "gated", "model.fusion"),
         ("sampler", valid_document()["sampler"], "sampler."),

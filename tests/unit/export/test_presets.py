@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.documents import valid_document, valid_tim_document, valid_wan_document
+from tests.helpers.documents import valid_anyflow_document, valid_document, valid_tim_document, valid_wan_document
 from tmd_engines import Manifest
 from tmd_engines.bundle.manifest import parse_manifest
 from tmd_export.errors import ExportError
@@ -23,7 +23,12 @@ FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.pre
 
 def manifest_of(name: str) -> Manifest:
     preset = PRESETS[name]
-    documents = {"tmd": valid_document, "wan": valid_wan_document, "tim": valid_tim_document}
+    documents = {
+        "tmd": valid_document,
+        "wan": valid_wan_document,
+        "anyflow": valid_anyflow_document,
+        "tim": valid_tim_document,
+    }
     document = documents[FAMILY_OF[name].name]()
     document |= {"sampler": dict(preset.sampler), "video": dict(preset.video)}
     return parse_manifest(json.dumps(document).encode(), name)
@@ -92,7 +97,7 @@ def test_the_teacher_is_steered_as_wan_steers_it() -> None:
 
 def test_each_family_has_a_preset_when_none_is_named() -> None:
     assert {name: find_preset(family).about for name, family in FAMILIES.items()} == {
-        name: PRESETS[name].about for name in ("tmd", "wan", "tim")
+        name: PRESETS[name].about for name in ("tmd", "wan", "anyflow", "tim")
     }
 
 

@@ -199,10 +199,10 @@ def test_what_a_new_family_gets_wrong_is_named(
     pull_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(SAMPLING, "pull")
-    with pytest.raises(RuntimeFailure, match="cannot sample models of the family pull, only tmd, wan, tim"):
+    with pytest.raises(RuntimeFailure, match="cannot sample models of the family pull, only tmd, wan, anyflow, tim"):
         tmd_runtime.load(pull_bundle)
     monkeypatch.delitem(FAMILIES, "pull")
-    with pytest.raises(BundleError, match=r"model\.family: must be one of tmd, wan, tim"):
+    with pytest.raises(BundleError, match=r"model\.family: must be one of tmd, wan, anyflow, tim"):
         tmd_runtime.load(pull_bundle)
 
 

@@ -38,7 +38,7 @@ class Family {
 
 // The family of this name, or nullptr. All of them are listed in sampling/families.cpp.
 const Family* find_family(const std::string& name);
-// "tmd, wan, tim".
+// "tmd, wan, anyflow, tim".
 std::string family_names();
 
 }  // namespace tmd::internal
