@@ -24,8 +24,8 @@ class VelocityHead(nn.Module):
         self.head = wan.head
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x `[B, 16, T, H, W]` gives only its shape; t `[B]` in 0..1; features `[B, N, D]` and context `[B, S, D]` of
-        `Backbone`, rope tables `[N, head_dim/2]`. Returns the velocity `[B, 16, T, H, W]`."""
+        """x `[B, C, T, H, W]` gives only its shape; t `[B]` in 0..1; features `[B, N, D]` and context `[B, S, D]` of
+        `Backbone`, rope tables `[N, head_dim/2]`. Returns the velocity `[B, C, T, H, W]`."""
         operands = rotary_operands(cos, sin, x.shape[0])
         e, e0 = embed_time(time_sinusoid(t, self.config.freq_dim), self.time_embedding, self.time_projection)
         h, context = features, cast_for(self.blocks[0].get_submodule("cross_attn"), context)

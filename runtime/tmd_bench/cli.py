@@ -29,7 +29,12 @@ from .spec import RIVALS, Work
 if TYPE_CHECKING:
     from .contest import Entry
 
-MODELS = ("tiny", "wan1.3b", "wan14b")  # as in tmd_export, which is not imported for --help; a test compares the two
+MODELS = (
+    "tiny",
+    "wan1.3b",
+    "wan14b",
+    "wan2.2-ti2v-5b",
+)  # as in tmd_export, which is not imported for --help; a test compares the two
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "nvfp4")
 PARTS = "backbone,flow_head"
 

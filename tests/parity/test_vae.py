@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.helpers.synthetic_checkpoints import vae_config
 from tmd_export.checkpoints.names import converted
-from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -18,28 +19,6 @@ CONFIGS = {
 SHAPES = [(1, 1, 2, 2), (2, 2, 2, 3), (1, 3, 3, 2), (1, 4, 2, 1)]  # batch, frames, height, width of latents
 
 
-def theirs_of(config: WanVAEConfig):
-    """diffusers' model of the same sizes, in the words of its published folders."""
-    wan22 = {
-        "decoder_base_dim": config.decoder_dim,
-        "is_residual": True,
-        "patch_size": config.patch,
-        "in_channels": 12,
-        "out_channels": 12,
-        "scale_factor_spatial": 16,
-        "latents_mean": list(config.latents_mean),
-        "latents_std": list(config.latents_std),
-    }
-    return diffusers.AutoencoderKLWan(
-        base_dim=config.dim,
-        z_dim=config.z_dim,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temperal_downsample=list(config.temporal_downsample),
-        **(wan22 if config.shortcuts else {}),
-    )
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def models(request):
     torch.manual_seed(0)
@@ -49,7 +28,7 @@ def models(request):
             weight.add_(0.2 * torch.randn_like(weight))
         else:
             weight.normal_(std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1)
-    theirs = theirs_of(ours.config).eval()
+    theirs = diffusers.AutoencoderKLWan(**vae_config(ours.config)).eval()
     weights = {converted("vae", key): value for key, value in ours.state_dict().items()}
     assert len(weights) == 194 + 2 * ours.config.shortcuts
     theirs.load_state_dict(weights, strict=True)
@@ -107,7 +86,7 @@ def test_video_equals_diffusers_and_is_the_same_frame_by_frame(models, shape):
 def test_the_official_size_has_its_parameter_count_and_statistics(name, parameters):
     with torch.device("meta"):
         ours = WanVAE(WAN_VAE_CONFIGS[name])
-        theirs = theirs_of(ours.config)
+        theirs = diffusers.AutoencoderKLWan(**vae_config(ours.config))
     assert sum(weight.numel() for weight in ours.parameters()) == parameters
     shapes = {converted("vae", key): value.shape for key, value in ours.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}

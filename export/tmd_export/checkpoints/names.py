@@ -1,4 +1,4 @@
-"""How the same weight is called in the layouts in which Wan2.1 is published.
+"""How the same weight is called in the layouts in which Wan is published.
 
 `tmd_ref` uses the names of the original files. A table of substitutions per part, applied in order, leads from there to
 the layout of diffusers or transformers; no tensor is transposed. Found in diffusers' converter and checked by equal
