@@ -73,11 +73,12 @@ def to_patches(video: Tensor, patch: int) -> Tensor:
     return x.reshape(batch, channels * patch * patch, frames, height // patch, width // patch)
 
 
-def from_patches(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `to_patches`."""
+def from_patches(x: Tensor, patch: int, columns_first: bool = True) -> Tensor:
+    """The inverse of `to_patches`; without `columns_first` of the order (channel, row, column)."""
     if patch == 1:
         return x
     batch, channels, frames, height, width = x.shape
     channels //= patch * patch
-    video = x.reshape(batch * channels, patch, patch, frames, height, width).permute(0, 3, 4, 2, 5, 1)
+    row, column = (2, 1) if columns_first else (1, 2)
+    video = x.reshape(batch * channels, patch, patch, frames, height, width).permute(0, 3, 4, row, 5, column)
     return video.reshape(batch, channels, frames, height * patch, width * patch)
