@@ -111,7 +111,7 @@ def _wan_vae(path: Path, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]
     if latents[0] not in known:
         raise ExportError(_other_latents(path, "a Wan VAE", latents[0]))
     whole = known[latents[0]]
-    config = replace(whole, **{"dim" if whole.decoder_dim is None else "decoder_dim": width[0]})
+    config = replace(whole, dim=width[0]) if whole.decoder_dim is None else replace(whole, decoder_dim=width[0])
 
     def make() -> nn.Module:
         model = WanVAE(config)

@@ -307,7 +307,8 @@ def _check_sources(
     pictured = wishes["image"] is not None or wishes["init_latents"] is not None
     if pictured != (wishes["strength"] is not None):
         raise click.UsageError(
-            "--image or --init-latents and --strength go together: a picture, and how much of it changes."
+            "--image or --init-latents and --strength go together: a picture, and how much of it changes. No model "
+            "takes a picture as the first frame of its video yet."
         )
     if latents is not None:
         decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]

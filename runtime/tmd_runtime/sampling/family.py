@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 LatentShape = tuple[int, int, int, int, int]
 
+NO_PICTURE = (
+    "to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was made to "
+    "hold one as its first frame too; here it makes videos of prompts alone.)"
+)
+
 
 @dataclass(frozen=True)
 class Denoised:
@@ -114,10 +119,11 @@ def common_settings(
 
 def refuse_jumps(wishes: Wishes) -> None:
     """Raises UsageFailure for a wish that takes a model which jumps from any time to any other."""
+    if wishes.strength is not None:
+        raise UsageFailure(NO_PICTURE)
     for what, value, remedy in (
         ("a schedule of one's own", wishes.schedule, "leave it out"),
         ("a deadline", wishes.deadline, "choose the number of steps"),
-        ("to start from a picture", wishes.strength, "leave it out"),
         ("rho", wishes.rho, "leave it out"),
     ):
         if value is not None:

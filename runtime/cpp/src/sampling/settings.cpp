@@ -115,9 +115,11 @@ void refuse_jumps(const tmd_run_options& options) {
   const auto refuse = [](bool wanted, const char* what) {
     if (wanted) refuse_usage(std::string(what) + " is for Transition Models, and this is none: leave it out.");
   };
+  if (options.strength >= 0 || options.init_latents)
+    refuse_usage("to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was "
+                 "made to hold one as its first frame too; here it makes videos of prompts alone.)");
   refuse(options.schedule != nullptr, "a schedule of one's own");
   refuse(options.deadline >= 0, "a deadline");
-  refuse(options.strength >= 0 || options.init_latents, "to start from a picture");
   refuse(options.rho >= 0, "rho");
 }
 
