@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 
 import tmd_runtime
 from tests.helpers import synthetic_checkpoints as made
+from tests.helpers.bundle_tools import edit_manifest
 from tests.helpers.cpp_tools import in_cpp
 from tmd_engines import Bundle
 from tmd_export import export_bundle
 from tmd_export.inspection import inspect
-from tmd_export.presets.wan import WAN_NEGATIVE_PROMPT
+from tmd_export.presets.wan import PRESETS, WAN_NEGATIVE_PROMPT
 from tmd_export.sources.wan import WanSource
 from tmd_ref.text import Tokenizer
+from tmd_runtime import NoiseStream
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -112,6 +115,28 @@ def test_latents_are_those_of_diffusers(
         wishes: Any = {"steps": STEPS, "frames": FRAMES, "size": SIZE, "negative_embeds": negative}
         found = pipeline.denoise(prompt, seed=SEED, **wishes)
     check_latents(found, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "listed"), [("fastwan2.2", (1000, 757, 522)), ("wan2.2-turbo", (1000, 750, 500, 250))]
+)
+@torch.no_grad()
+def test_a_few_steps_are_those_of_their_publishers(
+    preset: str, listed: tuple[int, ...], bundle: Bundle, embeds: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Their loop: the sigmas of a table of shift 8 nearest to the listed times, x0, fresh noise up to the next one."""
+    shutil.copytree(bundle.folder, tmp_path / "bundle")  # the graphs are the same for every preset
+    edit_manifest(tmp_path / "bundle", lambda manifest: manifest.update(sampler=dict(PRESETS[preset].sampler)))
+    with tmd_runtime.load(tmp_path / "bundle", engine="onnxruntime", threads=1) as pipeline:
+        found = pipeline.denoise(embeds[0].numpy(), seed=SEED, frames=FRAMES, size=SIZE)
+    table = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    sigmas = [float(table.sigmas[(table.timesteps - t).abs().argmin()]) for t in listed]
+    stream, network = NoiseStream(SEED), made.models(wan22=True).theirs["transformer"]
+    x = torch.from_numpy(stream.normal((1, 48, 2, 4, 4)))
+    for t, sigma, after in zip(listed, sigmas, (*sigmas[1:], 0.0), strict=True):
+        x0 = x - sigma * network(x, torch.tensor([float(t)]), embeds[0], return_dict=False)[0]
+        x = (1 - after) * x0 + after * torch.from_numpy(stream.normal(tuple(x.shape))) if after else x0
+    check_latents(found, x.numpy())
 
 
 @pytest.mark.slow
