@@ -29,7 +29,7 @@ def source_of(work: Work) -> Any:
         raise ValueError("a rival in torch needs the model's weights: give --model.")
     if work.blocks is not None:
         return shortened(work.model, work.random_seed or 0, work.kind, work.blocks)
-    preset = None if work.random_seed is None else default_preset(work.kind)
+    preset = None if work.random_seed is None else default_preset(work.kind, work.model)
     return open_source(work.model, list(work.checkpoint) or None, work.random_seed, preset=preset)
 
 
