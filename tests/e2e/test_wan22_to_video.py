@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tmd_runtime
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.bundle_tools import edit_manifest
 from tests.helpers.cpp_tools import in_cpp
 from tmd_engines import Bundle
+from tmd_engines.cost.sizing import estimate
 from tmd_export import export_bundle
 from tmd_export.inspection import inspect
 from tmd_export.presets.wan import PRESETS, WAN_NEGATIVE_PROMPT
@@ -139,6 +142,21 @@ def test_a_few_steps_are_those_of_their_publishers(
     check_latents(found, x.numpy())
 
 
+def counted(run: Callable[[], object]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_its_operations_are_those_that_torch_counts(bundle: Bundle) -> None:
+    stages, wan = estimate(bundle, width=96, height=64, frames=FRAMES).stages, made.WAN22
+    with torch.device("meta"):
+        network = diffusers.WanTransformer3DModel(**made.transformer_config(wan))
+        given = torch.empty(1, 48, 2, 4, 6), torch.empty(1), torch.empty(1, wan.text_len, wan.text_dim)
+    again = 2 * (wan.freq_dim * wan.dim + 7 * wan.dim**2)  # both graphs embed the time
+    assert stages["backbone"].flops + stages["flow_head"].flops == counted(lambda: network(*given)) + again
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_frames_are_those_of_diffusers_and_in_cpp_the_same(
@@ -153,5 +171,12 @@ def test_frames_are_those_of_diffusers_and_in_cpp_the_same(
     assert frames.std() > 10 and ((frames > 0) & (frames < 255)).mean() > 0.3
     assert np.abs(found.frames - frames).max() <= 0.51  # rounded
     options = ("--seed", SEED, "--steps", STEPS, "--frames", FRAMES, "--size", f"{SIZE[0]}x{SIZE[1]}")
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLWan(**made.vae_config(made.VAE22))
+    exact = counted(lambda: vae.decode(torch.empty(1, 48, 2, 4, 4, device="meta")))
+    # Once per graph, the mean of the latents through conv2: an engine folds it when it loads the graph.
+    assert (
+        estimate(whole, width=SIZE[0], height=SIZE[1], frames=FRAMES).stages["decoder"].flops == exact + 2 * 2 * 48**2
+    )
     in_c = in_cpp(tmp_path / "v.rgb", PROMPT, engine, *options, bundle=whole.folder)
     np.testing.assert_array_equal(in_c.reshape(found.frames.shape), found.frames)
