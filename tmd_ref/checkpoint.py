@@ -25,6 +25,8 @@ _KINDS: dict[type, type] = {
     WanTransformer: WanConfig,
     TiM: TiMConfig,
 }
+# What files of earlier versions lack; the defaults are what these versions had.
+_ADDED: dict[type, set[str]] = {WanVAEConfig: {"decoder_dim", "shortcuts", "patch"}}
 
 
 def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTransformer | TiM) -> None:
@@ -52,7 +54,7 @@ def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {})["config"])
         wanted = {field.name for field in fields(config_class)}
-        if set(stored) != wanted:
+        if not wanted - _ADDED.get(config_class, set()) <= set(stored) <= wanted:
             raise KeyError(f"its fields are {sorted(stored)}, not {sorted(wanted)}")
         return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -24,8 +24,8 @@ class VelocityHead(nn.Module):
         self.head = wan.head
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x `[B, 16, T, H, W]` gives only its shape; t `[B]` in 0..1; features `[B, N, D]` and context `[B, S, D]` of
-        `Backbone`, rope tables `[N, head_dim/2]`. Returns the velocity `[B, 16, T, H, W]`."""
+        """x `[B, C, T, H, W]` gives only its shape; t `[B]` in 0..1; features `[B, N, D]` and context `[B, S, D]` of
+        `Backbone`, rope tables `[N, head_dim/2]`. Returns the velocity `[B, C, T, H, W]`."""
         times = embed_time(time_sinusoid(t, self.config.freq_dim), self.time_embedding, self.time_projection)
         return self.velocity(x, times, features, context, cos, sin)
 

@@ -1,4 +1,5 @@
-"""TAEHV, a tiny decoder for Wan2.1's latents (`taew2_1`, `lighttaew2_1`): a twentieth of the operations of Wan's own.
+"""TAEHV, a tiny decoder for the latents of Wan2.1 (`taew2_1`, `lighttaew2_1`) and of Wan2.2-TI2V-5B (`taew2_2`,
+`lighttaew2_2`): for Wan2.1 a twentieth of the operations of Wan's own.
 
 The decoder only, in the parameter names of the published files. Its convolutions are two-dimensional; time passes
 through nine blocks that see the frame before, so it decodes one latent frame at a time with nine caches, in the same
@@ -10,6 +11,7 @@ Letters in shapes: B batch, C channels, T frames, H and W of the frame in work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from tmd_ref.ops import at_least_float32, cast_for
 from tmd_ref.vae import Nearest2x
+from tmd_ref.vae22 import from_patches
 
 BLOCKS = 3  # per stage; with the upsampling, the growth in time and a convolution a stage takes six places of the file
 
@@ -28,12 +31,26 @@ class TAEHVConfig:
     """Sizes of a TAEHV decoder: one stage per entry of `time_growth`, each doubling height and width.
 
     `widths` has the channels of every stage and, last, of the output convolution; `time_growth` is frames out per frame
-    in of each stage.
+    in of each stage. The last convolution makes squares of `patch` x `patch` pixels.
     """
 
     z_dim: int = 16
     widths: tuple[int, ...] = (256, 128, 64, 64)
     time_growth: tuple[int, ...] = (1, 2, 2)
+    patch: int = 1
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames per latent frame, after the first."""
+        return math.prod(self.time_growth)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent, in height and in width."""
+        return self.patch << len(self.time_growth)
+
+
+TAEHV_CONFIGS = {"wan2.1": TAEHVConfig(), "wan2.2": TAEHVConfig(z_dim=48, patch=2)}
 
 
 class MemBlock(nn.Module):
@@ -88,12 +105,14 @@ class TAEHV(nn.Module):
             layers |= {str(place + k): MemBlock(dim) for k in range(BLOCKS)}
             layers[str(place + BLOCKS + 1)] = TimeGrowth(dim, growth)
             layers[str(place + BLOCKS + 2)] = nn.Conv2d(dim, config.widths[stage + 1], 3, padding=1, bias=False)
-        layers[str(_place(len(config.time_growth)) + 1)] = nn.Conv2d(config.widths[-1], 3, 3, padding=1)
+        layers[str(_place(len(config.time_growth)) + 1)] = nn.Conv2d(
+            config.widths[-1], 3 * config.patch**2, 3, padding=1
+        )
         self.decoder = nn.ModuleDict(layers)
         self.upsample = Nearest2x()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,8h,8w]` in -1..1."""
+        """Normalised latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,H,W]` in -1..1."""
         video, caches = self.decode_first(latents[:, :, :1])
         chunks = [video]
         for k in range(1, latents.shape[2]):
@@ -102,12 +121,12 @@ class TAEHV(nn.Module):
         return torch.cat(chunks, dim=2).clamp(-1, 1)
 
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]`, about -1..1 and not clamped, and the
+        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,H,W]`, about -1..1 and not clamped, and the
         caches for `decode_step`."""
         return self._decode_chunk(latents, None)
 
     def decode_step(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Later latent frame -> 4 video frames `[B,3,4,8h,8w]`, unclamped, and the next caches (`[B,C,1,H,W]` each)."""
+        """Later latent frame -> 4 video frames `[B,3,4,H,W]`, unclamped, and the next caches (`[B,C,1,H,W]` each)."""
         return self._decode_chunk(latents, caches)
 
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
@@ -130,7 +149,7 @@ class TAEHV(nn.Module):
             x = per_frame(self.upsample, x[:, -1:] if only_last else x)
             x = per_frame(self.decoder[str(place + BLOCKS + 2)], x)
         video = at_least_float32(per_frame(conv_out, cast_for(conv_out, x.relu()))).transpose(1, 2)
-        return video * 2 - 1, kept
+        return from_patches(video, self.config.patch, columns_first=False) * 2 - 1, kept
 
 
 def _place(stage: int) -> int:

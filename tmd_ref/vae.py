@@ -1,9 +1,11 @@
-"""Wan2.1's causal video VAE: 4 x 8 x 8 compression into 16 channels, decodable one latent frame at a time.
+"""Wan's causal video VAEs, decodable one latent frame at a time: 4 x 8 x 8 compression into 16 channels for Wan2.1, and
+4 x 16 x 16 into 48 for Wan2.2-TI2V-5B.
 
-Parameter names are those of the original checkpoint (`Wan2.1_VAE.pth`), so official weights load unchanged. The network
-is written in its full-sequence form: a causal convolution pads time with zeros on the left, and the first frame passes
-by the temporal resampling. Decoding frame by frame is the same code with a `History` that stands in for the zeros; both
-forms give the same numbers. Source: wan/modules/vae.py of Wan2.1; facts on the equivalence in docs/architecture.md.
+Parameter names are those of the original checkpoints (`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`), so official weights load
+unchanged. The network is written in its full-sequence form: a causal convolution pads time with zeros on the left, and
+the first frame passes by the temporal resampling. Decoding frame by frame is the same code with a `History` that stands
+in for the zeros; both forms give the same numbers. Source: wan/modules/vae.py of Wan2.1; facts on the equivalence in
+docs/architecture.md. What the second VAE adds is in `tmd_ref.vae22`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmd_ref.ops import at_least_float32, attention, cast_for
+from tmd_ref.vae22 import WAN22_MEAN, WAN22_STD, AverageDown, RepeatUp, from_patches, to_patches
 
 _WAN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -30,7 +33,11 @@ _WAN_STD = (
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes of a Wan VAE. `latents_mean` and `latents_std` normalise each latent channel to about N(0, 1)."""
+    """Sizes of a Wan VAE. `latents_mean` and `latents_std` normalise each latent channel to about N(0, 1).
+
+    Of Wan2.2's alone: the decoder is as wide as `decoder_dim` says (None: as the encoder), with `shortcuts` around each
+    stage, and the stages see squares of `patch` x `patch` pixels as channels.
+    """
 
     dim: int = 96
     z_dim: int = 16
@@ -39,10 +46,32 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = _WAN_MEAN
     latents_std: tuple[float, ...] = _WAN_STD
+    decoder_dim: int | None = None
+    shortcuts: bool = False
+    patch: int = 1
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames per latent frame, after the first."""
+        return 1 << sum(self.temporal_downsample)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent, in height and in width."""
+        return self.patch << (len(self.dim_mult) - 1)
 
 
 WAN_VAE_CONFIGS = {
     "wan2.1": WanVAEConfig(),
+    "wan2.2": WanVAEConfig(
+        dim=160,
+        z_dim=48,
+        latents_mean=WAN22_MEAN,
+        latents_std=WAN22_STD,
+        decoder_dim=256,
+        shortcuts=True,
+        patch=2,
+    ),
     "tiny": WanVAEConfig(dim=8),
 }
 
@@ -177,11 +206,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, half the channels and, if `temporal`, frames 1 + k -> 1 + 2k."""
+    """Twice the height and width, `dim_out` channels and, if `temporal`, frames 1 + k -> 1 + 2k."""
 
-    def __init__(self, dim: int, temporal: bool):
+    def __init__(self, dim: int, dim_out: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Sequential(Nearest2x(), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(Nearest2x(), nn.Conv2d(dim, dim_out, 3, padding=1))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
@@ -202,20 +231,58 @@ def _double(time_conv: CausalConv3d, x: Tensor, history: History | None = None) 
     return torch.stack([even, odd], dim=3).flatten(2, 3)
 
 
+class DownStage(nn.Module):
+    """A stage of an encoder with a shortcut around it."""
+
+    def __init__(self, layers: list[nn.Module], shortcut: AverageDown):
+        super().__init__()
+        self.downsamples = nn.ModuleList(layers)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for layer in self.downsamples:
+            h = layer(h)
+        return at_least_float32(h) + self.shortcut(x)
+
+
+class UpStage(nn.Module):
+    """A stage of a decoder, with a shortcut around it if it makes the video larger."""
+
+    def __init__(self, layers: list[nn.Module], shortcut: RepeatUp | None):
+        super().__init__()
+        self.upsamples = nn.ModuleList(layers)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        h = x
+        for layer in self.upsamples:
+            h = layer(h, history)
+        if self.shortcut is None:
+            return h
+        return at_least_float32(h) + self.shortcut(x, first=history is None or history.first)
+
+
 class Encoder(nn.Module):
-    """Video `[B,3,1+4k,H,W]` -> `[B,2*z_dim,1+k,H/8,W/8]`."""
+    """Video `[B,3,1+4k,H,W]` -> `[B,2*z_dim,1+k,h,w]`."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
+        self.patch = config.patch
         dims = [config.dim * m for m in (1, *config.dim_mult)]
-        self.conv1 = CausalConv3d(3, dims[0], 3)
+        self.conv1 = CausalConv3d(3 * config.patch**2, dims[0], 3)
         layers: list[nn.Module] = []
         for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
+            smaller = level < len(config.dim_mult) - 1
+            temporal = smaller and config.temporal_downsample[level]
+            stage: list[nn.Module] = []
             for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(dim_in, dim_out))
+                stage.append(ResidualBlock(dim_in, dim_out))
                 dim_in = dim_out
-            if level < len(config.dim_mult) - 1:
-                layers.append(Downsample(dim_out, config.temporal_downsample[level]))
+            if smaller:
+                stage.append(Downsample(dim_out, temporal))
+            shortcut = AverageDown(dim_out, 1 + temporal, 1 + smaller)
+            layers += [DownStage(stage, shortcut)] if config.shortcuts else stage
         self.downsamples = nn.ModuleList(layers)
         self.middle = nn.ModuleList(
             [ResidualBlock(dim_out, dim_out), AttentionBlock(dim_out), ResidualBlock(dim_out, dim_out)]
@@ -223,40 +290,47 @@ class Encoder(nn.Module):
         self.head = nn.ModuleList([RMSNorm(dim_out, 3), nn.SiLU(), CausalConv3d(dim_out, 2 * config.z_dim, 3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
+        x = self.conv1(to_patches(x, self.patch))
         for layer in (*self.downsamples, *self.middle, *self.head):
             x = layer(x)
         return x
 
 
 class Decoder(nn.Module):
-    """Latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,8h,8w]`; with a `History`, the frames of one latent frame."""
+    """Latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,H,W]`; with a `History`, the frames of one latent frame."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
-        dims = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        self.patch = config.patch
+        dim = config.decoder_dim or config.dim
+        dims = [dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
         self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
         self.middle = nn.ModuleList(
             [ResidualBlock(dims[0], dims[0]), AttentionBlock(dims[0]), ResidualBlock(dims[0], dims[0])]
         )
         layers: list[nn.Module] = []
         for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
-            if level > 0:
+            if level > 0 and not config.shortcuts:
                 dim_in //= 2  # halved by the upsampling before
+            larger = level < len(config.dim_mult) - 1
+            temporal = larger and config.temporal_downsample[::-1][level]
+            stage: list[nn.Module] = []
             for _ in range(config.num_res_blocks + 1):
-                layers.append(ResidualBlock(dim_in, dim_out))
+                stage.append(ResidualBlock(dim_in, dim_out))
                 dim_in = dim_out
-            if level < len(config.dim_mult) - 1:
-                layers.append(Upsample(dim_out, config.temporal_downsample[::-1][level]))
+            if larger:
+                stage.append(Upsample(dim_out, dim_out if config.shortcuts else dim_out // 2, temporal))
+            shortcut = RepeatUp(dim_out, 1 + temporal, 2) if larger else None
+            layers += [UpStage(stage, shortcut)] if config.shortcuts else stage
         self.upsamples = nn.ModuleList(layers)
-        self.head = nn.ModuleList([RMSNorm(dim_out, 3), nn.SiLU(), CausalConv3d(dim_out, 3, 3)])
+        self.head = nn.ModuleList([RMSNorm(dim_out, 3), nn.SiLU(), CausalConv3d(dim_out, 3 * config.patch**2, 3)])
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         x = self.conv1(x, history)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, history)
         norm, act, conv = self.head
-        return conv(act(norm(x)), history)
+        return from_patches(conv(act(norm(x)), history), self.patch)
 
 
 class WanVAE(nn.Module):
@@ -274,12 +348,13 @@ class WanVAE(nn.Module):
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the unnormalised latents, `[B,z_dim,1+k,H/8,W/8]` each."""
+        """Mean and log variance of the unnormalised latents, `[B,z_dim,1+k,h,w]` each."""
         frames, height, width = video.shape[2:]
-        if (frames - 1) % 4 or height % 8 or width % 8:
+        time, space = self.config.temporal_stride, self.config.spatial_stride
+        if (frames - 1) % time or height % space or width % space:
             raise ValueError(
                 f"a video of {frames} frames at {width}x{height} cannot be encoded: "
-                "it takes 4k+1 frames, height and width divisible by 8"
+                f"it takes {time}k+1 frames, height and width divisible by {space}"
             )
         mean, log_variance = self.conv1(self.encoder(video)).chunk(2, dim=1)
         return mean, log_variance
@@ -295,20 +370,20 @@ class WanVAE(nn.Module):
         )
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video `[B,3,1+4k,H,W]` in -1..1 -> normalised latents `[B,z_dim,1+k,H/8,W/8]`, the posterior's mean."""
+        """Video `[B,3,1+4k,H,W]` in -1..1 -> normalised latents `[B,z_dim,1+k,h,w]`, the posterior's mean."""
         return self.normalise(self.posterior(video)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,8h,8w]` in -1..1."""
+        """Normalised latents `[B,z_dim,1+k,h,w]` -> video `[B,3,1+4k,H,W]` in -1..1."""
         return self.decoder(self._unpack(latents)).clamp(-1, 1)
 
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,8h,8w]`, about -1..1 and not clamped, and the
+        """First latent frame `[B,z_dim,1,h,w]` -> 1 video frame `[B,3,1,H,W]`, about -1..1 and not clamped, and the
         caches for `decode_step`."""
         return self._decode_chunk(latents, None)
 
     def decode_step(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Later latent frame -> 4 video frames `[B,3,4,8h,8w]`, unclamped, and the next caches (`[B,C,2,H,W]` each)."""
+        """Later latent frame -> 4 video frames `[B,3,4,H,W]`, unclamped, and the next caches (`[B,C,2,H,W]` each)."""
         return self._decode_chunk(latents, caches)
 
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:

@@ -1,10 +1,10 @@
-"""Wan2.1's text-to-video diffusion transformer, written for reading, for training at a small size and for clean export.
+"""Wan's text-to-video transformer (Wan2.1, Wan2.2-TI2V-5B), written for reading, small training and clean export.
 
 Parameter names are those of the official checkpoints, so their weights load with `load_state_dict`. What it is not: the
 image-to-video and VACE variants, sequence parallelism, padding of batches with mixed sizes.
 
-Letters in shapes: B batch, T latent frames, H and W latent height and width, N = T·(H/2)·(W/2) tokens, S text tokens,
-E width of the text features, D width of the model.
+Letters in shapes: B batch, C latent channels, T latent frames, H and W latent height and width, N = T·(H/2)·(W/2)
+tokens, S text tokens, E width of the text features, D width of the model.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ RopeOperands = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan2.1 transformer. Raises ValueError when they do not fit together."""
+    """Sizes of a Wan transformer. Raises ValueError when they do not fit together."""
 
     dim: int
     ffn_dim: int
@@ -54,6 +54,7 @@ WAN_CONFIGS = {
     "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=8, text_dim=64, text_len=32),
     "wan1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-ti2v-5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48),
 }
 
 
@@ -172,7 +173,7 @@ class Head(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Wan2.1 text-to-video transformer: predicts the velocity noise - data of latents at time t (0 data, 1 noise)."""
+    """Wan's text-to-video transformer: predicts the velocity noise - data of latents at time t (0 data, 1 noise)."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -190,9 +191,9 @@ class WanTransformer(nn.Module):
     def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Velocity of noisy latents.
 
-        x `[B, 16, T, H, W]` with even H and W; t `[B]` in 0..1; prompt_embeds `[B, S, E]`, zero after the last real
+        x `[B, C, T, H, W]` with even H and W; t `[B]` in 0..1; prompt_embeds `[B, S, E]`, zero after the last real
         token (there is no mask: the padding takes part in cross-attention, as in the official model).
-        `rope`: tables from `rope_tables`, computed here when None. Returns `[B, 16, T, H, W]`.
+        `rope`: tables from `rope_tables`, computed here when None. Returns `[B, C, T, H, W]`.
         Raises ValueError for odd H or W.
         """
         return self.velocity(x, self.embed_time(t), prompt_embeds, rope)
@@ -212,7 +213,7 @@ class WanTransformer(nn.Module):
         return self.unpatchify(self.head(x, e), grid)
 
     def patchify(self, x: Tensor) -> Tensor:
-        """Latents `[B, 16, T, H, W]` to tokens `[B, N, D]`."""
+        """Latents `[B, C, T, H, W]` to tokens `[B, N, D]`."""
         return patchify(x, self.patch_embedding)
 
     def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +236,7 @@ def token_grid(x: Tensor, patch_size: tuple[int, int, int]) -> tuple[int, int, i
     if not torch.onnx.is_in_onnx_export() and any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
         raise ValueError(
             f"latents of {tuple(sides)} (frames, height, width) do not split into patches of {tuple(patch_size)}: "
-            "use a video whose width and height are multiples of 16 pixels."
+            "use a video whose width and height divide by the pixels of a patch (16 for Wan2.1, 32 for Wan2.2-TI2V-5B)."
         )
     return tuple(side // patch for side, patch in zip(sides, patch_size, strict=True))  # type: ignore[return-value]
 

@@ -97,6 +97,7 @@ Examples:
       --decoder dc-ae-f32c32-sana-1.1-diffusers --precision bf16,decoder=fp32 --out tim
   tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
+  tmd-export --checkpoint FastWan2.2-TI2V-5B-FullAttn-Diffusers --precision bf16 --out fastwan
   tmd-export --model wan14b --checkpoint Wan2.1-T2V-14B --lora 4steps.safetensors \\
       --lora style.safetensors=0.7 --preset lightx2v --precision bf16 --out fast
 
@@ -104,7 +105,7 @@ Examples:
 The parts are {", ".join(PARTS)}.
 A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
 the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
-text-to-video folder as its authors publish it, the same in the layout of
+text-to-video or Wan2.2-TI2V-5B folder as its authors publish it, the same in the layout of
 diffusers, or a single .safetensors, .gguf, .pt or .pth file of one part. Its
 format and size are recognised from the tensors; weights in scaled fp8, int8,
 mxfp8, nvfp4, GGUF or MLX are dequantised to bfloat16. With several, a file
@@ -161,7 +162,8 @@ The bundle appears under its name only when it is complete.""",
     "--decoder",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1) or lightvae (lightvaew2_1). For "
+    help="Another decoder in the place of the VAE: TAEHV (taew2_1, lighttaew2_1; for Wan2.2-TI2V-5B taew2_2, "
+    "lighttaew2_2) or lightvae (lightvaew2_1). For "
     "tim-t2i and tim-c2i-512 the folder of DC-AE (dc-ae-f32c32-sana-1.1-diffusers), for tim-c2i-256 that of SD-VAE "
     "(sd-vae-ft-ema); it brings the encoder too.",
 )
@@ -200,7 +202,7 @@ The bundle appears under its name only when it is complete.""",
     "--preset",
     type=click.Choice(tuple(presets())),
     help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
-    "students, wan for all others]",
+    "students, wan2.2-ti2v for Wan2.2-TI2V-5B, wan for all others]",
 )
 @click.option(
     "--grid",

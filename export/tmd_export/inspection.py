@@ -21,6 +21,7 @@ def inspect(source: Source, preset: str | None, grid: str | None) -> dict[str, A
     family, model = ENGINE_FAMILIES[source.family], sections(source).model
     sampler = family.sampler.model_validate_json(json.dumps(dict(sampling.sampler)))
     said = source.sampler_note if preset is None else None
+    latents = source.latents_entry()
     return {
         "source": source.origin,
         "model": source.model,
@@ -29,6 +30,7 @@ def inspect(source: Source, preset: str | None, grid: str | None) -> dict[str, A
         "dim": model.dim,
         "num_layers": model.num_layers,
         "num_heads": model.num_heads,
+        "latents": {name: latents[name] for name in ("channels", "temporal_stride", "spatial_stride")},
         "parts": list(source.default_parts),
         "absent": [part for part in source.parts if part not in source.default_parts],
         "sampler": family.describe(sampler),
@@ -37,10 +39,15 @@ def inspect(source: Source, preset: str | None, grid: str | None) -> dict[str, A
 
 
 def print_inspection(found: dict[str, Any]) -> None:
+    sides = found["latents"]
     sizes = f"width {found['dim']}, {found['num_layers']} blocks, {found['num_heads']} heads"
     rows = [
         ("checkpoint", found["source"]),
         ("model", f"{found['model']}: {found['architecture']}, {sizes}"),
+        (
+            "latents",
+            "{channels} channels for {temporal_stride}x{spatial_stride}x{spatial_stride} pixels".format(**sides),
+        ),
         ("family", f"{found['family']}: this checkpoint {FAMILIES[found['family']].known_by}"),
         ("exported", ", ".join(found["parts"])),
         ("sampled", found["sampler"]),

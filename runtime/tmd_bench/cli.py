@@ -29,7 +29,8 @@ from .spec import RIVALS, Work
 if TYPE_CHECKING:
     from .contest import Entry
 
-MODELS = ("tiny", "wan1.3b", "wan14b")  # as in tmd_export, which is not imported for --help; a test compares the two
+# As in tmd_export, which is not imported for --help; a test compares the two.
+MODELS = ("tiny", "wan1.3b", "wan14b", "wan2.2-ti2v-5b")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "nvfp4")
 PARTS = "backbone,flow_head"
 
@@ -164,7 +165,8 @@ def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) ->
     arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
     if origin["random_seed"] is not None:
         arguments += ["--random-weights", str(origin["random_seed"])]
-        arguments += ["--preset", default_preset(origin["kind"])]
+        preset = default_preset(origin["kind"], origin["model"])
+        arguments += [] if preset is None else ["--preset", preset]
     work = ["tmd_export.cli", *arguments, "--no-verify"]
     if origin["blocks"] is not None:
         plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}

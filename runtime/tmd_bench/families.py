@@ -27,8 +27,10 @@ REFERENCE: dict[str, Callable[[Any, Any, Any, Work], None]] = {"tmd": _tmd, "wan
 """`model.family` -> samples `module` from noise `[1, C, T, h, w]` and embeddings `[1, S, E]`, as the work says."""
 
 
-def default_preset(family: str) -> str:
-    """The preset of tmd-export that stands for a family where nothing but the family is named."""
+def default_preset(family: str, model: str | None) -> str | None:
+    """The preset of tmd-export that tells the family of a model with random weights; None: it can be of one only."""
     from tmd_export.families import FAMILIES
 
+    if all(name == family or model not in other.models for name, other in FAMILIES.items()):
+        return None
     return next(iter(FAMILIES[family].presets))

@@ -29,7 +29,7 @@ def source_of(work: Work) -> Any:
         raise ValueError("a rival in torch needs the model's weights: give --model.")
     if work.blocks is not None:
         return shortened(work.model, work.random_seed or 0, work.kind, work.blocks)
-    preset = None if work.random_seed is None else default_preset(work.kind)
+    preset = None if work.random_seed is None else default_preset(work.kind, work.model)
     return open_source(work.model, list(work.checkpoint) or None, work.random_seed, preset=preset)
 
 
@@ -111,11 +111,9 @@ class DiffusersRun:
 
 
 def _inputs(source: Any, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise `[1,16,T,h,w]` of the asked size and embeddings `[1,S,E]`, none of them padding."""
+    """Noise `[1,C,T,h,w]` of the asked size and embeddings `[1,S,E]`, none of them padding."""
     vae, wan = source.vae, source.wan
-    spatial = 2 ** (len(vae.dim_mult) - 1)
-    temporal = 2 ** sum(vae.temporal_downsample)
-    frames = 1 + (work.frames - 1) // temporal
+    frames, stride = 1 + (work.frames - 1) // vae.temporal_stride, vae.spatial_stride
     generator = torch.Generator().manual_seed(work.seed)
-    noise = torch.randn(1, wan.in_channels, frames, work.height // spatial, work.width // spatial, generator=generator)
+    noise = torch.randn(1, wan.in_channels, frames, work.height // stride, work.width // stride, generator=generator)
     return noise, torch.randn(1, wan.text_len, wan.text_dim, generator=generator)

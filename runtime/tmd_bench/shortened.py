@@ -22,7 +22,7 @@ def shortened(model: str, seed: int, kind: str, blocks: int) -> RandomSource:
 
     Raises ValueError if there are too few for a backbone and a flow head, or more than the model has.
     """
-    whole: Any = open_source(model, random_seed=seed, preset=default_preset(kind))
+    whole: Any = open_source(model, random_seed=seed, preset=default_preset(kind, model))
     layers = whole.wan.num_layers
     if not 2 <= blocks <= layers:
         raise ValueError(f"{model} cannot have {blocks} blocks: choose 2 to {layers}.")
@@ -41,7 +41,7 @@ def main() -> None:
         source = shortened(plan["model"], plan["random_seed"], plan["kind"], plan["blocks"])
         export_bundle(
             source, plan["out"], ordered(plan["parts"].split(",")), precision=plan["precision"],
-            preset=default_preset(plan["kind"]), verify=False,
+            preset=default_preset(plan["kind"], plan["model"]), verify=False,
         )  # fmt: skip
     except (ExportError, ValueError) as error:
         sys.exit(f"tmd-bench: {error}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tmd_engines.utf8 import NOT_UTF_8, is_utf8
 
 from .errors import RuntimeFailure, UsageFailure
+from .sampling.family import NO_PICTURE
 from .text.encoder import EMBEDS_INSTEAD
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def check_start(
         )
     if pictured and settings.strength is None:
         if not family.starts_from_picture:
-            raise UsageFailure("to start from a picture is for Transition Models, and this is none: leave it out.")
+            raise UsageFailure(NO_PICTURE)
         raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")
     if init is not None and init.shape != settings.latent_shape:
         raise UsageFailure(

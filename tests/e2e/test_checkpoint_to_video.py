@@ -37,6 +37,7 @@ from tmd_export.families import presets
 from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
+from tmd_export.presets.wan import WAN21
 from tmd_export.sources.wan import WanSource
 from tmd_export.weights.weights import Weights
 from tmd_ref.samplers import tmd_sample
@@ -54,7 +55,7 @@ PROMPT, SEED, SHAPE = "a red circle", 4, (1, 16, 2, 2, 4)  # 5 frames of 32x16
 GRAPHS = "text_encoder,backbone,flow_head"
 STEPS = {"wan": 3}  # in place of 50; otherwise the preset's own
 PRESETS = presets()
-WAN_PRESETS = list(WAN_FAMILY.presets)
+WAN_PRESETS = [name for name, preset in WAN_FAMILY.presets.items() if preset.architecture == WAN21]
 
 
 def diffusers_folder(folder: Path) -> list[Path]:

@@ -10,22 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import tmd_runtime
-from tests.helpers.cpp_tools import engine_options, program
-from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tests.helpers.cpp_tools import engine_options, in_cpp, program
+from tests.helpers.synthetic import take_wan22_latents, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_quantized import QUANTIZED, write_quantized_bundle
 from tmd_runtime.built_in import BUILT_IN
+from tmd_runtime.errors import UsageFailure
 
 ENGINES = ("openvino", "onnxruntime")
-
-
-def in_cpp(out: Path, prompt: str, engine: str, *options: object, bundle: Path = BUILT_IN) -> NDArray[np.uint8]:
-    words = [program("tmd_generate"), bundle, prompt, out, "--threads", 1, *engine_options(engine), *options]
-    run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return np.fromfile(out, np.uint8)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -94,6 +87,28 @@ def test_models_without_inner_flow_are_bit_equal(
     assert expected.std() > 1
     found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", engine, "--seed", 5, *options, bundle=bundle)
     np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_latents_of_another_geometry_are_bit_equal(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_wan22_latents(monkeypatch)
+    bundle = write_synthetic_bundle(tmp_path / "bundle", sampler=WAN_SAMPLERS["unipc"])
+    engine_options(engine)
+    with tmd_runtime.load(bundle, engine=engine, threads=1) as pipeline:
+        result = pipeline("a red circle moving right", seed=5, frames=9, size=(96, 64))
+        with pytest.raises(UsageFailure, match="a width of 80 pixels cannot be made: choose a multiple of 32"):
+            pipeline("a red circle", size=(80, 64))
+    assert result.latents is not None and result.latents.shape == (1, 48, 3, 4, 6)
+    assert result.frames.shape == (9, 64, 96, 3)
+    assert result.frames.std() > 1
+    wishes = ("--seed", 5, "--frames", 9, "--size")
+    found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", engine, *wishes, "96x64", bundle=bundle)
+    np.testing.assert_array_equal(found.reshape(result.frames.shape), result.frames)
+    words = (program("tmd_generate"), bundle, "a red circle", tmp_path / "w.rgb", *wishes, "80x64")
+    run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "choose a multiple of 32" in run.stderr
 
 
 @pytest.mark.parametrize("engine", ENGINES)

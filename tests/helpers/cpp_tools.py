@@ -15,7 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from tmd_runtime.built_in import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "runtime" / "cpp"
@@ -53,6 +57,14 @@ def engine_options(engine: str) -> list[str]:
         pytest.skip(f"the C++ library was built without the headers of {engine}: {built}")
     pytest.importorskip(engine, reason=f"the library of {engine} comes with its Python package")
     return ["--engine", engine, *(["--engine-library", str(onnxruntime_library())] if engine == "onnxruntime" else [])]
+
+
+def in_cpp(out: Path, prompt: str, engine: str, *options: object, bundle: Path = BUILT_IN) -> NDArray[np.uint8]:
+    """The bytes of the frames that `tmd_generate` writes to `out`, on one thread. Skips the test without `engine`."""
+    words = [program("tmd_generate"), bundle, prompt, out, "--threads", 1, *engine_options(engine), *options]
+    run = _run(*words)
+    assert run.returncode == 0, run.stderr
+    return np.fromfile(out, np.uint8)
 
 
 def onnxruntime_library() -> Path:

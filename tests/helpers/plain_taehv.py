@@ -25,11 +25,19 @@ for place, width in BLOCK_WIDTHS.items():
         PUBLISHED[f"decoder.{place}.conv.{layer}.bias"] = (width,)
 
 
-def random_weights() -> dict[str, torch.Tensor]:
-    """Values for `PUBLISHED` that keep the size of activations and leave the video between black and white."""
+# That for Wan2.2's latents of 48 channels, which makes squares of 2x2 pixels.
+PUBLISHED22 = PUBLISHED | {
+    "decoder.1.weight": (256, 48, 3, 3),
+    "decoder.22.weight": (12, 64, 3, 3),
+    "decoder.22.bias": (12,),
+}
+
+
+def random_weights(published: dict[str, tuple[int, ...]] = PUBLISHED) -> dict[str, torch.Tensor]:
+    """Values for `published` that keep the size of activations and leave the video between black and white."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, shape in PUBLISHED.items():
+    for name, shape in published.items():
         spread = (0.6 if ".conv.4." in name else 1.0) * torch.Size(shape[1:]).numel() ** -0.5 if shape[1:] else 0.1
         weights[name] = torch.randn(shape, generator=generator) * spread
     weights["decoder.22.weight"] *= 0.3
@@ -38,7 +46,7 @@ def random_weights() -> dict[str, torch.Tensor]:
 
 
 def whole_clip(weights: dict[str, torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
-    """Video `[B,3,1+4k,8h,8w]` in 0..1 of `[B,16,1+k,h,w]`: past frames by a shift along time, trimmed at the end."""
+    """Video `[B,3,1+4k,H,W]` in 0..1 of `[B,C,1+k,h,w]`: past frames by a shift along time, trimmed at the end."""
 
     def conv(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = weights[f"{name}.weight"]
@@ -58,5 +66,6 @@ def whole_clip(weights: dict[str, torch.Tensor], latents: torch.Tensor) -> torch
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = conv(x, f"decoder.{start + 4}.conv").reshape(growth * x.shape[0], -1, *x.shape[2:])
         x = conv(x, f"decoder.{start + 5}")
-    video = conv(F.relu(x), "decoder.22").unflatten(0, (batch, -1)).movedim(2, 1)
+    x = conv(F.relu(x), "decoder.22")
+    video = (x if x.shape[1] == 3 else F.pixel_shuffle(x, 2)).unflatten(0, (batch, -1)).movedim(2, 1)
     return video[:, :, 3:].clamp(0, 1)

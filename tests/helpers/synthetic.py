@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 DIM, HEADS, HEAD_DIM = 32, 2, 16
 TEXT_LENGTH, TEXT_DIM, VOCABULARY = 32, 64, 64
-CHANNELS, CACHES = 16, 32
+CHANNELS, STRIDE, CACHES = 16, 8, 32
 MEAN = [0.05 * (channel - 8) for channel in range(CHANNELS)]
 STD = [1.0 + 0.05 * channel for channel in range(CHANNELS)]
 
@@ -231,14 +232,14 @@ def _decoder(name: str, frames: int) -> GraphBuilder:
             new = g.op("Identity", new, out=f"cache_{k:02d}")
     if old:
         z = g.op("Add", z, g.op("Sum", *old))
-    kernel = [frames, 8, 8]
+    kernel = [frames, STRIDE, STRIDE]
     pixels = g.op("ConvTranspose", z, g.weight(CHANNELS, 3, *kernel), kernel_shape=kernel, strides=kernel)
     scaled = g.op("Add", g.op("Mul", g.op("Tanh", pixels), g.constant(127.5)), g.constant(127.5))
     size = g.op("ReduceMean", g.op("Abs", pixels), keepdims=0)
     g.op("Reshape", size, g.constant([1], np.int64), out="magnitude")
     bytes_ = g.op("Cast", g.op("Round", scaled), to=TensorProto.UINT8)
     g.op("Transpose", bytes_, perm=[0, 2, 3, 4, 1], out="frames")
-    g.output("frames", ["batch", frames, "8*height", "8*width", 3], "uint8")
+    g.output("frames", ["batch", frames, f"{STRIDE}*height", f"{STRIDE}*width", 3], "uint8")
     g.output("magnitude", [1])
     for k in range(CACHES):
         g.output(f"cache_{k:02d}_next" if old else f"cache_{k:02d}", cache_shape)
@@ -360,7 +361,13 @@ def _student_manifest(graphs: dict) -> dict:
             "inner_shift": 10.0,
             "t_max": 0.999,
         },
-        "latents": {"channels": CHANNELS, "temporal_stride": 4, "spatial_stride": 8, "mean": [*MEAN], "std": [*STD]},
+        "latents": {
+            "channels": CHANNELS,
+            "temporal_stride": 4,
+            "spatial_stride": STRIDE,
+            "mean": [*MEAN],
+            "std": [*STD],
+        },
         "video": {"frames": 17, "width": 64, "height": 64, "fps": 8},
         "text": {
             "tokenizer": "tokenizer.model",
@@ -378,6 +385,13 @@ def _student_manifest(graphs: dict) -> dict:
             "created": "2026-01-01T00:00:00Z",
         },
     }
+
+
+def take_wan22_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, what is written here has the latents of Wan2.2-TI2V-5B: 48 channels for 4x16x16 pixels."""
+    changes = {"CHANNELS": 48, "STRIDE": 16, "MEAN": 3 * MEAN, "STD": 3 * STD}
+    for name, value in (changes | {"_LATENTS": ["batch", 48, "frames", "height", "width"]}).items():
+        monkeypatch.setitem(globals(), name, value)
 
 
 def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None) -> Path:

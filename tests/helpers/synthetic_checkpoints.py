@@ -1,4 +1,4 @@
-"""Wan2.1 checkpoints of a few megabytes: the published file names, shards, indices and keys around small widths.
+"""Checkpoints of Wan2.1 and Wan2.2-TI2V-5B in a few megabytes: published names, shards, indices, keys; small widths.
 
 What diffusers and transformers publish is written by those libraries themselves; the original layout and single files
 hold the state of `tmd_ref`'s modules, whose names are the original ones.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,12 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 WAN = WanConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=3, freq_dim=64, text_dim=24, text_len=12)
 TEXT = UMT5Config(vocab_size=80, dim=24, num_heads=3, head_dim=8, ffn_dim=40, num_layers=2)
 VAE = WanVAEConfig(dim=8)
+WAN22 = replace(WAN, in_channels=48, out_channels=48)
+VAE22 = replace(WAN_VAE_CONFIGS["wan2.2"], dim=4, decoder_dim=8)
 SIZES: dict[str, Any] = {"wan": WAN, "vae": VAE, "text": TEXT, "head_blocks": 1}
 """What `WanSource` is told in place of the full sizes."""
+SIZES22: dict[str, Any] = {**SIZES, "wan": WAN22, "vae": VAE22}
+"""The same for Wan2.2-TI2V-5B."""
 
 _SQUARE = torch.zeros(2, 2)
 RELATIVES = [
@@ -77,12 +81,13 @@ class Models:
 
 
 @cache
-def models() -> Models:
+def models(wan22: bool = False) -> Models:
     import diffusers
     import transformers
 
     torch.manual_seed(0)
-    ours = {"transformer": WanTransformer(WAN), "text_encoder": UMT5Encoder(TEXT), "vae": WanVAE(VAE)}
+    wan, vae = (WAN22, VAE22) if wan22 else (WAN, VAE)
+    ours = {"transformer": WanTransformer(wan), "text_encoder": UMT5Encoder(TEXT), "vae": WanVAE(vae)}
     for module in ours.values():
         module.eval().requires_grad_(False)
         for name, weight in module.named_parameters():
@@ -93,7 +98,7 @@ def models() -> Models:
     for weight in ours["text_encoder"].parameters():  # which one layout stores in bfloat16
         weight.copy_(weight.bfloat16())
     theirs = {
-        "transformer": diffusers.WanTransformer3DModel(**transformer_config()),
+        "transformer": diffusers.WanTransformer3DModel(**transformer_config(wan)),
         "text_encoder": transformers.UMT5EncoderModel(
             transformers.UMT5Config(
                 vocab_size=TEXT.vocab_size,
@@ -106,7 +111,7 @@ def models() -> Models:
                 feed_forward_proj="gated-gelu",
             )
         ),
-        "vae": diffusers.AutoencoderKLWan(**vae_config()),
+        "vae": diffusers.AutoencoderKLWan(**vae_config(vae)),
     }
     for part, module in ours.items():
         state = {converted(part, name): weight for name, weight in module.state_dict().items()}
@@ -120,6 +125,8 @@ def transformer_config(config: WanConfig = WAN) -> dict[str, Any]:
     """The same sizes in the words of diffusers."""
     return {
         "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
         "text_dim": config.text_dim,
@@ -133,7 +140,20 @@ def transformer_config(config: WanConfig = WAN) -> dict[str, Any]:
 
 
 def vae_config(config: WanVAEConfig = VAE) -> dict[str, Any]:
-    return {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult)}
+    """The same sizes in the words of diffusers."""
+    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult)}
+    if not config.shortcuts:
+        return sizes
+    return sizes | {
+        "decoder_base_dim": config.decoder_dim,
+        "is_residual": True,
+        "patch_size": config.patch,
+        "in_channels": 3 * config.patch**2,
+        "out_channels": 3 * config.patch**2,
+        "scale_factor_spatial": config.spatial_stride,
+        "latents_mean": list(config.latents_mean),
+        "latents_std": list(config.latents_std),
+    }
 
 
 UNIPC: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -148,19 +168,22 @@ COMPONENTS = {
 }
 
 
-def write_diffusers(folder: Path) -> Path:
-    """As `Wan-AI/Wan2.1-T2V-…-Diffusers`: sharded transformer and text encoder, one VAE file, tokenizer, scheduler."""
+def write_diffusers(folder: Path, wan22: bool = False) -> Path:
+    """As `Wan-AI/Wan2.1-T2V-…-Diffusers` or `Wan2.2-TI2V-5B-Diffusers`: sharded transformer and text encoder, one VAE
+    file, tokenizer, scheduler."""
     import diffusers
 
-    theirs = models().theirs
+    theirs = models(wan22).theirs
     for part, shard in (("transformer", "250KB"), ("text_encoder", "20KB"), ("vae", "10GB")):
         theirs[part].save_pretrained(folder / part, max_shard_size=shard)
     for name in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
         assert (folder / f"{name}.safetensors.index.json").is_file(), "small enough for one shard"
     _write_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    write_scheduler(folder, diffusers.UniPCMultistepScheduler(**UNIPC))
-    components = {name: ["diffusers", made] for name, made in COMPONENTS.items()}
+    write_scheduler(folder, diffusers.UniPCMultistepScheduler(**UNIPC | ({"flow_shift": 5.0} if wan22 else {})))
+    components: dict[str, Any] = {name: ["diffusers", made] for name, made in COMPONENTS.items()}
+    if wan22:
+        components |= {"boundary_ratio": None, "expand_timesteps": True, "transformer_2": [None, None]}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **components}))
     return folder
 
@@ -170,18 +193,19 @@ def write_scheduler(folder: Path, scheduler: Any) -> None:
     scheduler.save_pretrained(folder / "scheduler")
 
 
-def write_original(folder: Path, shards: int = 1) -> Path:
-    """As `Wan-AI/Wan2.1-T2V-1.3B` (one shard) or `-14B` (six, with an index)."""
+def write_original(folder: Path, shards: int = 1, wan22: bool = False) -> Path:
+    """As `Wan-AI/Wan2.1-T2V-1.3B` (one shard), `-14B` (six, with an index) or `Wan-AI/Wan2.2-TI2V-5B` (three)."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = models().state("transformer")
+    state = models(wan22).state("transformer")
     if shards == 1:
         save_file(state, folder / "diffusion_pytorch_model.safetensors")
     else:
         write_shards(folder, state, shards)
-    (folder / "config.json").write_text(json.dumps(original_config()))
-    text = {name: weight.bfloat16() for name, weight in models().state("text_encoder").items()}
+    config = original_config(WAN22) | {"model_type": "ti2v"} if wan22 else original_config()
+    (folder / "config.json").write_text(json.dumps(config))
+    text = {name: weight.bfloat16() for name, weight in models(wan22).state("text_encoder").items()}
     torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(models().state("vae"), folder / "Wan2.1_VAE.pth")
+    torch.save(models(wan22).state("vae"), folder / ("Wan2.2_VAE.pth" if wan22 else "Wan2.1_VAE.pth"))
     _write_tokenizer(folder / "google" / "umt5-xxl")
     return folder
 

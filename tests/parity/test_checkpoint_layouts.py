@@ -110,7 +110,7 @@ def test_a_folder_gives_the_embeddings_of_transformers_reading_the_same_files(fo
     assert (loaded(source, "text_encoder")(ids, mask) - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "keys"), [("wan1.3b", 825), ("wan14b", 1095)])
+@pytest.mark.parametrize(("name", "keys"), [("wan1.3b", 825), ("wan14b", 1095), ("wan2.2-ti2v-5b", 825)])
 def test_names_and_shapes_of_the_full_transformer_are_those_of_diffusers(name: str, keys: int) -> None:
     config = WAN_CONFIGS[name]
     with torch.device("meta"):

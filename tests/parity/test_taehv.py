@@ -5,32 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.plain_taehv import PUBLISHED, random_weights, whole_clip
+from tests.helpers.plain_taehv import PUBLISHED, PUBLISHED22, random_weights, whole_clip
 from tmd_export.weights.precision import lower
-from tmd_ref.taehv import TAEHV
+from tmd_ref.taehv import TAEHV, TAEHV_CONFIGS
+
+FILES = {"wan2.1": PUBLISHED, "wan2.2": PUBLISHED22}
 
 
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("shape", [(1, 1, 4, 6), (2, 3, 6, 4), (1, 5, 3, 3)], ids=str)
 @torch.no_grad()
-def test_frame_by_frame_equals_the_whole_clip(shape: tuple[int, int, int, int]) -> None:
-    model = TAEHV().eval()
-    weights = random_weights()
+def test_frame_by_frame_equals_the_whole_clip(name: str, shape: tuple[int, int, int, int]) -> None:
+    model = TAEHV(TAEHV_CONFIGS[name]).eval()
+    weights = random_weights(FILES[name])
     model.load_state_dict(weights, strict=True)
     batch, frames, height, width = shape
-    latents = 2 * torch.randn(batch, 16, frames, height, width, generator=torch.Generator().manual_seed(1))
+    channels, stride = {"wan2.1": (16, 8), "wan2.2": (48, 16)}[name]
+    latents = 2 * torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(1))
     expected = whole_clip(weights, latents)
     video = model.decode(latents)
-    assert video.shape == (batch, 3, 4 * frames - 3, 8 * height, 8 * width)
+    assert video.shape == (batch, 3, 4 * frames - 3, stride * height, stride * width)
     inside = ((expected > 0) & (expected < 1)).float().mean()
     assert inside > 0.9 and expected.std() > 0.02  # a video that is clamped or flat would hide errors
     assert ((video + 1) / 2 - expected).abs().max() <= 1e-5
 
 
-def test_the_published_size_has_its_names_shapes_and_parameter_count() -> None:
+@pytest.mark.parametrize(("name", "parameters"), [("wan2.1", 9_844_611), ("wan2.2", 9_923_532)])
+def test_the_published_size_has_its_names_shapes_and_parameter_count(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = TAEHV()
-    assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == PUBLISHED
-    assert sum(weight.numel() for weight in model.parameters()) == 9_844_611
+        model = TAEHV(TAEHV_CONFIGS[name])
+    assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == FILES[name]
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
 @torch.no_grad()

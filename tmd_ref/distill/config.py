@@ -19,6 +19,7 @@ from tmd_ref.student import TimeGrids
 from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 FOLDER = Path(__file__).parent / "configs"
+MODELS = [name for name, wan in WAN_CONFIGS.items() if wan.in_channels == 16]  # data is encoded by Wan2.1's VAE
 Share = Field(ge=0, le=1)
 Kind = TypeVar("Kind", bound=BaseModel)
 Shift = Field(ge=1)
@@ -191,8 +192,8 @@ class Config(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.model not in WAN_CONFIGS:
-            raise ValueError(f"model {self.model!r}: choose one of {', '.join(WAN_CONFIGS)}")
+        if self.model not in MODELS:
+            raise ValueError(f"model {self.model!r}: choose one of {', '.join(MODELS)}")
         layers = self.wan.num_layers
         if self.student.head_blocks >= layers:
             raise ValueError(f"student.head_blocks {self.student.head_blocks}: {self.model} has {layers} blocks")

@@ -1,4 +1,4 @@
-"""Published Wan2.1 checkpoints as they lie on a disk: which files there are, whose they are, and their tensors by name.
+"""Published Wan checkpoints as they lie on a disk: which files there are, whose they are, and their tensors by name.
 
 `folders` finds files, `tensors` opens them without running anything that they hold, `storage` knows the formats that
 keep weights in fewer bits, `names` knows how the same weight is called in each layout, `recognise` tells what a set of

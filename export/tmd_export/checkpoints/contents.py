@@ -24,12 +24,14 @@ _LOADED = (*_WEIGHTS, ".json", ".model")  # what a link in the place of one of t
 
 _COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 _MODELS = _COMPONENTS[:3]  # those that have weights
+_SAID = (
+    "expand_timesteps"  # of Wan2.2-TI2V-5B, whose tensors tell it too: one time for each token, here always the same
+)
 _REASONS = {
     "transformer_2": "Wan2.2-A14B, whose two transformers take turns in one video: both together are not exported yet",
     "boundary_ratio": "Wan2.2-A14B, whose two transformers take turns in one video: both together are not exported yet",
     "image_encoder": "an image-to-video model, which needs an image as input: take the text-to-video model",
     "image_processor": "an image-to-video model, which needs an image as input: take the text-to-video model",
-    "expand_timesteps": "Wan2.2-TI2V-5B, which is not exported yet: take a Wan2.1 text-to-video model",
 }
 
 
@@ -51,7 +53,7 @@ def named_models(folder: Path) -> tuple[str, ...]:
         raise ExportError(f"{path} is no index of a model: copy it again.")
     named = [name for name, value in document.items() if not name.startswith("_") and _means_something(value)]
     for name in named:
-        if name not in _COMPONENTS:
+        if name not in (*_COMPONENTS, _SAID):
             reason = _REASONS.get(name, "a model with a part that is unknown here, and would be wrong without it")
             raise ExportError(f"{path} names {quote(name)}: this is {reason}.")
     return tuple(name for name in _MODELS if name in named)

@@ -29,7 +29,7 @@ _PLACES = (
     ("text_encoder", ("model",)),
     ("vae", ("diffusion_pytorch_model",)),
 )
-_ORIGINAL = {"text_encoder": "models_t5*", "vae": "Wan2.1_VAE*"}  # one file each beside an original transformer
+_ORIGINAL = {"text_encoder": "models_t5*", "vae": "Wan2.[12]_VAE*"}  # one file each beside an original transformer
 _OWN = "student.safetensors"  # tmd-distill's: beside it lie whatever a training leaves
 _MAX_INDEX = 16 << 20
 
@@ -164,7 +164,7 @@ def _nothing_in(folder: Path) -> str:
     return (
         f"{folder} has no student.safetensors and no other file of weights by a name that is known here: a checkpoint "
         "is a folder as tmd-distill leaves it (student.safetensors and, for the other parts, vae.safetensors, "
-        "umt5.safetensors, tokenizer.model), an official Wan2.1 folder (diffusion_pytorch_model.safetensors or its "
-        "shards, models_t5_umt5-xxl-enc-bf16.pth, Wan2.1_VAE.pth, google/umt5-xxl/spiece.model), or the same in "
-        f"diffusers' layout (transformer, text_encoder, vae, tokenizer).{hint}"
+        "umt5.safetensors, tokenizer.model), an official Wan folder (diffusion_pytorch_model.safetensors or its "
+        "shards, models_t5_umt5-xxl-enc-bf16.pth, Wan2.1_VAE.pth or Wan2.2_VAE.pth, google/umt5-xxl/spiece.model), or "
+        f"the same in diffusers' layout (transformer, text_encoder, vae, tokenizer).{hint}"
     )

@@ -1,4 +1,4 @@
-"""How the same weight is called in the layouts in which Wan2.1 is published.
+"""How the same weight is called in the layouts in which Wan is published.
 
 `tmd_ref` uses the names of the original files. A table of substitutions per part, applied in order, leads from there to
 the layout of diffusers or transformers; no tensor is transposed. Found in diffusers' converter and checked by equal
@@ -54,14 +54,18 @@ VAE: Table = (
     (r"\.middle\.0\.", ".mid_block.resnets.0."),
     (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.2\.", r"encoder.down_blocks.\1.downsampler."),  # of Wan2.2
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.", r"encoder.down_blocks.\1.resnets."),
     (r"\.downsamples\.", ".down_blocks."),
     (r"\.residual\.0\.", ".norm1."),
     (r"\.residual\.2\.", ".conv1."),
     (r"\.residual\.3\.", ".norm2."),
     (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."),
-    # Up, diffusers has stages; each holds three residual blocks and an upsampling.
-    (r"^decoder\.upsamples\.(\d+)\.", lambda match: f"decoder.up_blocks.{_up_block(int(match[1]))}."),
+    # Up, diffusers has stages; each holds three residual blocks and an upsampling. That of Wan2.2 has stages itself.
+    (r"^decoder\.upsamples\.(\d+)\.(?!upsamples)", lambda match: f"decoder.up_blocks.{_up_block(int(match[1]))}."),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.3\.", r"decoder.up_blocks.\1.upsampler."),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.", r"decoder.up_blocks.\1.resnets."),
 )
 
 # FastVideo's names inside of the blocks, those of diffusers around them: as its checkpoints for MLX are written.

@@ -1,4 +1,4 @@
-"""What a set of tensors is: a part of Wan2.1 in one of two layouts, or a student; complete, or with all that is wrong.
+"""What a set of tensors is: a part of a Wan model in a known layout, or a student; complete, or with all that is wrong.
 
 Nothing is taken from a flag or a configuration file: names and shapes decide.
 """
@@ -23,9 +23,9 @@ from .tensors import Entry, Tensors
 LISTED = 6  # names per kind of problem in a message
 
 PARTS = {
-    "transformer": "Wan2.1's transformer",
+    "transformer": "Wan's transformer",
     "text_encoder": "UMT5's encoder",
-    "vae": "Wan2.1's VAE",
+    "vae": "Wan's VAE",
     "student": "a TMD student",
 }
 """What files can hold, and what a message calls it."""
@@ -46,7 +46,7 @@ _SIGNS = {
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 TOKENIZER = "spiece_model"  # as ComfyUI's files of text encoders carry it: the bytes of that file as a tensor
 _TWICE = {"encoder.embed_tokens.weight": "shared.weight"}  # transformers may store the embedding under both names
-_PATCHES = "patch_embedding.weight"  # [D,16,1,2,2], or [D,64] where patches are flattened first (rCM)
+_PATCHES = "patch_embedding.weight"  # [D,C,1,2,2], or [D,4·C] where patches are flattened first (rCM)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Checkpoint:
     """The tensors of one part under the names of `tmd_ref`."""
 
     def __init__(self, tensors: Tensors) -> None:
-        """Raises ExportError if `tensors` are no part of Wan2.1, or a relative of it that the graphs do not compute."""
+        """Raises ExportError if `tensors` are no part of a Wan model, or a relative that the graphs do not compute."""
         self.tensors = tensors
         self.where = _where(tensors.files)
         refuse_expert_tensors(self.where, tensors.entries)
@@ -83,7 +83,7 @@ class Checkpoint:
         kind = recognise(entries)
         if kind is None:
             raise ExportError(
-                f"{self.where} holds no part of Wan2.1: its {len(entries)} tensors are called "
+                f"{self.where} holds no part of a Wan model: its {len(entries)} tensors are called "
                 f"{_listed([quote(name) for name in entries])}. A checkpoint holds {', '.join(PARTS.values())}."
             )
         if kind.part == "transformer":

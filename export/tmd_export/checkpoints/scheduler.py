@@ -15,6 +15,10 @@ from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .contents import MODEL_INDEX
+
+DMD = "WanDMDPipeline"
+"""The pipeline that FastVideo's few-step models name. It ignores the scheduler of their folder."""
 
 _CONFIG = Path("scheduler", "scheduler_config.json")
 _MAX_BYTES = 1 << 20
@@ -108,6 +112,13 @@ def read_scheduler(folder: Path) -> Scheduler | None:
     return Scheduler(str(called), known.rule, None if shift is None else float(shift), known.flow_map)
 
 
+def pipeline_class(folder: Path) -> str | None:
+    """What `model_index.json` of the folder of a model calls its pipeline. Raises ExportError if it cannot be read."""
+    path = folder / MODEL_INDEX
+    called = _document(path).get("_class_name") if path.is_file() else None
+    return called if isinstance(called, str) else None
+
+
 def _same(value: Any, wanted: Any) -> bool:
     """None stands for "off" in diffusers."""
     return value == wanted or (value is None and wanted in (False, []))
@@ -121,5 +132,5 @@ def _document(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again. {_CHOOSE}") from None
     if not isinstance(document, dict):
-        raise ExportError(f"{path} is no configuration of a scheduler: copy it again. {_CHOOSE}")
+        raise ExportError(f"{path} is no configuration: copy it again. {_CHOOSE}")
     return document

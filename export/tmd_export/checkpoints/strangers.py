@@ -1,4 +1,4 @@
-"""Relatives of Wan2.1 that are published in the same form and are not what the graphs compute.
+"""Relatives of Wan's text-to-video models that are published in the same form and are not what the graphs compute.
 
 Each is refused with its family and the tensor that gave it away, because its weights would load and show noise. What
 cannot be told: CausVid's and Self-Forcing's autoregressive checkpoints have exactly the tensors of a bidirectional one.
@@ -73,7 +73,6 @@ _ROUNDED_TO = {
 }
 
 IMAGE_CHANNELS = 36  # of latents, a mask and the latents of an image
-CHANNELS_5B = 48  # of the latents of Wan2.2's own VAE
 
 
 def stranger(entries: Mapping[str, Entry]) -> str | None:
@@ -92,11 +91,6 @@ def stranger(entries: Mapping[str, Entry]) -> str | None:
             return (
                 f"an image-to-video model ('patch_embedding.weight' takes {channels} channels): it needs an image as "
                 "input; take the text-to-video model"
-            )
-        if channels == CHANNELS_5B:
-            return (
-                f"Wan2.2-TI2V-5B or a model made from it ('patch_embedding.weight' takes {channels} channels): its "
-                "latents are of another VAE, which is not exported yet; take a Wan2.1 text-to-video model"
             )
     for name, entry in entries.items():
         if entry.dtype in _ROUNDED_TO and name.endswith(".weight"):

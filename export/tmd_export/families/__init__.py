@@ -53,18 +53,26 @@ def presets() -> dict[str, Preset]:
     return {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 
-def find_preset(family: ExportFamily, name: str | None = None) -> Preset:
-    """The preset `name`, or the default of `family` if None. Raises ExportError if it is for another family."""
+def find_preset(family: ExportFamily, name: str | None = None, architecture: str | None = None) -> Preset:
+    """The preset `name`, or the default of `family` if None, for a model of `architecture` (None: of any).
+
+    Raises ExportError if it is for another family, or for another architecture.
+    """
+    fitting = {
+        called: preset
+        for called, preset in family.presets.items()
+        if architecture is None or preset.architecture in (None, architecture)
+    }
     if name is None:
-        return next(iter(family.presets.values()))
-    if name in family.presets:
-        return family.presets[name]
+        return next(iter(fitting.values()))
+    if name in fitting:
+        return fitting[name]
     known = presets()
     if name not in known:
         raise ExportError(f"there is no preset {name!r}: choose one of {', '.join(known)}.")
+    why = f"is of the architecture {architecture}" if name in family.presets else family.known_by
     raise ExportError(
-        f"the preset {name} is for {known[name].about}, and this checkpoint {family.known_by}: choose among "
-        f"{', '.join(family.presets)}."
+        f"the preset {name} is for {known[name].about}, and this checkpoint {why}: choose among {', '.join(fitting)}."
     )
 
 
@@ -72,7 +80,7 @@ def sampling_of(source: Source, preset: str | None = None, grid: str | None = No
     """How the model of `source` is sampled: as `preset` says, else as the source says itself, else as its family
     usually is; on the time grid `grid`, one of `GRIDS` (None: the model's own times). Raises ExportError."""
     family = FAMILIES[source.family]
-    sampling = find_preset(family, preset)
+    sampling = find_preset(family, preset, source.model_entry()["architecture"])
     if preset is None and source.sampler is not None:
         sampling = replace(sampling, sampler=source.sampler)
     return sampling if grid is None else replace(sampling, sampler=family.on_grid(sampling.sampler, grid))

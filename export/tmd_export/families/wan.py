@@ -19,7 +19,7 @@ MAX_STEPS = 6  # to calibrate on, of a model for any number of them: they go fro
 
 
 class Wan21(ExportFamily):
-    """Of the models of Wan2.1's architecture. Whether a checkpoint has an inner flow, its tensors say."""
+    """Of the models that are Wan transformers. Whether a checkpoint has an inner flow, its tensors say."""
 
     models: tuple[str, ...] = ("tiny", "wan1.3b", "wan14b")
     built_in: tuple[str, ...] = ("tiny",)
@@ -78,6 +78,7 @@ class Wan21(ExportFamily):
 
 class _Wan(Wan21):
     name = "wan"
+    models = (*Wan21.models, "wan2.2-ti2v-5b")
     presets = PRESETS
     known_by = "has not a flow head with inner steps"
     fusion = None

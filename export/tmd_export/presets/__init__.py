@@ -13,8 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """`sampler` as the manifest holds it; `video` is the default output; `about` names the checkpoints."""
+    """`sampler` as the manifest holds it; `video` is the default output; `about` names the checkpoints.
+
+    `architecture` is the manifest's of the models that can be sampled so; None: all of the family.
+    """
 
     about: str
     sampler: Mapping[str, Any]
     video: Mapping[str, int]
+    architecture: str | None = None

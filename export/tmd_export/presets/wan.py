@@ -1,20 +1,25 @@
-"""Checkpoints without inner flow: Wan2.1 itself, and few-step models distilled from it."""
+"""Checkpoints without inner flow: Wan2.1 and Wan2.2-TI2V-5B themselves, and few-step models distilled from them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ExportError
 from . import Preset
 
-# Wan2.1, wan/configs/shared_config.py: what the teacher is steered away from (garish, static, subtitles, ...).
+WAN21, WAN22 = "wan2.1-t2v", "wan2.2-ti2v"
+"""What the manifest's `model.architecture` is."""
+
+# wan/configs/shared_config.py of Wan2.1 and Wan2.2: what the teacher is steered away from (garish, static, ...).
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 VIDEO_480P: Mapping[str, int] = {"frames": 81, "width": 832, "height": 480, "fps": 16}
+VIDEO_5B: Mapping[str, int] = {"frames": 121, "width": 1280, "height": 704, "fps": 24}
 RCM_SIGMA_MAX = 80.0
 DMD_STEPS = [1000, 757, 522]
 
@@ -51,7 +56,7 @@ def _rcm_times() -> list[float]:
     return [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
 
 
-PRESETS: Mapping[str, Preset] = {
+_WAN21: Mapping[str, Preset] = {
     # Wan2.1, generate.py and README: 50 steps of UniPC, whole time steps. The shift is that of 480p; 5 suits 720p.
     "wan": Preset(
         "Wan2.1 itself, 50 steps with guidance",
@@ -112,9 +117,46 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def scheduled_sampler(rule: str, shift: float | None) -> dict[str, Any]:
-    """The manifest's `sampler` of Wan2.1 itself with another update rule, and with another shift unless it is None."""
-    base = PRESETS["wan"].sampler
+# Made for Wan2.2's latents: any other model shows noise in them.
+_WAN22: Mapping[str, Preset] = {
+    # Wan2.2, wan/configs/wan_ti2v_5B.py and textimage2video.py: the sampler of Wan2.1 with its own shift and output.
+    "wan2.2-ti2v": Preset(
+        "Wan2.2-TI2V-5B itself, 50 steps with guidance",
+        {**_WAN21["wan"].sampler, "shift": 5.0},
+        VIDEO_5B,
+    ),
+    # hao-ai-lab/FastVideo, DmdDenoisingStage: its table has shift 8 whatever the model's configuration says (5). The
+    # configured shift is what mlx_runtime/fastwan.py uses for FastMetal-5B; its times are within 0.0005 of these.
+    "fastwan2.2": Preset(
+        "FastWan2.2-TI2V-5B and FastMetal-5B, 3 steps",
+        _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_5B,
+    ),
+    # quanhaol/Wan2.2-TI2V-5B-Turbo, pipeline/wan22_fewstep_inference.py: the network gets whole numbers, the steps what
+    # a table of shift 8 has for them. (It was trained at other times, which its inference does not use: the same list
+    # warped with shift 5.)
+    "wan2.2-turbo": Preset(
+        "Wan2.2-TI2V-5B-Turbo, 4 steps",
+        _velocity("renoise", 4, times=_looked_up([1000, 750, 500, 250], 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_5B,
+    ),
+}
+
+PRESETS: Mapping[str, Preset] = {
+    **{name: replace(preset, architecture=WAN21) for name, preset in _WAN21.items()},
+    **{name: replace(preset, architecture=WAN22) for name, preset in _WAN22.items()},
+}
+
+
+def distilled_preset(architecture: str) -> Preset:
+    """How FastVideo samples its few-step models of an architecture."""
+    return PRESETS["fastwan2.2" if architecture == WAN22 else "fastwan-qad"]
+
+
+def scheduled_sampler(rule: str, shift: float | None, architecture: str = WAN21) -> dict[str, Any]:
+    """The manifest's `sampler` of a model without distillation with another update rule, and with another shift unless
+    it is None."""
+    base = next(preset.sampler for preset in PRESETS.values() if preset.architecture == architecture)
     rounding = base["time_rounding"] if rule == base["rule"] else "none"
     return {**base, "rule": rule, "shift": base["shift"] if shift is None else shift, "time_rounding": rounding}
 

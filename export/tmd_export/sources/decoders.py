@@ -1,14 +1,16 @@
 """Another decoder for a model's latents, from a file of its own (`--decoder FILE`), in the place of the model's VAE.
 
-What the file is, names and shapes of its tensors tell: Wan2.1's VAE at any width (lightvae is that at a quarter), in
-its own layout or in that of diffusers, or TAEHV, whose names are places in a list. Encoders in it are left aside. What
-cannot be told: TAEHV files for HunyuanVideo and CogVideoX have the tensors of one for Wan2.1, and show wrong colours.
+What the file is, names and shapes of its tensors tell: the VAE of Wan2.1 at any width (lightvae is that at a quarter)
+or of Wan2.2-TI2V-5B, in its own layout or in that of diffusers, or TAEHV for either, whose names are places in a list.
+Encoders in it are left aside. What cannot be told: TAEHV files for HunyuanVideo and CogVideoX have the tensors of one
+for Wan2.1, and show wrong colours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.errors import quote
-from tmd_ref.taehv import TAEHV, TAEHVConfig
-from tmd_ref.vae import WanVAE, WanVAEConfig
+from tmd_ref.taehv import TAEHV, TAEHV_CONFIGS, TAEHVConfig
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Checkpoint, Tensors, open_tensors
 from ..checkpoints.names import bare
@@ -26,15 +28,19 @@ from ..parts import MODEL_OF, VIDEO_PARTS
 from .source import Source, on_meta
 from .wrapped import Wrapped
 
-_TAKE = "Take Wan2.1's own VAE (Wan2.1_VAE.pth), lightvaew2_1, or TAEHV for Wan2.1 (taew2_1 or lighttaew2_1)."
+_TAKE = (
+    "For Wan2.1 take its own VAE (Wan2.1_VAE.pth), lightvaew2_1, or TAEHV (taew2_1 or lighttaew2_1); for "
+    "Wan2.2-TI2V-5B Wan2.2_VAE.pth, or TAEHV (taew2_2 or lighttaew2_2)."
+)
 _ENCODER = re.compile(r"(encoder|conv1|quant_conv)\.")
-_LATENTS, _TEMPORAL, _SPATIAL = TAEHVConfig().z_dim, 4, 8  # Wan2.1's; all decoders here have them
 _LISTED = 6
 
 
 class Decoder(NamedTuple):
-    """What a file holds: its module, made on the meta device, and its weights by the names that they have there."""
+    """What a file holds: its sizes, its module, made on the meta device, and its weights by the names that they have
+    there."""
 
+    config: WanVAEConfig | TAEHVConfig
     make: Callable[[], nn.Module]
     read: Callable[[str], Tensor]
 
@@ -57,7 +63,8 @@ class WithDecoder(Wrapped):
     def check(self, parts: tuple[str, ...]) -> None:
         super().check(_others(parts))
         self.origin = f"{self._inner.origin}; decoder {self._path.name}"  # which may have opened more by now
-        have = (_LATENTS, _TEMPORAL, _SPATIAL)
+        config = self._decoder.config
+        have = (config.z_dim, config.temporal_stride, config.spatial_stride)
         latents = self.latents_entry()
         want = tuple(latents[name] for name in ("channels", "temporal_stride", "spatial_stride"))
         if have != want:
@@ -87,10 +94,10 @@ def read_decoder(path: Path) -> Decoder:
     names = {bare(stored): stored for stored in tensors.entries}
     shapes = {name: tensors.entries[stored].shape for name, stored in names.items()}
     if any(re.match(r"decoder\.\d+\.", name) for name in names):
-        _check_taehv(path, shapes)
-        wanted = {name: tuple(weight.shape) for name, weight in on_meta(TAEHV).state_dict().items()}
+        config = _taehv_config(path, shapes)
+        wanted = {name: tuple(weight.shape) for name, weight in on_meta(lambda: TAEHV(config)).state_dict().items()}
         _compare(path, {name: shape for name, shape in shapes.items() if not _ENCODER.match(name)}, wanted)
-        return Decoder(TAEHV, lambda name: tensors.read(names[name]))
+        return Decoder(config, lambda: TAEHV(config), lambda name: tensors.read(names[name]))
     return _wan_vae(path, tensors, shapes)
 
 
@@ -100,11 +107,14 @@ def _wan_vae(path: Path, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]
     if not width or not latents:
         shown = ", ".join(quote(name, 64) for name in list(shapes)[:_LISTED])
         raise ExportError(f"{path} holds no decoder that is known here: its tensors are called {shown}. {_TAKE}")
-    if latents[0] != _LATENTS:
+    known = {config.z_dim: config for name, config in WAN_VAE_CONFIGS.items() if name != "tiny"}
+    if latents[0] not in known:
         raise ExportError(_other_latents(path, "a Wan VAE", latents[0]))
+    whole = known[latents[0]]
+    config = replace(whole, dim=width[0]) if whole.decoder_dim is None else replace(whole, decoder_dim=width[0])
 
     def make() -> nn.Module:
-        model = WanVAE(WanVAEConfig(dim=width[0]))
+        model = WanVAE(config)
         del model.encoder, model.conv1
         return model
 
@@ -112,22 +122,24 @@ def _wan_vae(path: Path, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]
     checkpoint = Checkpoint(tensors)
     wanted = {name: tuple(weight.shape) for name, weight in on_meta(make).state_dict().items()}
     checkpoint.fit(wanted, f"the decoder at width {width[0]}")
-    return Decoder(make, checkpoint.read)
+    return Decoder(config, make, checkpoint.read)
 
 
-def _check_taehv(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _taehv_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> TAEHVConfig:
     if "decoder.1.conv.0.weight" in shapes:
         raise ExportError(
             f"{path} is the large variant of TAEHV ('super'), which exists for other models only. {_TAKE}"
         )
     first = shapes.get("decoder.1.weight", ())
-    if len(first) == 4 and first[1] != _LATENTS:
+    known = {config.z_dim: config for config in TAEHV_CONFIGS.values()}
+    if len(first) == 4 and first[1] not in known:
         raise ExportError(_other_latents(path, "a TAEHV decoder", first[1]))
+    return known[first[1]] if len(first) == 4 else TAEHVConfig()
 
 
 def _other_latents(path: Path, what: str, channels: int) -> str:
-    model = {48: " (Wan2.2's 5B model)", 32: " (HunyuanVideo 1.5)", 128: " (LTX-Video)"}.get(channels, "")
-    return f"{path} is {what} for latents of {channels} channels{model}, and Wan2.1's have {_LATENTS}. {_TAKE}"
+    model = {32: " (HunyuanVideo 1.5)", 128: " (LTX-Video)"}.get(channels, "")
+    return f"{path} is {what} for latents of {channels} channels{model}, and Wan's have 16 or 48. {_TAKE}"
 
 
 def _compare(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -142,7 +154,7 @@ def _compare(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[s
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ExportError(
-            f"{path} does not fit TAEHV for Wan2.1: {', '.join(problems[:_LISTED])}{more}. Copy it again; if that does "
+            f"{path} does not fit TAEHV for Wan: {', '.join(problems[:_LISTED])}{more}. Copy it again; if that does "
             f"not help, it is another model. {_TAKE}"
         )
 

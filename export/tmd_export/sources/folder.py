@@ -58,7 +58,7 @@ class FolderSource(Wan21Source):
     def vae(self) -> WanVAEConfig:
         path = self._existing(FILE_OF["vae"])
         if path is None:
-            return WAN_VAE_CONFIGS[vae_name(self.model)]
+            return WAN_VAE_CONFIGS[vae_name(self.model, self.wan)]
         config: WanVAEConfig = read_file(path, lambda path: read_config(path, WanVAE))
         return config
 

@@ -35,13 +35,13 @@ class RandomSource(Wan21Source):
         text: UMT5Config | None = None,
         gate: float | None = None,
     ) -> None:
-        """`model` is one of those of Wan2.1, or any name if all sizes are given. `fusion` None: without inner flow;
+        """`model` is one of those of Wan, or any name if all sizes are given. `fusion` None: without inner flow;
         then `gate` makes a flow map."""
         self.model, self.seed, self.fusion, self.gate = model, seed, fusion, gate
         self.origin = f"random weights, seed {seed}"
         self.wan = wan or WAN_CONFIGS[model]
         self.head_blocks = head_blocks or HEAD_BLOCKS[model]
-        self._vae_config = vae or WAN_VAE_CONFIGS[vae_name(model)]
+        self._vae_config = vae or WAN_VAE_CONFIGS[vae_name(model, self.wan)]
         self._text = text or UMT5_CONFIGS["tiny" if model == "tiny" else "umt5-xxl"]
         tokenizer = built_in_folder() / TOKENIZER
         self.tokenizer = tokenizer if model == "tiny" and tokenizer.is_file() else None

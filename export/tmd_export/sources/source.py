@@ -105,21 +105,11 @@ def vae_latents(vae: WanVAEConfig) -> dict[str, Any]:
     """The manifest's `latents` for those of Wan's VAE."""
     return {
         "channels": vae.z_dim,
-        "temporal_stride": temporal_stride(vae.temporal_downsample),
-        "spatial_stride": spatial_stride(vae.dim_mult),
+        "temporal_stride": vae.temporal_stride,
+        "spatial_stride": vae.spatial_stride,
         "mean": list(vae.latents_mean),
         "std": list(vae.latents_std),
     }
-
-
-def temporal_stride(temporal_downsample: tuple[bool, ...]) -> int:
-    """Video frames per latent frame, after the first."""
-    return 1 << sum(temporal_downsample)
-
-
-def spatial_stride(dim_mult: tuple[int, ...]) -> int:
-    """Pixels per latent, in height and in width."""
-    return 1 << (len(dim_mult) - 1)
 
 
 def built_in_folder() -> Path:

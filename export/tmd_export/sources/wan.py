@@ -1,4 +1,4 @@
-"""Published Wan2.1 checkpoints as a source of weights: official folders, diffusers' layout, single files, mixtures.
+"""Published Wan checkpoints as a source of weights: official folders, diffusers' layout, single files, mixtures.
 
 The parts may come from different places: a distilled transformer from its own file; text encoder, tokenizer and VAE
 from the folder of the model that it was made from. How files are found and recognised is in `checkpoints`.
@@ -28,14 +28,14 @@ from ..checkpoints.contents import MODEL_INDEX
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
 from ..checkpoints.recognise import TOKENIZER as CARRIED
-from ..checkpoints.scheduler import Scheduler, read_scheduler
+from ..checkpoints.scheduler import DMD, Scheduler, pipeline_class, read_scheduler
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
 from ..presets.anyflow import scheduled_flow_map
 from ..presets.tmd import student_sampler
-from ..presets.wan import scheduled_sampler
+from ..presets.wan import distilled_preset, scheduled_sampler
 from .source import on_meta, read_file
-from .wan21 import HEAD_BLOCKS, Wan21Source, check_architecture, vae_name
+from .wan21 import HEAD_BLOCKS, Wan21Source, architecture, check_architecture, vae_name
 from .wan_sizes import check_config, known_name, read_gate, read_sizes
 
 # What a file can hold -> the model of `parts.MODEL_OF` that is made from it.
@@ -43,7 +43,7 @@ _MODEL_OF_FILE = {"transformer": "student", "student": "student", "vae": "vae", 
 
 _WHERE_FROM = {
     "student": "diffusion_pytorch_model.safetensors (or a folder transformer, or the file of a distilled one)",
-    "vae": "Wan2.1_VAE.pth (or a folder vae)",
+    "vae": "Wan2.1_VAE.pth, for Wan2.2-TI2V-5B Wan2.2_VAE.pth (or a folder vae)",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth (or a folder text_encoder)",
 }
 
@@ -97,7 +97,7 @@ class WanSource(Wan21Source):
     @property
     def vae(self) -> WanVAEConfig:
         if self._vae_config is None:
-            self._vae_config = self._own_config("vae", WanVAE) or WAN_VAE_CONFIGS[vae_name(self.model)]
+            self._vae_config = self._own_config("vae", WanVAE) or WAN_VAE_CONFIGS[vae_name(self.model, self.wan)]
         return self._vae_config
 
     @cached_property
@@ -116,6 +116,8 @@ class WanSource(Wan21Source):
         """
         if self._grids is not None:
             return student_sampler(self._grids)
+        if self._distilled:
+            return dict(distilled_preset(architecture(self.wan)).sampler)
         scheduler = self._scheduler
         if scheduler is None:
             return None
@@ -127,20 +129,31 @@ class WanSource(Wan21Source):
             )
         if scheduler.flow_map:
             return scheduled_flow_map(scheduler.shift)
-        return scheduled_sampler(scheduler.rule, scheduler.shift)
+        return scheduled_sampler(scheduler.rule, scheduler.shift, architecture(self.wan))
 
     @property
     def sampler_note(self) -> str | None:  # type: ignore[override]
+        if self._distilled:
+            return f"sampled as its folder says, which names {DMD}: {distilled_preset(architecture(self.wan)).about}."
         return None if self._scheduler is None else f"sampled as its folder says: {self._scheduler}."
+
+    @cached_property
+    def _distilled(self) -> bool:
+        """Whether the folder of the transformer names the pipeline of FastVideo's few-step models."""
+        return self._home is not None and pipeline_class(self._home) == DMD
 
     @cached_property
     def _scheduler(self) -> Scheduler | None:
         """Of the folder that the transformer is taken from."""
+        return None if self._home is None else read_scheduler(self._home)
+
+    @cached_property
+    def _home(self) -> Path | None:
+        """The folder that a transformer without inner flow is taken from."""
         part = self._parts.get("student")
         if part is None or self._grids is not None:
             return None
-        roots = [root for root in self._roots if part.files.files[0].is_relative_to(root)]
-        return read_scheduler(roots[0]) if roots else None
+        return next((root for root in self._roots if part.files.files[0].is_relative_to(root)), None)
 
     def check(self, parts: tuple[str, ...]) -> None:
         for part in parts:
@@ -157,16 +170,13 @@ class WanSource(Wan21Source):
                     f"{self._given} has nothing to make {part} from: add a --checkpoint with "
                     f"{_WHERE_FROM[MODEL_OF[part]]}, or choose other parts{possible}."
                 )
+        if any(MODEL_OF[part] == "vae" for part in parts):
+            self._check_latents(self._parts["vae"].open())
         for which in dict.fromkeys(MODEL_OF[part] for part in parts):
             self._checkpoint(which)
         self.origin = "; ".join([self._given, *self._stored_as()])
         if "text_encoder" in parts:
             self._check_text()
-        if any(MODEL_OF[part] == "vae" for part in parts) and self.vae.z_dim != self.wan.out_channels:
-            raise ExportError(
-                f"{self._checkpoint('vae').where} has latents of width {self.vae.z_dim}, but the transformer makes "
-                f"latents of width {self.wan.out_channels}: they do not belong together."
-            )
 
     def module(self, which: str) -> nn.Module:
         if which == "student" and self.fusion is not None:
@@ -270,6 +280,15 @@ class WanSource(Wan21Source):
         if which not in self._parts or "config" not in (tensors := self._parts[which].open().tensors).metadata:
             return None
         return read_file(tensors.files[0], lambda path: read_config(path, kind))
+
+    def _check_latents(self, vae: Checkpoint) -> None:
+        latents = (vae.shape("conv2.weight") or (self.vae.z_dim,))[0]
+        if latents != self.wan.out_channels:
+            raise ExportError(
+                f"{vae.where} has latents of width {latents}, but the transformer makes latents of width "
+                f"{self.wan.out_channels}: they do not belong together. Wan2.1_VAE.pth has 16, and Wan2.2_VAE.pth, "
+                "which is for Wan2.2-TI2V-5B, has 48."
+            )
 
     def _check_text(self) -> None:
         if self.tokenizer is None:

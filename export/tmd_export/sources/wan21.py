@@ -1,4 +1,4 @@
-"""What the sources of Wan2.1's transformer have in common, with an inner flow or without."""
+"""What the sources of Wan's transformers have in common, with an inner flow or without."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from tmd_ref.wan import WanConfig, WanTransformer
 
 from ..checkpoints.names import converted, uncut
 from ..errors import ExportError
+from ..presets.wan import WAN21, WAN22
 from .source import Source, vae_latents
 
-HEAD_BLOCKS = {"tiny": 2, "wan1.3b": 5, "wan14b": 5}  # of students with random weights; TMD's own choice for Wan is 5
+# Of students with random weights; TMD's own choice for Wan is 5.
+HEAD_BLOCKS = {"tiny": 2, "wan1.3b": 5, "wan14b": 5, "wan2.2-ti2v-5b": 5}
 
 
 class Wan21Source(Source):
@@ -49,12 +51,12 @@ class Wan21Source(Source):
     @property
     def vae(self) -> WanVAEConfig:
         """Sizes and latent statistics of the VAE whose latents the transformer makes."""
-        return WAN_VAE_CONFIGS["wan2.1"]
+        return WAN_VAE_CONFIGS[vae_name(self.model, self.wan)]
 
     def model_entry(self) -> dict[str, Any]:
         wan = self.wan
         return {
-            "architecture": "wan2.1-t2v",
+            "architecture": architecture(wan),
             "dim": wan.dim,
             "num_layers": wan.num_layers,
             "head_blocks": self.head_blocks,
@@ -94,6 +96,16 @@ def check_architecture(found: WanConfig, wanted: WanConfig, model: str, where: P
             )
 
 
-def vae_name(model: str) -> str:
-    """Which of `WAN_VAE_CONFIGS` makes the latents of `model`."""
-    return "tiny" if model == "tiny" else "wan2.1"
+def is_wan22(wan: WanConfig) -> bool:
+    """Whether a transformer is Wan2.2-TI2V-5B or one made from it: no other has latents of so many channels."""
+    return wan.in_channels == WAN_VAE_CONFIGS["wan2.2"].z_dim
+
+
+def architecture(wan: WanConfig) -> str:
+    """The manifest's `model.architecture` of a transformer."""
+    return WAN22 if is_wan22(wan) else WAN21
+
+
+def vae_name(model: str, wan: WanConfig) -> str:
+    """Which of `WAN_VAE_CONFIGS` makes the latents of `model`, which has the transformer `wan`."""
+    return "tiny" if model == "tiny" else "wan2.2" if is_wan22(wan) else "wan2.1"

@@ -51,6 +51,14 @@ def read_sizes(checkpoint: Checkpoint) -> WanConfig:
         )
     if size.blocks < 2:
         raise ExportError(f"{checkpoint.where} has a single block: a backbone and a flow head need one each.")
+    patch = shapes["patch_embedding.weight"]
+    cells = _PATCH[0] * _PATCH[1] * _PATCH[2]
+    takes, gives = patch[1] if len(patch) == 5 else patch[1] // cells, shapes["head.head.weight"][0] // cells
+    if takes != gives:
+        raise ExportError(
+            f"{checkpoint.where} takes latents of {takes} channels and makes latents of {gives}: it is told more than "
+            "a prompt, such as a picture or a video. Take the text-to-video model."
+        )
     usual = size.dim // _HEAD if size.dim % _HEAD == 0 else None
     heads = stated.get("num_heads", stated.get("num_attention_heads", usual))
     if type(heads) is not int or heads < 1 or size.dim % heads:
@@ -58,16 +66,14 @@ def read_sizes(checkpoint: Checkpoint) -> WanConfig:
             f"{checkpoint.where} has width {size.dim}, and tensors do not tell the number of attention heads: put the "
             "config.json of this model beside it, with num_heads."
         )
-    patch = shapes["patch_embedding.weight"]
-    cells = _PATCH[0] * _PATCH[1] * _PATCH[2]
     try:
         return WanConfig(
             dim=size.dim,
             ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
             num_heads=heads,
             num_layers=size.blocks,
-            in_channels=patch[1] if len(patch) == 5 else patch[1] // cells,
-            out_channels=shapes["head.head.weight"][0] // cells,
+            in_channels=takes,
+            out_channels=gives,
             freq_dim=shapes["time_embedding.0.weight"][1],
             text_dim=shapes["text_embedding.0.weight"][1],
             text_len=_length(path, stated),

@@ -135,7 +135,9 @@ A file appears under its name only when it is complete.""",
 )
 @click.option("--strength", type=Number(0, 1), metavar="S", help="How much of that picture changes; 1: everything.")
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
-@click.option("--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16.")
+@click.option(
+    "--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16, for Wan2.2-TI2V-5B of 32."
+)
 @click.option(
     "--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="What computes the graphs."
 )
@@ -305,7 +307,8 @@ def _check_sources(
     pictured = wishes["image"] is not None or wishes["init_latents"] is not None
     if pictured != (wishes["strength"] is not None):
         raise click.UsageError(
-            "--image or --init-latents and --strength go together: a picture, and how much of it changes."
+            "--image or --init-latents and --strength go together: a picture, and how much of it changes. No model "
+            "takes a picture as the first frame of its video yet."
         )
     if latents is not None:
         decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]

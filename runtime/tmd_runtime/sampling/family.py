@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 LatentShape = tuple[int, int, int, int, int]
 
+NO_PICTURE = (
+    "to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was made to "
+    "hold one as its first frame too; here it makes videos of prompts alone.)"
+)
+
 
 @dataclass(frozen=True)
 class Denoised:
@@ -125,9 +130,10 @@ def refuse_jumps(wishes: Wishes) -> None:
 
 def refuse_pictures(wishes: Wishes) -> None:
     """Raises UsageFailure for a wish that only Transition Models grant."""
-    for what, value in (("to start from a picture", wishes.strength), ("rho", wishes.rho)):
-        if value is not None:
-            raise UsageFailure(f"{what} is for Transition Models, and this is none: leave it out.")
+    if wishes.strength is not None:
+        raise UsageFailure(NO_PICTURE)
+    if wishes.rho is not None:
+        raise UsageFailure("rho is for Transition Models, and this is none: leave it out.")
 
 
 def choose(what: str, value: int | None, default: int, allowed: Sequence[int]) -> int:

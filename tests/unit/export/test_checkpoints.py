@@ -148,7 +148,7 @@ def test_a_file_of_its_own_replaces_that_part_of_a_folder(order: int, official: 
 
 def test_the_same_part_twice_is_refused(official: Path, transformer: State, tmp_path: Path) -> None:
     said = refusal(lambda: small(official, Path(shutil.copytree(official, tmp_path / "other"))))
-    assert "both hold Wan2.1's transformer" in said and "--checkpoint of its own" in said
+    assert "both hold Wan's transformer" in said and "--checkpoint of its own" in said
     one, two = saved(tmp_path / "1.pt", transformer), saved(tmp_path / "2.safetensors", transformer)
     assert "1.pt both hold" in refusal(lambda: small(one, two))
 
@@ -270,7 +270,9 @@ def test_relatives_are_refused_by_family_and_key(
 
 def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.safetensors", {"unet.conv_in.weight": torch.zeros(2, 2)})
-    assert "holds no part of Wan2.1: its 1 tensors are called 'unet.conv_in.weight'" in refusal(lambda: small(path))
+    assert "holds no part of a Wan model: its 1 tensors are called 'unet.conv_in.weight'" in refusal(
+        lambda: small(path)
+    )
 
 
 def test_all_that_is_wrong_is_listed_at_once_and_not_endlessly(transformer: State, tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_damage_in_one_part_is_told_when_that_part_is_wanted(official: Path) -> 
     source = small(official)
     source.check(("text_encoder", "backbone", "flow_head"))
     said = refusal(lambda: source.check(("decoder_step",)))
-    assert "Wan2.1_VAE.pth does not fit Wan2.1's VAE" in said and "1 missing ('decoder.middle.1.proj.bias')" in said
+    assert "Wan2.1_VAE.pth does not fit Wan's VAE" in said and "1 missing ('decoder.middle.1.proj.bias')" in said
     shutil.copy(official / "models_t5_umt5-xxl-enc-bf16.pth", official / "Wan2.1_VAE.pth")
     said = refusal(lambda: small(official).check(("decoder_step",)))
-    assert "Wan2.1_VAE.pth holds UMT5's encoder, and by its name it should hold Wan2.1's VAE" in said
+    assert "Wan2.1_VAE.pth holds UMT5's encoder, and by its name it should hold Wan's VAE" in said

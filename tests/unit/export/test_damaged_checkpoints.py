@@ -173,7 +173,7 @@ def test_an_index_and_shards_that_do_not_belong_together_are_refused(sharded: Pa
 def test_a_folder_with_nothing_known_says_what_belongs_there(tmp_path: Path, transformer: State) -> None:
     saved(tmp_path / "distilled.safetensors", transformer)
     said = refusal(lambda: small(tmp_path))
-    assert "has no student.safetensors" in said and "official Wan2.1 folder" in said
+    assert "has no student.safetensors" in said and "official Wan folder" in said
     assert "To use distilled.safetensors, give that file itself" in said
 
 

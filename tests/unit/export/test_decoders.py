@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from tests.helpers.export_tools import small_source
-from tests.helpers.plain_taehv import PUBLISHED
-from tmd_export import ExportError, open_source
+from tests.helpers.plain_taehv import PUBLISHED, PUBLISHED22
+from tmd_export import ExportError, RandomSource, open_source
+from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command
 from tmd_export.families.build import build
 from tmd_export.graphs.accuracy import SIZES
 from tmd_export.sources.decoders import WithDecoder, read_decoder
 from tmd_export.weights.precision import lower
-from tmd_ref.vae import WanVAE, WanVAEConfig
+from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 TAEHV = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in PUBLISHED.items()}
 VAE = {name: torch.zeros_like(weight) for name, weight in WanVAE(WanVAEConfig(dim=4)).state_dict().items()}
@@ -35,13 +37,18 @@ def changed(weights: dict[str, torch.Tensor], **shapes: tuple[int, ...] | None) 
 
 REFUSED = {
     "no decoder": (changed({}, text_model__weight=(3,)), "no decoder that is known here: .* 'text_model.weight'"),
-    "TAEHV of Wan2.2": (changed(TAEHV, decoder__1__weight=(256, 48, 3, 3)), "TAEHV decoder .* 48 channels .Wan2.2"),
+    "another TAEHV": (changed(TAEHV, decoder__1__weight=(256, 32, 3, 3)), "TAEHV decoder .* 32 channels .Hunyuan"),
+    "TAEHV of Wan2.2 with faults": (
+        changed(TAEHV, decoder__1__weight=(256, 48, 3, 3)),
+        r"'decoder.22.weight' is \[3, 64, 3, 3\] instead of \[12, 64, 3, 3\]",
+    ),
     "TAEHV super": (changed(TAEHV, decoder__1__conv__0__weight=(1024, 1, 7, 7)), "the large variant of TAEHV"),
     "TAEHV with faults": (
         changed(TAEHV, decoder__22__bias=None, decoder__7__conv__weight=(512, 256, 1, 1), decoder__30__weight=(3,)),
         r"'decoder.22.bias' is missing, 'decoder.30.weight' is unexpected, 'decoder.7.conv.weight' is \[512, 256",
     ),
-    "VAE of Wan2.2": (changed(VAE, conv2__weight=(48, 48, 1, 1, 1)), "a Wan VAE for latents of 48 channels .Wan2.2"),
+    "another VAE": (changed(VAE, conv2__weight=(32, 32, 1, 1, 1)), "a Wan VAE for latents of 32 channels .Hunyuan"),
+    "VAE of Wan2.2 with faults": (changed(VAE, conv2__weight=(48, 48, 1, 1, 1)), "does not fit Wan's VAE"),
     "VAE with faults": (
         changed(VAE, decoder__conv1__bias=None, decoder__head__2__bias=(4,), other=(1,)),
         r"1 missing \('decoder.conv1.bias'\); 1 unexpected \('other'\); .*'decoder.head.2.bias' is \[4\] instead of",
@@ -71,12 +78,36 @@ def test_a_decoder_of_another_geometry_or_none_is_refused(tmp_path: Path) -> Non
     source = WithDecoder(small_source(), tmp_path / "taehv.safetensors")
     with pytest.raises(ExportError, match="4 frames of 8x8 pixels, and this model's are of 16 channels for 2 frames"):
         source.check(("decoder_first",))
+    wan22 = WithDecoder(RandomSource("wan2.2-ti2v-5b", 0, fusion=None), tmp_path / "taehv.safetensors")
+    with pytest.raises(ExportError, match="8x8 pixels, and this model's are of 48 channels for 4 frames of 16x16"):
+        wan22.check(("decoder_first",))
     with pytest.raises(ExportError, match="there is no file"):
         open_source("tiny", decoder=tmp_path / "absent.pth")
     absent, out = str(tmp_path / "absent.pth"), str(tmp_path / "bundle")
     result = CliRunner().invoke(command, ["--model", "tiny", "--decoder", absent, "--out", out])
     assert result.exit_code == 1
     assert f"there is no file {absent}" in result.output
+
+
+@pytest.mark.parametrize("kind", ["taehv", "vae", "vae of diffusers"])
+def test_a_decoder_for_wan22_is_recognised(kind: str, tmp_path: Path) -> None:
+    vae = WanVAE(replace(WAN_VAE_CONFIGS["wan2.2"], dim=4, decoder_dim=8)).state_dict()
+    if kind == "taehv":
+        weights = {name: torch.zeros(shape) for name, shape in PUBLISHED22.items()}
+    else:
+        weights = {name if kind == "vae" else converted("vae", name): weight for name, weight in vae.items()}
+    save_file(weights, tmp_path / "file.safetensors")
+    source = WithDecoder(RandomSource("wan2.2-ti2v-5b", 0, fusion=None), tmp_path / "file.safetensors")
+    source.check(("decoder_first", "decoder_step"))
+    names = {name for name, _ in source.module("vae").named_parameters()}
+    assert names == set(PUBLISHED22 if kind == "taehv" else source.module("vae").state_dict()) and len(names) > 30
+    assert all(
+        source.tensor("vae", name).shape == weight.shape for name, weight in source.module("vae").named_parameters()
+    )
+    with pytest.raises(
+        ExportError, match="48 channels for 4 frames of 16x16 pixels, and this model's are of 16 channels"
+    ):
+        WithDecoder(RandomSource("wan1.3b", 0, fusion=None), tmp_path / "file.safetensors").check(("decoder_first",))
 
 
 def test_the_other_models_stay_those_of_the_source(tmp_path: Path) -> None:

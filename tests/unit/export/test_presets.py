@@ -19,6 +19,7 @@ from tmd_runtime.sampling.schedule import told_time
 
 PRESETS = presets()
 FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.presets}
+WAN22 = ("wan2.2-ti2v", "fastwan2.2", "wan2.2-turbo")  # of Wan2.2-TI2V-5B
 
 
 def manifest_of(name: str) -> Manifest:
@@ -39,9 +40,9 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     manifest = manifest_of(name)
     settings = resolve_settings(manifest, seed=0)
     assert not settings.warnings and settings.rule == PRESETS[name].sampler["rule"]
-    sizes = {"tim": (1024, 1024, 1), "fastmetal": (832, 448, 16)}
+    sizes = {"tim": (1024, 1024, 1), "fastmetal": (832, 448, 16)} | dict.fromkeys(WAN22, (1280, 704, 24))
     assert (settings.width, settings.height, settings.fps) == sizes.get(name, (832, 480, 16))
-    assert settings.passes == (2 if name in ("wan", "tim") else 1)
+    assert settings.passes == (2 if name in ("wan", "wan2.2-ti2v", "tim") else 1)
     assert find_preset(FAMILY_OF[name], name) is PRESETS[name]
 
 
@@ -54,6 +55,8 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
         ("fastwan-qad", "renoise", [1000, 757, 522], 1, 81),
         ("fastmetal", "renoise", [1000, 757, 522], 1, 77),
         ("causvid", "renoise", [1000, 757, 522], 1, 81),
+        ("fastwan2.2", "renoise", [1000, 757, 522], 1, 121),
+        ("wan2.2-turbo", "renoise", [1000, 750, 500, 250], 1, 121),
         ("accvideo", "unipc", [999, 978, 952, 920, 882, 833, 768, 681, 555, 356], 1, 81),
     ],
 )
@@ -74,14 +77,23 @@ def test_rcm_times_in_closed_form() -> None:
         assert resolve_settings(manifest_of("rcm"), seed=0, steps=steps).times == (*times[:steps], 0.0)
 
 
-@pytest.mark.parametrize("name", ["fastwan-qad", "fastmetal", "causvid"])
-def test_steps_of_whole_numbers_go_through_the_times_that_their_table_has(name: str) -> None:
-    """Both projects look for the nearest entry; diffusers' scheduler makes the same table."""
+@pytest.mark.parametrize(
+    ("name", "listed", "times"),
+    [
+        *((name, (1000, 757, 522), [1, 0.7568, 0.5217, 0]) for name in ("fastwan-qad", "fastmetal", "causvid")),
+        ("fastwan2.2", (1000, 757, 522), [1, 0.7568, 0.5217, 0]),
+        ("wan2.2-turbo", (1000, 750, 500, 250), [1, 0.7503, 0.4997, 0.25, 0]),
+    ],
+)
+def test_steps_of_whole_numbers_go_through_the_times_that_their_table_has(
+    name: str, listed: tuple[int, ...], times: list[float]
+) -> None:
+    """All these projects look for the nearest entry; diffusers' scheduler makes the same table."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
-    nearest = [int((scheduler.timesteps - told).abs().argmin()) for told in (1000, 757, 522)]
+    nearest = [int((scheduler.timesteps - told).abs().argmin()) for told in listed]
     expected = [*scheduler.sigmas[nearest].tolist(), 0.0]
-    assert expected == pytest.approx([1, 0.7568, 0.5217, 0], abs=5e-5)
+    assert expected == pytest.approx(times, abs=5e-5)
     assert resolve_settings(manifest_of(name), seed=0).times == pytest.approx(expected, abs=1e-7)
 
 
@@ -99,6 +111,27 @@ def test_each_family_has_a_preset_when_none_is_named() -> None:
     assert {name: find_preset(family).about for name, family in FAMILIES.items()} == {
         name: PRESETS[name].about for name in ("tmd", "wan", "anyflow", "tim")
     }
+
+
+def test_the_presets_of_one_architecture_are_refused_for_the_other() -> None:
+    wan = FAMILIES["wan"]
+    assert find_preset(wan, None, "wan2.1-t2v") is PRESETS["wan"]
+    assert find_preset(wan, None, "wan2.2-ti2v") is PRESETS["wan2.2-ti2v"]
+    message = f"the preset rcm is for rCM, .* is of the architecture wan2.2-ti2v: choose among {', '.join(WAN22)}[.]"
+    with pytest.raises(ExportError, match=message):
+        find_preset(wan, "rcm", "wan2.2-ti2v")
+    with pytest.raises(
+        ExportError, match=r"fastwan2\.2 is for .* of the architecture wan2\.1-t2v: choose among wan, rcm"
+    ):
+        find_preset(wan, "fastwan2.2", "wan2.1-t2v")
+
+
+def test_wan22_itself_is_steered_as_wan21_with_shift_5() -> None:
+    settings: Any = resolve_settings(manifest_of("wan2.2-ti2v"), seed=0)
+    assert (settings.rule, settings.steps, settings.guidance, settings.frames) == ("unipc", 50, 5.0, 121)
+    assert settings.negative_prompt == WAN_NEGATIVE_PROMPT
+    told = [round(1000 * told_time(t, settings.time_rounding)) for t in settings.times[:-1]]
+    assert told[:6] == [999, 995, 991, 987, 982, 978] and told[-4:] == [302, 241, 172, 92]  # its scheduler at shift 5
 
 
 @pytest.mark.parametrize(

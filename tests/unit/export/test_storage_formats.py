@@ -96,7 +96,7 @@ def test_a_transformer_in_gguf(kind: str, tmp_path: Path) -> None:
     source = stored.source(tmp_path / "wan.gguf")
     holds(source, meant, stored.wide())
     assert source.default_parts == ("backbone", "flow_head")
-    stored_as = f"weights of Wan2.1's transformer stored as GGUF {kind} (25): dequantised to bfloat16"
+    stored_as = f"weights of Wan's transformer stored as GGUF {kind} (25): dequantised to bfloat16"
     assert source.origin == ("checkpoint wan.gguf" if kind == "BF16" else f"checkpoint wan.gguf; {stored_as}")
     assert source.notes == (() if kind == "BF16" else (f"{stored_as}.",))
 
@@ -119,7 +119,7 @@ def test_scaled_fp8_has_the_values_of_its_definition(dtype: torch.dtype, prefix:
     meant = stored.write_scaled_fp8(path, stored.wide(), dtype, prefix)
     source = stored.source(path)
     holds(source, meant, stored.wide())
-    assert source.notes == ("weights of Wan2.1's transformer stored as scaled fp8 (26): dequantised to bfloat16.",)
+    assert source.notes == ("weights of Wan's transformer stored as scaled fp8 (26): dequantised to bfloat16.",)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Weights in one file with their configuration."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tmd_ref.checkpoint import load_model, save_model
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
@@ -41,6 +43,19 @@ def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path):
         load_model(tmp_path / "m.safetensors", UMT5Encoder)
     with pytest.raises(FileNotFoundError, match="expected the weights of a WanVAE"):
         load_model(tmp_path / "absent.safetensors", WanVAE)
+
+
+def test_a_vae_written_before_wan22s_fields_is_one_of_wan21(tmp_path):
+    model = WanVAE(MODELS[WanVAE])
+    stored = dataclasses.asdict(model.config)
+    for name in ("decoder_dim", "shortcuts", "patch"):
+        del stored[name]
+    save_file(model.state_dict(), tmp_path / "m.safetensors", {"config": json.dumps(stored)})
+    assert load_model(tmp_path / "m.safetensors", WanVAE).config == model.config
+    del stored["dim"]
+    save_file(model.state_dict(), tmp_path / "m.safetensors", {"config": json.dumps(stored)})
+    with pytest.raises(ValueError, match="does not hold a WanVAE"):
+        load_model(tmp_path / "m.safetensors", WanVAE)
 
 
 def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path):

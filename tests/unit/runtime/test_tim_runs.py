@@ -139,7 +139,11 @@ def test_a_run_from_a_picture_begins_at_its_strength(
     [
         ("tmd", {"deadline": 1.0}, "a deadline is for Transition Models.*choose the number of steps"),
         ("euler", {"deadline": 1.0}, "a deadline is for Transition Models"),
-        ("euler", {"strength": 0.5}, "start from a picture is for Transition Models"),
+        (
+            "euler",
+            {"strength": 0.5},
+            "start from a picture is for Transition Models.*Wan2.2-TI2V-5B was made to hold one as its first frame",
+        ),
         ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
         ("text", {"label": 1}, "no numbered classes"),
         ("text", {"deadline": 0.0}, "a deadline of 0 s is out of range"),

@@ -120,10 +120,10 @@ void refuse_jumps(const tmd_run_options& options) {
 }
 
 void refuse_pictures(const tmd_run_options& options) {
-  for (const auto& [wanted, what] :
-       {std::pair(options.strength >= 0 || options.init_latents, "to start from a picture"),
-        std::pair(options.rho >= 0, "rho")})
-    if (wanted) refuse_usage(std::string(what) + " is for Transition Models, and this is none: leave it out.");
+  if (options.strength >= 0 || options.init_latents)
+    refuse_usage("to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was "
+                 "made to hold one as its first frame too; here it makes videos of prompts alone.)");
+  if (options.rho >= 0) refuse_usage("rho is for Transition Models, and this is none: leave it out.");
 }
 
 Settings resolve_settings(const Manifest& manifest, const tmd_run_options& options) {
