@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .documents import read_document
 
 MODEL_INDEX = "model_index.json"
 _MAX_MODEL_INDEX = 1 << 20
@@ -41,14 +41,7 @@ def named_models(folder: Path) -> tuple[str, ...]:
     path = folder / MODEL_INDEX
     if not path.is_file():
         return ()
-    if path.stat().st_size > _MAX_MODEL_INDEX:
-        raise ExportError(f"{path} is larger than {_MAX_MODEL_INDEX >> 20} MiB: no index of a model is. Copy it again.")
-    try:
-        document = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again.") from None
-    if not isinstance(document, dict):
-        raise ExportError(f"{path} is no index of a model: copy it again.")
+    document = read_document(path, _MAX_MODEL_INDEX)
     named = [name for name, value in document.items() if not name.startswith("_") and _means_something(value)]
     for name in named:
         if name not in _COMPONENTS:

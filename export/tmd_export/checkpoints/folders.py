@@ -10,11 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
 from .contents import named_models, refuse_incomplete, refuse_unused
+from .documents import read_document
 from .experts import refuse_experts_in
 from .tensors import CONTAINERS, Tensors, open_tensors
 
@@ -133,13 +133,7 @@ def _single(path: Path) -> Found:
 
 def _sharded(index: Path) -> WeightFiles:
     """The shards that an index names. A name may lead nowhere but to a file beside the index."""
-    if index.stat().st_size > _MAX_INDEX:
-        raise ExportError(f"{index} is larger than {_MAX_INDEX >> 20} MiB: no index of a model is. Copy it again.")
-    try:
-        document = read_json(index.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{index} cannot be read as JSON ({error}): copy it again.") from None
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = read_document(index, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ExportError(f"{index} has no weight_map from tensors to files: it is no index of a model. Copy it again.")
     names = sorted(set(weight_map.values()))

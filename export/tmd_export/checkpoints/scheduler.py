@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .documents import read_document
 
 _CONFIG = Path("scheduler", "scheduler_config.json")
 _MAX_BYTES = 1 << 20
@@ -82,7 +82,10 @@ def read_scheduler(folder: Path) -> Scheduler | None:
     path = folder / _CONFIG
     if not path.is_file():
         return None
-    config = _document(path)
+    try:
+        config = read_document(path, _MAX_BYTES)
+    except ExportError as error:
+        raise ExportError(f"{error} {_CHOOSE}") from None
     called = config.get("_class_name")
     known = _CLASSES.get(called) if isinstance(called, str) else None
     if known is None:
@@ -104,15 +107,3 @@ def read_scheduler(folder: Path) -> Scheduler | None:
 def _same(value: Any, wanted: Any) -> bool:
     """None stands for "off" in diffusers."""
     return value == wanted or (value is None and wanted in (False, []))
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        document = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again. {_CHOOSE}") from None
-    if not isinstance(document, dict):
-        raise ExportError(f"{path} is no configuration of a scheduler: copy it again. {_CHOOSE}")
-    return document

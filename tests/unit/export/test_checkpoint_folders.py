@@ -339,6 +339,15 @@ def test_a_config_that_contradicts_its_tensors_is_refused(name: str, value: int,
     assert "config.json" in refusal(lambda: WanSource([official]))
 
 
+@pytest.mark.parametrize("content", ["[]", "{", " " * ((1 << 20) + 1)])
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_document_of_json_that_is_none_is_refused(name: str, content: str, official: Path) -> None:
+    (official / "scheduler").mkdir()
+    (official / name).write_text(content)
+    said = {"[": "is a list in JSON", "{": "cannot be read as JSON", " ": "is larger than 1 MiB"}[content[0]]
+    assert f"{name} {said}" in refusal(lambda: small(official).sampler)
+
+
 def test_parts_alone_do_not_tell_a_model(official: Path) -> None:
     assert "--model" in refusal(lambda: open_source(None, official / "Wan2.1_VAE.pth"))
 
