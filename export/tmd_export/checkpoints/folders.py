@@ -22,7 +22,7 @@ WEIGHTS = CONTAINERS
 TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "spiece.model", "tokenizer.model")
 
 # Where the parts lie: a folder inside of the checkpoint, and the names (without .safetensors) that a file has there.
-_PLACES = (
+PLACES = (
     ("", ("diffusion_pytorch_model", "model", "student", "vae", "umt5", "mlx_dit")),
     ("transformer", ("diffusion_pytorch_model",)),
     ("generator_inference_transformer", ("diffusion_pytorch_model",)),
@@ -98,7 +98,7 @@ def _weights(path: Path) -> list[WeightFiles]:
     """What the places of the known layouts hold. Raises ExportError for shards without an index, and two files of one
     part."""
     weights = []
-    for place, stems in _PLACES:
+    for place, stems in PLACES:
         folder = path / place
         for stem in stems:
             index = folder / f"{stem}.safetensors.index.json"

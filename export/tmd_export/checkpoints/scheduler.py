@@ -16,7 +16,7 @@ from tmd_engines.errors import quote
 from ..errors import ExportError
 from .documents import read_document
 
-_CONFIG = Path("scheduler", "scheduler_config.json")
+CONFIG = Path("scheduler", "scheduler_config.json")
 _MAX_BYTES = 1 << 20
 _CHOOSE = "Choose how to sample it with --preset."
 
@@ -79,7 +79,7 @@ _CLASSES = {
 
 def read_scheduler(folder: Path) -> Scheduler | None:
     """What the folder of a model says; None if it says nothing. Raises ExportError if that is not computed here."""
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
         return None
     try:

@@ -18,6 +18,7 @@ from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.bundle.sections import MAX_LORAS
 from tmd_engines.errors import quote
 
+from ..checkpoints.hub_cache import called
 from ..checkpoints.lora import Lora, listed
 from ..checkpoints.lora_names import Layers
 from ..checkpoints.recognise import Size
@@ -74,7 +75,7 @@ class WithLoras(Wrapped):
         for lora in self._loras:
             if lora.config_file is not None:  # which has the scale
                 with open(lora.config_file, "rb", buffering=0) as file:
-                    found[f"{lora.config_file.parent.resolve().name}/{lora.config_file.name}"] = sha256_hex(file)
+                    found[f"{called(lora.config_file.parent)}/{lora.config_file.name}"] = sha256_hex(file)
         return found
 
     def _layers(self) -> Layers:

@@ -26,6 +26,7 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer
 
 from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
+from ..checkpoints.hub_cache import called
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
 from ..checkpoints.recognise import TOKENIZER as CARRIED
@@ -74,7 +75,7 @@ class WanSource(Wan21Source):
         """
         found = [find(Path(path), [Path(other) for other in paths if other != path]) for path in paths]
         self._found = found
-        self._given = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
+        self._given = "checkpoint " + " + ".join(dict.fromkeys(called(one.path) for one in found))
         self.origin = self._given
         self._parts = _by_model(found)
         self._carried: tempfile.TemporaryDirectory[str] | None = None
@@ -278,7 +279,7 @@ class WanSource(Wan21Source):
     def _name(self, path: Path) -> str:
         """A file's name in the provenance, from the folder that was given."""
         root = next((root for root in self._roots if path.is_relative_to(root)), None)
-        return path.name if root is None else f"{root.resolve().name}/{path.relative_to(root).as_posix()}"
+        return called(path) if root is None else f"{called(root)}/{path.relative_to(root).as_posix()}"
 
     def _notes(self) -> tuple[str, ...]:
         notes = [note for one in self._found for note in one.notes]
