@@ -29,6 +29,8 @@ SENTENCES = [
     "the white circle shrinks while the cyan square moves left",
     "an orange star drifts across a magenta backdrop",
 ]
+SECOND = ("backbone_2", "flow_head_2")
+"""A second transformer of family "wan": the same graphs with other weights."""
 GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
 
 
@@ -112,8 +114,8 @@ def _add_time(g: GraphBuilder, x: str, time: str) -> str:
     return g.op("Add", x, g.op("Sin", embedded))
 
 
-def backbone() -> GraphBuilder:
-    g = GraphBuilder("backbone")
+def backbone(name: str = "backbone") -> GraphBuilder:
+    g = GraphBuilder(name)
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     prompt = g.input("prompt_embeds", ["batch", "text", TEXT_DIM])
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
@@ -152,9 +154,9 @@ def flow_head() -> GraphBuilder:
     return g
 
 
-def velocity_head() -> GraphBuilder:
+def velocity_head(name: str = "flow_head") -> GraphBuilder:
     """The second graph of family "wan": the velocity straight from the features; of x it uses the shape."""
-    g = GraphBuilder("flow_head")
+    g = GraphBuilder(name)
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     features = g.input("features", ["batch", "tokens", DIM])
     context = g.input("context", ["batch", "text", DIM])
@@ -374,6 +376,7 @@ def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS,
 
     with BundleWriter(folder) as writer:
         builders = {**globals(), "flow_head": flow_head if sampler is None else velocity_head}
+        builders |= {"backbone_2": lambda: backbone("backbone_2"), "flow_head_2": lambda: velocity_head("flow_head_2")}
         entries = {name: write_graph(writer.folder, builders[name]()) for name in graphs}
         (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
         return writer.commit(manifest_without_files(entries, sampler)).folder

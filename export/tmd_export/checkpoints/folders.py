@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tmd_engines.errors import quote
@@ -15,7 +15,7 @@ from tmd_engines.errors import quote
 from ..errors import ExportError
 from .contents import named_models, refuse_incomplete, refuse_unused
 from .documents import read_document
-from .experts import refuse_experts_in
+from .experts import has_experts, is_of_expert, refuse_experts_in
 from .tensors import CONTAINERS, Tensors, open_tensors
 
 WEIGHTS = CONTAINERS
@@ -43,6 +43,7 @@ class WeightFiles:
     weight_map: dict[str, str] = field(default_factory=dict)
     part: str | None = None
     index: tuple[Path, ...] = ()
+    expert: bool = False  # one of a Wan2.2-A14B, and the other one is there too
 
     def open(self) -> Tensors:
         """Raises ExportError as `open_tensors`."""
@@ -64,28 +65,44 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, given: Collection[Path] = ()) -> Found:
-    """The weights and the tokenizer under `path`, a file or a folder; `given` are the other paths of the user.
+def find(path: Path, given: Collection[Path] = (), experts: bool = False) -> Found:
+    """The weights and the tokenizer under `path`, a file or a folder; `given` are the other paths of the user. With
+    `experts` the two transformers of a Wan2.2-A14B are used: in the folder that holds both they are passed by.
 
     Raises ExportError if there are no weights, or if the folder names or holds more than would be used: half of a model
     must not pass for the whole.
     """
+    if experts:
+        found = _find(path, given, has_experts(path))
+        return replace(found, weights=tuple(replace(one, expert=True) for one in found.weights))
+    return _find(path, given)
+
+
+def _find(path: Path, given: Collection[Path], holds_experts: bool | None = None) -> Found:
+    """`holds_experts` None: there must be none."""
     if path.is_file():
         return _single(path)
     if not path.is_dir():
         gone = f"{path} is a link to nothing" if path.is_symlink() else f"there is no {path}"
         raise ExportError(f"{gone}: give the file or the folder of a checkpoint. Check the path.")
     refuse_incomplete(path)
-    named = named_models(path)
+    named = named_models(path, holds_experts is not None)
     weights = _weights(path)
+    passed = [one for one in weights if holds_experts and is_of_expert(one.files[0], path)]
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
     notes: tuple[str, ...] = ()
     if not (path / _OWN).is_file():
-        refuse_experts_in(path)
-        notes = _unused(path, weights, given)
-    if not weights:
+        if holds_experts is None:
+            refuse_experts_in(path)
+        notes = _unused(path, weights, [*given, *(_inside_experts(path) if holds_experts else ())])
+    weights = [one for one in weights if one not in passed]
+    if not weights and not holds_experts:
         raise ExportError(_nothing_in(path))
     return Found(path, tuple(weights), tokenizer, named, notes)
+
+
+def _inside_experts(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if is_of_expert(path, folder)]
 
 
 def _unused(path: Path, weights: list[WeightFiles], given: Collection[Path]) -> tuple[str, ...]:

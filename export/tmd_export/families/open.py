@@ -53,9 +53,9 @@ def open_source(
     source = fitting[0].open(Request(model, paths, random_seed, *others))
     if not loras:
         return source
-    from ..sources.loras import WithLoras
+    from ..sources.loras import with_loras
 
-    return WithLoras(source, local_loras(loras, _silent))
+    return with_loras(source, local_loras(loras, _silent))
 
 
 def _silent(_: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..checkpoints.contents import MODEL_INDEX
+from ..checkpoints.experts import FOLDERS as EXPERTS
+from ..checkpoints.experts import experts_of
 from ..checkpoints.folders import PLACES, WEIGHTS, Found, WeightFiles, find
 from ..checkpoints.lora import FILES as LORA_FILES
 from ..checkpoints.lora_config import CONFIG as LORA_CONFIG
@@ -17,9 +19,11 @@ from ..checkpoints.scheduler import CONFIG as SCHEDULER
 from ..errors import ExportError
 from .name import HubName
 
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 DOCUMENTS = (
     MODEL_INDEX,
     *(Path(place, f"{stem}.safetensors.index.json").as_posix() for place, stems in PLACES for stem in stems),
+    *(f"{expert}/{_INDEX}" for pair in EXPERTS for expert in pair if expert != "transformer"),
 )
 """Files that say what a repository holds; small."""
 
@@ -45,7 +49,8 @@ def lay_hollow(folder: Path, files: Iterable[str], there: Path) -> None:
 
 def needed(hollow: Path, name: HubName, without: Collection[str]) -> list[str]:
     """Names of the files that `name` stands for, from a hollow repository: of one file what it needs beside it, of a
-    whole repository the files of its models that are not among `without` (as in `parts.MODEL_OF`).
+    whole repository the files of its models that are not among `without` (as in `parts.MODEL_OF`; "high" and "low" are
+    the experts of a Wan2.2-A14B).
 
     Raises ExportError if the repository has no such file, or not one model but many files.
     """
@@ -72,8 +77,13 @@ def _of_one(hollow: Path, name: HubName, file: str) -> Iterator[Path]:
 
 
 def _of_all(hollow: Path, name: HubName, without: Collection[str]) -> Iterator[Path]:
+    experts = experts_of([hollow])
+    if experts is not None:
+        for side, path in (("high", experts.high), ("low", experts.low)):
+            if side not in without:
+                yield from (file for one in find(path, experts=True).weights for file in _with_documents(one))
     try:
-        found = find(hollow)
+        found = find(hollow, experts=experts is not None)
     except ExportError as error:
         if (hollow / MODEL_INDEX).is_file() or not _weights(hollow):
             raise

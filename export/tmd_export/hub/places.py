@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..checkpoints import Checkpoint, find
+from ..checkpoints.experts import expert_named
 from ..checkpoints.hub_cache import inside_cache
 from ..errors import ExportError
 from ..loras import LoraFile
@@ -32,7 +33,7 @@ def local_checkpoints(
     for path, name in names.items():
         if name.file is not None:
             places[path] = _fetched(name, needed, (), say)
-    without = {_model_in(place) for place in places.values() if place.is_file()}
+    without = {expert_named(place) or _model_in(place) for place in places.values() if place.is_file()}
     if parts is not None:
         without |= _OPTIONAL - {MODEL_OF[part] for part in parts}
     for path, name in names.items():

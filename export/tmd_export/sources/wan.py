@@ -65,15 +65,17 @@ class WanSource(Wan21Source):
         wan: WanConfig | None = None,
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
+        expert: bool = False,
     ) -> None:
         """`model` is one of `HEAD_BLOCKS`, whose sizes the transformer must have, or any name if all sizes are given;
         None: its tensors say what it is.
 
-        `paths` are files and folders; a file given by itself comes before the same part of a folder.
+        `paths` are files and folders; a file given by itself comes before the same part of a folder. `expert`: the
+        transformer is one of the two of a Wan2.2-A14B.
         Raises ExportError if a path holds nothing that is known, two of them the same, another model, or more than is
         used.
         """
-        found = [find(Path(path), [Path(other) for other in paths if other != path]) for path in paths]
+        found = [find(Path(path), [Path(other) for other in paths if other != path], expert) for path in paths]
         self._found = found
         self._given = "checkpoint " + " + ".join(dict.fromkeys(called(one.path) for one in found))
         self.origin = self._given
@@ -308,7 +310,7 @@ class _Part:
     def open(self) -> Checkpoint:
         """The recognised tensors. Raises ExportError if the file is not what its name says."""
         if self.checkpoint is None:
-            self.checkpoint = Checkpoint(self.files.open())
+            self.checkpoint = Checkpoint(self.files.open(), self.files.expert)
         part, expected = self.checkpoint.part, self.files.part
         if expected is not None and part != expected:
             raise ExportError(

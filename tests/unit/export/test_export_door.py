@@ -72,7 +72,8 @@ ROOT = Path(tmd_export.__file__).parent
 NAMES = {*FAMILIES, *RULES, "flow_map", "drift"}
 OWN = {  # modules of single families
     *(f"{room}/{name}.py" for room in ("families", "presets", "graphs") for name in FAMILIES),
-    "sources/wan21.py", "sources/wan.py", "sources/folder.py", "sources/random_wan.py", "sources/tim.py",
+    "sources/wan21.py", "sources/wan.py", "sources/experts.py", "sources/folder.py", "sources/random_wan.py",
+    "sources/tim.py",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     "__init__.py": "offers the sources of the package to programs",

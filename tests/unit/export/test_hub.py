@@ -14,17 +14,19 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 
-from tests.helpers import lora_files
+from tests.helpers import expert_files, lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal, saved, small
 from tests.helpers.hub_server import Hub, commit_of
 from tmd_export import ExportError, LoraFile, Source, WithLoras, export
+from tmd_export.checkpoints.experts import experts_of
 from tmd_export.checkpoints.hub_cache import inside_cache
 from tmd_export.cli import command
 from tmd_export.hub.name import HubName, parse_hub_name
 from tmd_export.hub.places import local_checkpoints, local_loras
 from tmd_export.loras import parse_lora
-from tmd_export.parts import VIDEO_PARTS
+from tmd_export.parts import TWO_TRANSFORMERS, VIDEO_PARTS
+from tmd_export.sources.experts import TwoTransformers
 from tmd_export.sources.source import built_in_folder
 
 OFFICIAL, DIFFUSERS, MANY = "Wan-AI/Wan2.1-T2V", "Wan-AI/Wan2.1-T2V-Diffusers", "Comfy-Org/Repackaged"
@@ -137,6 +139,29 @@ def test_what_a_file_of_its_own_has_is_not_downloaded(hub: Hub) -> None:
     source = small(*paths)
     assert source.default_parts == VIDEO_PARTS
     assert source.origin.endswith(f"hf:{MANY}@{commit_of(MANY)}/split_files/wan_fp16.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_both_experts_of_an_a14b_are_downloaded(layout: str, hub: Hub, tmp_path: Path) -> None:
+    write = expert_files.write_original if layout == "original" else expert_files.write_diffusers
+    hub.repos["Wan-AI/A14B"] = write(tmp_path / "A14B")
+    (folder,) = local("hf:Wan-AI/A14B")
+    experts = experts_of([folder])
+    assert experts is not None
+    source = TwoTransformers(experts, "small", **made.SIZES)
+    source.check(TWO_TRANSFORMERS)
+    assert source.origin == f"checkpoint hf:Wan-AI/A14B@{commit_of('Wan-AI/A14B')}"
+    assert source.default_parts == TWO_TRANSFORMERS
+    hub.repos["some/low"] = tmp_path / "low"
+    saved_in(tmp_path / "low" / "low_noise.safetensors", expert_files.low())
+    shutil.rmtree(tmp_path / "cache")
+    hub.asked.clear()
+    local("hf:Wan-AI/A14B", "hf:some/low/low_noise.safetensors")
+    got = hub.downloads()
+    assert any("high" in name or name.startswith("transformer/") for name in got)
+    assert not any(
+        name.endswith("1.safetensors") and name.startswith(("low_noise_model", "transformer_2")) for name in got
+    )
 
 
 def test_a_second_time_nothing_is_downloaded(hub: Hub) -> None:

@@ -14,6 +14,8 @@ namespace tmd::internal {
 // of all graphs.
 struct BoundBackbone {
   BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, const Settings& settings, std::int64_t tokens);
+  // The step of another graph with the same interface, on these buffers.
+  std::unique_ptr<Step> bind(LoadedGraph& backbone) const;
 
   Dims dims;
   Buffer x, t, prompt_embeds;
