@@ -10,7 +10,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Repository:
         absent = [file for file in files if not (self.folder / file).is_file()]
         if not absent:
             return
+        self._sweep()
         total, size = (sum(self.sizes[file] for file in some) for some in (files, absent))
         cache = self.folder.parents[2]
         free = shutil.disk_usage(cache).free
@@ -71,6 +72,20 @@ class Repository:
         absent = [file for file in files if not (self.folder / file).is_file()]
         size = sum(self.sizes[file] for file in absent)
         return f"{_counted(absent)}, {format_size(size)} ({', '.join(absent[:6])})" if absent else None
+
+    def _sweep(self) -> None:
+        """Removes what is left of files whose download was killed: the library begins those anew, and never ends these.
+
+        A file that somebody is downloading now is locked, and stays.
+        """
+        from filelock import FileLock, Timeout
+
+        root = self.folder.parents[1]
+        locks = root.parent / ".locks" / root.name
+        for path in (root / "blobs").glob("*.incomplete"):
+            locks.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout, OSError), FileLock(locks / f"{path.name.partition('.')[0]}.lock", timeout=0):
+                path.unlink(missing_ok=True)
 
     def _take(self, files: Iterable[str]) -> Path:
         from huggingface_hub import snapshot_download

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from tests.helpers import expert_files, lora_files
 from tests.helpers import synthetic_checkpoints as made
@@ -211,6 +212,17 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub) -> None:
     (folder,) = local(f"hf:{OFFICIAL}")
     assert "Wan2.1_VAE.pth" in hub.downloads() and not done & set(hub.downloads())
     assert small(folder).default_parts == VIDEO_PARTS
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(hub: Hub) -> None:
+    (folder,) = local(f"hf:{OFFICIAL}", parts=("backbone",))
+    root = folder.parents[1]
+    left, locked = (root / "blobs" / f"{digit * 64}.0123abcd.incomplete" for digit in "ab")
+    for path in (left, locked):
+        path.write_bytes(b"half")
+    with FileLock(root.parent / ".locks" / root.name / f"{'b' * 64}.lock"):
+        local(f"hf:{OFFICIAL}")
+    assert not left.exists() and locked.exists(), "what somebody downloads now is locked"
 
 
 def test_offline_the_cache_serves_what_is_complete(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
