@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -92,6 +92,7 @@ Examples:
   tmd-export --model tiny --checkpoint runs/student --precision fp16 --out my-bundle
   tmd-export --model wan1.3b --random-weights 0 --out wan-noise
   tmd-export --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out wan
+  tmd-export --checkpoint hf:Wan-AI/Wan2.1-T2V-1.3B --precision bf16 --out wan
   tmd-export --checkpoint Wan2.1-T2V-1.3B-Diffusers --inspect
   tmd-export --model tim-t2i --checkpoint TiM-T2I --text-encoder gemma-3-1b-it \\
       --decoder dc-ae-f32c32-sana-1.1-diffusers --precision bf16,decoder=fp32 --out tim
@@ -114,6 +115,12 @@ left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
 bidirectional ones and do not work. For the tim models: a folder with the
 released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
 tmd-distill pack leaves.
+
+\b
+hf:ORG/NAME is downloaded through huggingface_hub into its cache: of a repository
+the files that are needed, with hf:ORG/NAME/path/to/file that one. HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE and the token of hf auth login are heeded. A branch,
+tag or commit goes behind an @: hf:ORG/NAME@v1/file.safetensors.
 
 \b
 A LoRA is added to the weights before they are rounded: strength*(alpha/rank)*
@@ -150,7 +157,8 @@ The bundle appears under its name only when it is complete.""",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="PATH",
-    help="Trained weights, a folder or a file; may be given several times.  [default: the built-in ones, for tiny]",
+    help="Trained weights, a folder or a file, or hf:ORG/NAME[@REVISION][/FILE] of the Hugging Face hub; may be given "
+    "several times.  [default: the built-in ones, for tiny]",
 )
 @click.option(
     "--random-weights",
@@ -262,12 +270,13 @@ def command(
             raise click.UsageError(f"{option} is for --precision int8, fp8 or nvfp4: nothing else needs it.")
     if out is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
+    means = (model, checkpoint, random_weights, decoder, preset, text_encoder, loras)
     start = perf_counter()
     if out is not None:
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
-            _inspect((model, checkpoint, random_weights, decoder, preset, text_encoder, loras), grid, as_json)
+            _inspect(_local(means, None, None), grid, as_json)
             return
         options = {
             "precision": precision,
@@ -279,7 +288,7 @@ def command(
             "keep_layers": not keep_no_layers,
             "overwrite": overwrite,
         }
-        result = _export(model, checkpoint, random_weights, decoder, text_encoder, loras, out, parts, options, quiet)
+        result = _export(_local(means, parts, _sayer(quiet)), out, parts, options, quiet)
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -294,18 +303,28 @@ def command(
         print_table(result, perf_counter() - start)
 
 
+def _sayer(quiet: bool) -> Callable[[str], None]:
+    return lambda text: None if quiet else click.echo(f"tmd-export: {text}", err=True)
+
+
+def _local(means: tuple[Any, ...], parts: tuple[str, ...] | None, say: Callable[[str], None] | None) -> tuple[Any, ...]:
+    """Arguments of `open_source`, with all that is on the hub downloaded (`say` None: found in its cache, or refused).
+
+    Raises ExportError.
+    """
+    from .hub.places import local_checkpoints, local_loras
+
+    model, checkpoint, random_weights, decoder, preset, text_encoder, loras = means
+    checkpoint = local_checkpoints(checkpoint, parts, say)
+    others = (None if path is None else local_checkpoints([path], say=say)[0] for path in (decoder, text_encoder))
+    decoder, text_encoder = others
+    return model, checkpoint, random_weights, decoder, preset, text_encoder, local_loras(loras, say)
+
+
 def _export(
-    model: str | None,
-    checkpoint: tuple[Path, ...],
-    random_weights: int | None,
-    decoder: Path | None,
-    text_encoder: Path | None,
-    loras: tuple[LoraFile, ...],
-    out: Path,
-    parts: tuple[str, ...] | None,
-    options: dict[str, Any],
-    quiet: bool,
+    means: tuple[Any, ...], out: Path, parts: tuple[str, ...] | None, options: dict[str, Any], quiet: bool
 ) -> ExportResult:
+    """`means` are the arguments of `open_source`."""
     visible = sys.stderr.isatty() and not quiet
     with Line() if visible else nullcontext() as line:
         if line is not None:
@@ -313,10 +332,10 @@ def _export(
         from .export import export_bundle
         from .families.open import open_source
 
-        source = open_source(model, checkpoint, random_weights, decoder, options["preset"], text_encoder, loras)
+        source = open_source(*means)
         if not quiet:
             sampled = source.sampler_note if options["preset"] is None else None
-            for note in (*source.notes, *([sampled] if sampled else []), *_left_out(source, checkpoint, parts)):
+            for note in (*source.notes, *([sampled] if sampled else []), *_left_out(source, means[1], parts)):
                 click.echo(f"tmd-export: {note}", err=True)
         options["calibration"] = _calibration(options["calibration"])
         return export_bundle(source, out, parts, **options, report=line or reporter(quiet))

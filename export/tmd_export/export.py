@@ -18,7 +18,7 @@ from .errors import ExportError
 from .families import FAMILIES, sampling_of
 from .families.build import build, sections
 from .graph_export import GraphReport, Tell, export_graph
-from .parts import QUANTIZED, UPDATE, ordered, parse_precision
+from .parts import QUANTIZED, SECOND_PARTS, UPDATE, ordered, parse_precision
 from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
 from .quantization.quantizer import Quantizer
@@ -95,6 +95,11 @@ def export_bundle(
         raise ExportError(
             f"{source.model} has no graph {foreign[0]} (a model of videos starts from noise alone, one of stills has "
             f"no later frame): choose among {', '.join(source.parts)}."
+        )
+    if set(SECOND_PARTS) & set(source.parts) and set(QUANTIZED) & {precisions[part] for part in chosen}:
+        raise ExportError(
+            f"{source.model} has two transformers, which cannot be calibrated yet: choose --precision bf16, fp16 "
+            "or fp32."
         )
     source.check(chosen)
     graphs = [graph for part in chosen for graph in ((part, UPDATE) if part == "flow_head" else (part,))]

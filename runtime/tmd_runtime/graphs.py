@@ -12,7 +12,7 @@ from tmd_engines.device.cpu import resolve_threads
 from .checks import missing_graph
 from .errors import UsageFailure
 from .forecast import Forecast
-from .memory import MODES, TOGETHER, MemoryChooser
+from .memory import DENOISER, MODES, SECOND, TOGETHER, MemoryChooser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -160,11 +160,24 @@ class Graphs:
             if self.memory == "low":
                 self._free(own)
 
+    def transformer(self, second: bool, timings: Timings, let_go: Callable[[], object]) -> tuple[Engine, Engine]:
+        """Backbone and flow head of one of a model's two transformers. With memory "low" the other one is closed;
+        `let_go` is called before."""
+        wanted, other = (SECOND, DENOISER[:2]) if second else (DENOISER[:2], SECOND)
+        if self.memory == "low":
+            let_go()
+            self._close(set(other))
+        backbone, flow_head = (self.load(name, timings) for name in wanted)
+        return backbone, flow_head
+
     def close(self) -> None:
         """Closes every engine. A later stage loads them again."""
         self._free(set(self._engines))
 
     def _free(self, graphs: set[str]) -> None:
         self._forget(graphs)
+        self._close(graphs)
+
+    def _close(self, graphs: set[str]) -> None:
         for name in graphs & set(self._engines):
             self.shared.leave(name, self._engines.pop(name))

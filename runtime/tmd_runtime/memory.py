@@ -1,8 +1,8 @@
 """Will a run fit, and how: every graph kept loaded ("all"), or one stage after the other ("low").
 
 "low" has the encoder of a picture, the text encoder, then the graphs of the loop, then the decoder, each freed before
-the next one loads. "auto" takes it when "all" would not fit, and refuses a run for which both are too large, before it
-starts.
+the next one loads; of a model of two transformers one at a time. "auto" takes it when "all" would not fit, and refuses
+a run for which both are too large, before it starts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "all", "low")
 READER, DENOISER = ("text_encoder",), ("backbone", "flow_head", "update")
+SECOND = ("backbone_2", "flow_head_2")  # in place of the first two of DENOISER, where a model has two transformers
 DECODER, ENCODER = ("decoder_first", "decoder_step"), ("encoder",)
-TOGETHER = (READER, DENOISER, DECODER, ENCODER)
-"""Graphs that are loaded at the same time in "low"."""
+TOGETHER = (READER, (*DENOISER, *SECOND), DECODER, ENCODER)
+"""Graphs that are loaded at the same time in "low"; of DENOISER and SECOND the graphs of one transformer."""
 
 
 class MemoryChooser:

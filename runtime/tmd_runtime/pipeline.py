@@ -390,6 +390,7 @@ class Pipeline:
                 self._loop = None
                 with timings.stage("load"):  # an engine may compile where it is bound
                     self._loop = key, self._family.loop(backbone, flow_head, update, self.manifest, *key)
+                self._family.take_turns(self._loop[1], self._graphs.transformer)
             assert self._loop is not None
             denoised = self._loop[1].run(prompt_embeds, settings, timings, negative_embeds, on_preview, init)
             del previous

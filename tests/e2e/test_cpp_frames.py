@@ -13,7 +13,7 @@ import pytest
 
 import tmd_runtime
 from tests.helpers.cpp_tools import engine_options, in_cpp, program
-from tests.helpers.synthetic import take_wan22_latents, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import GRAPHS, SECOND, take_wan22_latents, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_quantized import QUANTIZED, write_quantized_bundle
 from tmd_runtime.built_in import BUILT_IN
 from tmd_runtime.errors import UsageFailure
@@ -109,6 +109,25 @@ def test_latents_of_another_geometry_are_bit_equal(
     words = (program("tmd_generate"), bundle, "a red circle", tmp_path / "w.rgb", *wishes, "80x64")
     run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "choose a multiple of 32" in run.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("memory", ["all", "low"])
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_two_transformers_that_take_turns_are_bit_equal(
+    tmp_path: Path, guidance: float, memory: str, engine: str
+) -> None:
+    """With guidance one of UniPC, whose history goes over; without one of Euler through fixed times."""
+    second = {"guidance_2": 3.0, "negative_prompt": "a blue square"} if guidance != 1 else {}
+    sampler = {**WAN_SAMPLERS["unipc" if second else "euler"], "guidance": guidance, "boundary": 0.875, **second}
+    bundle = write_synthetic_bundle(tmp_path / "bundle", (*GRAPHS, *SECOND), sampler)
+    engine_options(engine)
+    with tmd_runtime.load(bundle, engine=engine, threads=1, memory=memory) as pipeline:
+        expected = pipeline("a red circle moving right", seed=5).frames
+    assert expected.std() > 1
+    options = ("--seed", 5, "--memory", memory)
+    found = in_cpp(tmp_path / "v.rgb", "a red circle moving right", engine, *options, bundle=bundle)
+    np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -30,6 +30,8 @@ SENTENCES = [
     "the white circle shrinks while the cyan square moves left",
     "an orange star drifts across a magenta backdrop",
 ]
+SECOND = ("backbone_2", "flow_head_2")
+"""A second transformer of family "wan": the same graphs with other weights."""
 GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
 
 
@@ -113,9 +115,9 @@ def _add_time(g: GraphBuilder, x: str, time: str) -> str:
     return g.op("Add", x, g.op("Sin", embedded))
 
 
-def backbone(flow_map: bool = False) -> GraphBuilder:
+def backbone(flow_map: bool = False, name: str = "backbone") -> GraphBuilder:
     """With `flow_map`, told the time to go to as well."""
-    g = GraphBuilder("backbone")
+    g = GraphBuilder(name)
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     prompt = g.input("prompt_embeds", ["batch", "text", TEXT_DIM])
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
@@ -156,10 +158,10 @@ def flow_head() -> GraphBuilder:
     return g
 
 
-def velocity_head(flow_map: bool = False) -> GraphBuilder:
+def velocity_head(flow_map: bool = False, name: str = "flow_head") -> GraphBuilder:
     """The second graph of families "wan" and "anyflow": the velocity straight from the features; of x it uses the
     shape."""
-    g = GraphBuilder("flow_head")
+    g = GraphBuilder(name)
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     features = g.input("features", ["batch", "tokens", DIM])
     context = g.input("context", ["batch", "text", DIM])
@@ -407,6 +409,10 @@ def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS,
             **globals(),
             "backbone": lambda: backbone(flow_map),
             "flow_head": flow_head if sampler is None else lambda: velocity_head(flow_map),
+        }
+        builders |= {
+            "backbone_2": lambda: backbone(name="backbone_2"),
+            "flow_head_2": lambda: velocity_head(name="flow_head_2"),
         }
         entries = {name: write_graph(writer.folder, builders[name]()) for name in graphs}
         (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())

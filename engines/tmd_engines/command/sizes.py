@@ -9,7 +9,7 @@ from ..bundle.reader import Bundle
 from ..cost.sizing import autoencoder_sizes, graph_sizes
 
 _AUTOENCODER = ("encoder", "decoder_first", "decoder_step")  # these take one latent frame at a time
-_DENOISER = ("backbone", "flow_head", "update")
+_DENOISER = ("backbone", "flow_head", "backbone_2", "flow_head_2", "update")
 
 Size = tuple[int, int, int]  # width, height, frames
 

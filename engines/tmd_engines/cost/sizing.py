@@ -34,14 +34,22 @@ STAGES = {
     "text_encoder": ("text_encoder",),
     "backbone": ("backbone",),
     "flow_head": ("flow_head",),
+    "second": ("backbone_2", "flow_head_2"),
     "update": ("update",),
     "decoder": ("decoder_first", "decoder_step"),
 }
-"""Stage -> its graphs."""
+"""Stage -> its graphs. The second transformer of a model that has two makes some of the calls of the first, which are
+counted there."""
 
 BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
 # Loaded at the same time in memory mode "low".
-TOGETHER = (("encoder",), ("text_encoder",), ("backbone", "flow_head", "update"), ("decoder",))
+TOGETHER = (
+    ("encoder",),
+    ("text_encoder",),
+    ("backbone", "flow_head", "update"),
+    ("second", "update"),
+    ("decoder",),
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ def estimate(
         "text_encoder": 1 if stored else guidance_passes,
         "backbone": run.backbone,
         "flow_head": run.flow_head,
+        "second": 0,
         "update": steps,
         "decoder": tiles,
     }
@@ -131,7 +140,7 @@ def estimate(
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
-            if stage in ("backbone", "flow_head", "update"):
+            if stage in ("backbone", "flow_head", "second", "update"):
                 call_sizes = {**sizes, "batch": run.rows}
             else:
                 call_sizes = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .documents import read_document
 
 MODEL_INDEX = "model_index.json"
 _MAX_MODEL_INDEX = 1 << 20
@@ -24,39 +24,48 @@ _LOADED = (*_WEIGHTS, ".json", ".model")  # what a link in the place of one of t
 
 _COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 _MODELS = _COMPONENTS[:3]  # those that have weights
-_SAID = (
-    "expand_timesteps"  # of Wan2.2-TI2V-5B, whose tensors tell it too: one time for each token, here always the same
-)
+_SAID = "expand_timesteps"  # of Wan2.2-TI2V-5B, whose tensors tell it too: a time for each token, here always the same
+_OF_EXPERTS = ("transformer", "transformer_2", "boundary_ratio")
 _REASONS = {
-    "transformer_2": "Wan2.2-A14B, whose two transformers take turns in one video: both together are not exported yet",
-    "boundary_ratio": "Wan2.2-A14B, whose two transformers take turns in one video: both together are not exported yet",
+    "transformer_2": "Wan2.2-A14B, whose two transformers take turns, and not both are there: complete the download",
+    "boundary_ratio": "Wan2.2-A14B, whose two transformers take turns, and not both are there: complete the download",
     "image_encoder": "an image-to-video model, which needs an image as input: take the text-to-video model",
     "image_processor": "an image-to-video model, which needs an image as input: take the text-to-video model",
 }
 
 
-def named_models(folder: Path) -> tuple[str, ...]:
-    """The models with weights that `model_index.json` names; none if there is no such file.
+def named_models(folder: Path, experts: bool = False) -> tuple[str, ...]:
+    """The models with weights that `model_index.json` names; none if there is no such file. With `experts`, those
+    beside the two transformers of a Wan2.2-A14B.
 
     Raises ExportError if it cannot be read or names something that the exporter would leave out.
     """
     path = folder / MODEL_INDEX
     if not path.is_file():
         return ()
-    if path.stat().st_size > _MAX_MODEL_INDEX:
-        raise ExportError(f"{path} is larger than {_MAX_MODEL_INDEX >> 20} MiB: no index of a model is. Copy it again.")
-    try:
-        document = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again.") from None
-    if not isinstance(document, dict):
-        raise ExportError(f"{path} is no index of a model: copy it again.")
+    document = read_document(path, _MAX_MODEL_INDEX)
     named = [name for name, value in document.items() if not name.startswith("_") and _means_something(value)]
+    if experts:
+        named = [name for name in named if name not in _OF_EXPERTS]
     for name in named:
         if name not in (*_COMPONENTS, _SAID):
             reason = _REASONS.get(name, "a model with a part that is unknown here, and would be wrong without it")
             raise ExportError(f"{path} names {quote(name)}: this is {reason}.")
     return tuple(name for name in _MODELS if name in named)
+
+
+def boundary_of(folder: Path) -> float | None:
+    """The time below which the second of two transformers takes over, as `model_index.json` says; None if it does not.
+
+    Raises ExportError if it is no such time.
+    """
+    path = folder / MODEL_INDEX
+    ratio = read_document(path, _MAX_MODEL_INDEX).get("boundary_ratio") if path.is_file() else None
+    if ratio is not None and (type(ratio) not in (int, float) or not 0 < ratio <= 1):
+        raise ExportError(
+            f"{path} sets boundary_ratio to {quote(ratio)}: it is a time above 0, up to 1. Copy it again."
+        )
+    return None if ratio is None else float(ratio)
 
 
 def _means_something(value: Any) -> bool:

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
 from .contents import named_models, refuse_incomplete, refuse_unused
-from .experts import refuse_experts_in
+from .documents import read_document
+from .experts import has_experts, is_of_expert, refuse_experts_in
 from .tensors import CONTAINERS, Tensors, open_tensors
 
 WEIGHTS = CONTAINERS
 TOKENIZERS = ("google/umt5-xxl/spiece.model", "tokenizer/spiece.model", "spiece.model", "tokenizer.model")
 
 # Where the parts lie: a folder inside of the checkpoint, and the names (without .safetensors) that a file has there.
-_PLACES = (
+PLACES = (
     ("", ("diffusion_pytorch_model", "model", "student", "vae", "umt5", "mlx_dit")),
     ("transformer", ("diffusion_pytorch_model",)),
     ("generator_inference_transformer", ("diffusion_pytorch_model",)),
@@ -43,6 +43,7 @@ class WeightFiles:
     weight_map: dict[str, str] = field(default_factory=dict)
     part: str | None = None
     index: tuple[Path, ...] = ()
+    expert: bool = False  # one of a Wan2.2-A14B, and the other one is there too
 
     def open(self) -> Tensors:
         """Raises ExportError as `open_tensors`."""
@@ -64,28 +65,44 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, given: Collection[Path] = ()) -> Found:
-    """The weights and the tokenizer under `path`, a file or a folder; `given` are the other paths of the user.
+def find(path: Path, given: Collection[Path] = (), experts: bool = False) -> Found:
+    """The weights and the tokenizer under `path`, a file or a folder; `given` are the other paths of the user. With
+    `experts` the two transformers of a Wan2.2-A14B are used: in the folder that holds both they are passed by.
 
     Raises ExportError if there are no weights, or if the folder names or holds more than would be used: half of a model
     must not pass for the whole.
     """
+    if experts:
+        found = _find(path, given, has_experts(path))
+        return replace(found, weights=tuple(replace(one, expert=True) for one in found.weights))
+    return _find(path, given)
+
+
+def _find(path: Path, given: Collection[Path], holds_experts: bool | None = None) -> Found:
+    """`holds_experts` None: there must be none."""
     if path.is_file():
         return _single(path)
     if not path.is_dir():
         gone = f"{path} is a link to nothing" if path.is_symlink() else f"there is no {path}"
         raise ExportError(f"{gone}: give the file or the folder of a checkpoint. Check the path.")
     refuse_incomplete(path)
-    named = named_models(path)
+    named = named_models(path, holds_experts is not None)
     weights = _weights(path)
+    passed = [one for one in weights if holds_experts and is_of_expert(one.files[0], path)]
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
     notes: tuple[str, ...] = ()
     if not (path / _OWN).is_file():
-        refuse_experts_in(path)
-        notes = _unused(path, weights, given)
-    if not weights:
+        if holds_experts is None:
+            refuse_experts_in(path)
+        notes = _unused(path, weights, [*given, *(_inside_experts(path) if holds_experts else ())])
+    weights = [one for one in weights if one not in passed]
+    if not weights and not holds_experts:
         raise ExportError(_nothing_in(path))
     return Found(path, tuple(weights), tokenizer, named, notes)
+
+
+def _inside_experts(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if is_of_expert(path, folder)]
 
 
 def _unused(path: Path, weights: list[WeightFiles], given: Collection[Path]) -> tuple[str, ...]:
@@ -98,7 +115,7 @@ def _weights(path: Path) -> list[WeightFiles]:
     """What the places of the known layouts hold. Raises ExportError for shards without an index, and two files of one
     part."""
     weights = []
-    for place, stems in _PLACES:
+    for place, stems in PLACES:
         folder = path / place
         for stem in stems:
             index = folder / f"{stem}.safetensors.index.json"
@@ -133,13 +150,7 @@ def _single(path: Path) -> Found:
 
 def _sharded(index: Path) -> WeightFiles:
     """The shards that an index names. A name may lead nowhere but to a file beside the index."""
-    if index.stat().st_size > _MAX_INDEX:
-        raise ExportError(f"{index} is larger than {_MAX_INDEX >> 20} MiB: no index of a model is. Copy it again.")
-    try:
-        document = read_json(index.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{index} cannot be read as JSON ({error}): copy it again.") from None
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = read_document(index, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ExportError(f"{index} has no weight_map from tensors to files: it is no index of a model. Copy it again.")
     names = sorted(set(weight_map.values()))

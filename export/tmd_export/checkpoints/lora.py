@@ -21,6 +21,7 @@ from tmd_engines.errors import quote
 
 from ..errors import ExportError
 from .folders import WEIGHTS
+from .hub_cache import called
 from .lora_config import read_lora_config
 from .lora_names import ALPHA, DIFF, DIFF_BIAS, DOWN, UP, UP_BIAS, Layers, other_kind, role
 from .recognise import LISTED
@@ -49,7 +50,7 @@ class Lora:
     def __init__(self, path: str | Path, strength: float = 1.0) -> None:
         """`path`: a file, or a folder of PEFT or diffusers. Raises ExportError if it is no LoRA of this kind."""
         self.file, self.strength = _locate(Path(path)), strength
-        self.name = f"{self.file.parent.resolve().name}/{self.file.name}" if Path(path).is_dir() else self.file.name
+        self.name = f"{called(self.file.parent)}/{self.file.name}" if Path(path).is_dir() else called(self.file)
         if not self.name.isprintable():
             raise ExportError(f"the name {quote(self.name)} of a LoRA holds what cannot be printed: rename the file.")
         self.tensors: Tensors = open_tensors((self.file,))

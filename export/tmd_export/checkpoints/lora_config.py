@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
+from .documents import parse_document, read_document
 
 CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # diffusers' key
@@ -45,30 +45,11 @@ def read_lora_config(file: Path, metadata: Mapping[str, str]) -> tuple[LoraConfi
     """What is stated for the LoRA in `file`, and the file beside it that states it, if one does. Raises ExportError."""
     beside = file.parent / CONFIG
     if file.stem == "adapter_model" and beside.is_file():
-        return _config(beside, _read(beside)), beside
+        return _config(beside, read_document(beside, _MAX_BYTES)), beside
     if _METADATA in metadata:
-        fields = _parsed(file, metadata[_METADATA].encode())
+        fields = parse_document(f"the configuration of {file}", metadata[_METADATA].encode())
         return _config(file, {name.removeprefix(_PREFIX): value for name, value in fields.items()}), None
     return LoraConfig(), None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ExportError(f"{path} is larger than {_MAX_BYTES >> 20} MiB: it is no configuration of PEFT.")
-        return _parsed(path, path.read_bytes())
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}. Copy the folder again.") from None
-
-
-def _parsed(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        document = read_json(data)
-    except ValueError as error:
-        raise ExportError(f"the configuration of {path} cannot be read as JSON ({error}): copy it again.") from None
-    if not isinstance(document, dict):
-        raise ExportError(f"the configuration of {path} is not a JSON object: copy it again.")
-    return document
 
 
 def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:

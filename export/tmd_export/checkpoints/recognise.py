@@ -71,11 +71,13 @@ class Size:
 class Checkpoint:
     """The tensors of one part under the names of `tmd_ref`."""
 
-    def __init__(self, tensors: Tensors) -> None:
-        """Raises ExportError if `tensors` are no part of a Wan model, or a relative that the graphs do not compute."""
+    def __init__(self, tensors: Tensors, expert: bool = False) -> None:
+        """Raises ExportError if `tensors` are no part of a Wan model, or a relative that the graphs do not compute; or
+        one of the two transformers of a Wan2.2-A14B, unless that is expected (`expert`)."""
         self.tensors = tensors
         self.where = _where(tensors.files)
-        refuse_expert_tensors(self.where, tensors.entries)
+        if not expert:
+            refuse_expert_tensors(self.where, tensors.entries)
         self._stored = self._by_bare_name()
         entries = {name: tensors.entries[stored] for name, stored in self._stored.items()}
         if family := stranger(entries):
@@ -86,7 +88,7 @@ class Checkpoint:
                 f"{self.where} holds no part of a Wan model: its {len(entries)} tensors are called "
                 f"{_listed([quote(name) for name in entries])}. A checkpoint holds {', '.join(PARTS.values())}."
             )
-        if kind.part == "transformer":
+        if kind.part == "transformer" and not expert:
             refuse_expert_files(tensors.files)
         self.part, self.layout = kind.part, kind.layout
         self._names: dict[str, str] = {}

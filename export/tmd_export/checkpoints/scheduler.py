@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ..errors import ExportError
 from .contents import MODEL_INDEX
+from .documents import read_document
 
 DMD = "WanDMDPipeline"
 """The pipeline that FastVideo's few-step models name. It ignores the scheduler of their folder."""
 
-_CONFIG = Path("scheduler", "scheduler_config.json")
+CONFIG = Path("scheduler", "scheduler_config.json")
 _MAX_BYTES = 1 << 20
 _CHOOSE = "Choose how to sample it with --preset."
 
@@ -90,10 +90,13 @@ _CLASSES = {
 
 def read_scheduler(folder: Path) -> Scheduler | None:
     """What the folder of a model says; None if it says nothing. Raises ExportError if that is not computed here."""
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
         return None
-    config = _document(path)
+    try:
+        config = read_document(path, _MAX_BYTES)
+    except ExportError as error:
+        raise ExportError(f"{error} {_CHOOSE}") from None
     called = config.get("_class_name")
     known = _CLASSES.get(called) if isinstance(called, str) else None
     if known is None:
@@ -115,22 +118,10 @@ def read_scheduler(folder: Path) -> Scheduler | None:
 def pipeline_class(folder: Path) -> str | None:
     """What `model_index.json` of the folder of a model calls its pipeline. Raises ExportError if it cannot be read."""
     path = folder / MODEL_INDEX
-    called = _document(path).get("_class_name") if path.is_file() else None
+    called = read_document(path, _MAX_BYTES).get("_class_name") if path.is_file() else None
     return called if isinstance(called, str) else None
 
 
 def _same(value: Any, wanted: Any) -> bool:
     """None stands for "off" in diffusers."""
     return value == wanted or (value is None and wanted in (False, []))
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        document = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again. {_CHOOSE}") from None
-    if not isinstance(document, dict):
-        raise ExportError(f"{path} is no configuration: copy it again. {_CHOOSE}")
-    return document

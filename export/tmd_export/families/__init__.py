@@ -83,4 +83,6 @@ def sampling_of(source: Source, preset: str | None = None, grid: str | None = No
     sampling = find_preset(family, preset, source.model_entry()["architecture"])
     if preset is None and source.sampler is not None:
         sampling = replace(sampling, sampler=source.sampler)
-    return sampling if grid is None else replace(sampling, sampler=family.on_grid(sampling.sampler, grid))
+    if grid is not None:
+        sampling = replace(sampling, sampler=family.on_grid(sampling.sampler, grid))
+    return replace(sampling, sampler=source.completed(sampling.sampler))

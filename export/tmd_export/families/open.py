@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ExportError
+from ..hub.places import local_checkpoints, local_loras
 from ..loras import LoraFile
 from ..sources.source import Source
 from . import FAMILIES, Request, find_preset, models, presets
@@ -28,9 +29,11 @@ def open_source(
     the family that `preset` is for. Neither: the weights that come with the package. `decoder`: a file with another
     decoder (see `decoders.WithDecoder`), for a Transition Model a folder (see `still_vae.VAEFolder`). `text_encoder`:
     for tim-t2i the folder of its text encoder (see `gemma.GemmaFolder`). `loras`: files and strengths to merge into the
-    weights of the denoiser (see `loras.WithLoras`).
+    weights of the denoiser (see `loras.WithLoras`). Each path can be a name on the Hugging Face hub (`hf:ORG/NAME`, see
+    `hub.name`), which is downloaded then.
     """
-    paths = tuple(map(Path, [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint or ()))
+    given = tuple(map(Path, [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint or ()))
+    paths = local_checkpoints(given, say=_silent)
     if model is None:
         model = _found_in(paths)
     candidates = [
@@ -44,13 +47,19 @@ def open_source(
         possible = ", ".join(name for family in candidates for name in family.presets)
         which = model or "this checkpoint"
         raise ExportError(f"the preset {preset} is for {found.about}, and {which} is not: choose among {possible}.")
-    others = [None if path is None else Path(path) for path in (decoder, text_encoder)]
+    others = [
+        None if path is None else local_checkpoints([Path(path)], say=_silent)[0] for path in (decoder, text_encoder)
+    ]
     source = fitting[0].open(Request(model, paths, random_seed, *others))
     if not loras:
         return source
-    from ..sources.loras import WithLoras
+    from ..sources.loras import with_loras
 
-    return WithLoras(source, loras)
+    return with_loras(source, local_loras(loras, _silent))
+
+
+def _silent(_: str) -> None:
+    """A program that names a repository knows that it is downloaded."""
 
 
 def _found_in(paths: Sequence[Path]) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from tmd_engines.bundle.families.wan import SECOND
 
 from ..errors import ExportError
 from ..presets.wan import PRESETS, on_grid
@@ -23,7 +26,10 @@ class Wan21(ExportFamily):
 
     models: tuple[str, ...] = ("tiny", "wan1.3b", "wan14b")
     built_in: tuple[str, ...] = ("tiny",)
-    videos = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}  # noqa: RUF012
+    videos = {  # noqa: RUF012
+        "tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8},
+        "wan2.2-a14b": {"frames": 81, "width": 1280, "height": 720, "fps": 16},
+    }
     # Wan itself computes its time embedding and its output layer in float32.
     exact = r"(time|interval|delta)_(embedding|projection)|patch_embedding|head\.head"
     products = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"
@@ -41,6 +47,8 @@ class Wan21(ExportFamily):
         from tmd_ref.flow_map import GATE
         from tmd_ref.wan import WAN_CONFIGS
 
+        from ..checkpoints.experts import experts_of
+        from ..sources.experts import TwoTransformers
         from ..sources.folder import FolderSource
         from ..sources.random_wan import RandomSource
         from ..sources.source import FILE_OF, built_in_folder
@@ -55,7 +63,9 @@ class Wan21(ExportFamily):
             )
         if model is None:
             own = len(paths) == 1 and (paths[0] / FILE_OF["student"]).is_file()
-            return FolderSource(paths[0]) if own else WanSource(paths)
+            if own or (experts := experts_of(paths)) is None:
+                return FolderSource(paths[0]) if own else WanSource(paths)
+            return TwoTransformers(experts)
         if request.seed is not None:
             if paths:
                 raise ExportError("a checkpoint has its own weights: give either --checkpoint or --random-weights.")
@@ -65,7 +75,7 @@ class Wan21(ExportFamily):
             check_architecture(source.wan, WAN_CONFIGS[model], model, paths[0])
             return source
         if paths:
-            return WanSource(paths, model)
+            return TwoTransformers(experts, model) if (experts := experts_of(paths)) else WanSource(paths, model)
         if model not in self.built_in:
             raise ExportError(f"{model} has no built-in weights: give --checkpoint PATH, or --random-weights SEED.")
         if not built_in_folder().is_dir():
@@ -98,7 +108,9 @@ class _Wan(Wan21):
     def builders(self) -> dict[str, Builder]:
         from ..graphs.wan import backbone, flow_head
 
-        return {**super().builders(), "backbone": backbone, "flow_head": flow_head}
+        first = {"backbone": backbone, "flow_head": flow_head}
+        second = {SECOND[name]: partial(build, name=SECOND[name]) for name, build in first.items()}
+        return {**super().builders(), **first, **second}
 
 
 WAN = _Wan()

@@ -8,11 +8,11 @@ from tmd_ref.student import TMDStudent
 from .graph import Graph, Interface, patches
 
 
-def backbone(model: SplitWan | TMDStudent, interface: Interface) -> Graph:
+def backbone(model: SplitWan | TMDStudent, interface: Interface, name: str = "backbone") -> Graph:
     """Everything before the flow head, once per step."""
-    return Graph("backbone", model.backbone, *interface.of("backbone"), patches(model.config.patch_size))
+    return Graph(name, model.backbone, *interface.of(name), patches(model.config.patch_size))
 
 
-def flow_head(model: SplitWan, interface: Interface) -> Graph:
+def flow_head(model: SplitWan, interface: Interface, name: str = "flow_head") -> Graph:
     """The rest of the transformer."""
-    return Graph("flow_head", model.head, *interface.of("flow_head"), patches(model.config.patch_size))
+    return Graph(name, model.head, *interface.of(name), patches(model.config.patch_size))

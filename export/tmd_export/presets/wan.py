@@ -90,6 +90,12 @@ _WAN21: Mapping[str, Preset] = {
         _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
         VIDEO_480P,
     ),
+    # ModelTC/Wan2.2-Lightning, README and issue 3: the same times, and no guidance; two of them are high noise.
+    "lightning": Preset(
+        "Wan2.2-Lightning, 4 steps (LoRAs for both transformers of Wan2.2-A14B)",
+        _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
+        VIDEO_480P,
+    ),
     # hao-ai-lab/FastVideo, DmdDenoisingStage: the network gets whole numbers, the steps what the table has for them.
     "fastwan-qad": Preset(
         "FastWan-QAD, 3 steps",
@@ -159,6 +165,17 @@ def scheduled_sampler(rule: str, shift: float | None, architecture: str = WAN21)
     base = next(preset.sampler for preset in PRESETS.values() if preset.architecture == architecture)
     rounding = base["time_rounding"] if rule == base["rule"] else "none"
     return {**base, "rule": rule, "shift": base["shift"] if shift is None else shift, "time_rounding": rounding}
+
+
+def experts_sampler(scheduled: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The manifest's `sampler` of Wan2.2-A14B but for its boundary: 40 steps, more guidance in high noise than in low.
+
+    `scheduled`: rule, shift and rounding as the scheduler of its folder says; None: those of Wan2.2's own code
+    (wan/configs/wan_t2v_A14B.py).
+    """
+    base = PRESETS["wan"].sampler if scheduled is None else scheduled
+    shift = 12.0 if scheduled is None else scheduled["shift"]
+    return {**base, "steps": 40, "shift": shift, "guidance": 4.0, "guidance_2": 3.0}
 
 
 def on_grid(rule: str, grid: str) -> str:

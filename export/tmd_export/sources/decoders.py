@@ -24,7 +24,7 @@ from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 from ..checkpoints import Checkpoint, Tensors, open_tensors
 from ..checkpoints.names import bare
 from ..errors import ExportError
-from ..parts import MODEL_OF, VIDEO_PARTS
+from ..parts import MODEL_OF, VIDEO_PARTS, ordered
 from .source import Source, on_meta
 from .wrapped import Wrapped
 
@@ -53,8 +53,8 @@ class WithDecoder(Wrapped):
         super().__init__(source)
         self._path = Path(path)
         decoders = {part for part in VIDEO_PARTS if MODEL_OF[part] == "vae"}
-        self.parts = tuple(part for part in VIDEO_PARTS if part in {*source.parts, *decoders})
-        self.default_parts = tuple(part for part in VIDEO_PARTS if part in {*source.default_parts, *decoders})
+        self.parts = ordered({*source.parts, *decoders})
+        self.default_parts = ordered({*source.default_parts, *decoders})
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")

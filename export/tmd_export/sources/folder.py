@@ -18,6 +18,7 @@ from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Tensors, open_tensors
 from ..checkpoints.contents import refuse_incomplete
+from ..checkpoints.hub_cache import called
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS
 from ..presets.tmd import student_sampler
@@ -41,7 +42,7 @@ class FolderSource(Wan21Source):
         Raises ExportError if there is no student or it cannot be read.
         """
         self.folder = Path(folder)
-        self.origin = origin or f"checkpoint {self.folder.name}"
+        self.origin = origin or f"checkpoint {called(self.folder)}"
         if not self._existing(FILE_OF["student"]):
             raise ExportError(f"{self.folder} has no {FILE_OF['student']}: it is no folder of tmd-distill.")
         refuse_incomplete(self.folder)

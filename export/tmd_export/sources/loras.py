@@ -18,6 +18,8 @@ from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.bundle.sections import MAX_LORAS
 from tmd_engines.errors import quote
 
+from ..checkpoints.experts import expert_named
+from ..checkpoints.hub_cache import called
 from ..checkpoints.lora import Lora, listed
 from ..checkpoints.lora_names import Layers
 from ..checkpoints.recognise import Size
@@ -25,20 +27,35 @@ from ..checkpoints.strangers import stranger
 from ..checkpoints.tensors import Entry
 from ..errors import ExportError
 from ..loras import LoraFile, checked_strength
-from ..parts import MODEL_OF
+from ..parts import MODEL_OF, SECOND_PARTS
 from .source import Source
 from .wrapped import Wrapped
 
-DENOISER = "student"
+DENOISER, SECOND = (MODEL_OF[part] for part in ("backbone", "backbone_2"))
+
+
+def with_loras(source: Source, loras: Sequence[LoraFile]) -> Source:
+    """`source` with LoRAs merged in: of a model of two transformers into the one that a file's name says, "high" or
+    "low" noise, or into both. Raises ExportError as `WithLoras`."""
+    if not set(SECOND_PARTS) <= set(source.parts):
+        return WithLoras(source, loras)
+    for which, side in ((DENOISER, "high"), (SECOND, "low")):
+        own = [lora for lora in loras if (expert_named(lora.path) or expert_named(lora.path.parent)) in (None, side)]
+        if own:
+            source = WithLoras(source, own, which)
+    return source
 
 
 class WithLoras(Wrapped):
     """The models of another source, with LoRAs added to the weights of its denoiser."""
 
-    def __init__(self, source: Source, files: Sequence[LoraFile | tuple[str | Path, float]]) -> None:
-        """Reads the headers of all files. Raises ExportError for one that is no LoRA, or of which not every tensor
-        hits one of this model."""
+    def __init__(
+        self, source: Source, files: Sequence[LoraFile | tuple[str | Path, float]], which: str = DENOISER
+    ) -> None:
+        """Reads the headers of all files. `which` of the source's models they are for. Raises ExportError for one that
+        is no LoRA, or of which not every tensor hits one of this model."""
         super().__init__(source)
+        self._which = which
         if len(files) > MAX_LORAS:
             raise ExportError(f"{len(files)} LoRAs were given, and a manifest holds {MAX_LORAS}: merge some of them.")
         self._published: dict[str, str] = {}  # name in the module -> name of the same weight in a LoRA's terms
@@ -48,10 +65,11 @@ class WithLoras(Wrapped):
         self.notes = (*source.notes, *(note for lora in self._loras for note in self._notes_on(lora)))
 
     def loras(self) -> tuple[dict[str, Any], ...]:
-        return (*super().loras(), *(lora.entry() for lora in self._loras))
+        before = super().loras()
+        return (*before, *(entry for lora in self._loras if (entry := lora.entry()) not in before))
 
     def check(self, parts: tuple[str, ...]) -> None:
-        if not any(MODEL_OF[part] == DENOISER for part in parts):
+        if not any(MODEL_OF[part] in (DENOISER, self._which) for part in parts):
             raise ExportError(
                 f"--lora changes {' and '.join(self._denoising())}, and none of them is among the parts: leave --lora "
                 "out, or add one."
@@ -60,7 +78,7 @@ class WithLoras(Wrapped):
 
     def tensor(self, which: str, name: str) -> Tensor:
         weight = self._inner.tensor(which, name)
-        published = self._published.get(name) if which == DENOISER else None
+        published = self._published.get(name) if which == self._which else None
         changing = [lora for lora in self._loras if published is not None and lora.touches(published)]
         if published is None or not changing:
             return weight
@@ -74,19 +92,19 @@ class WithLoras(Wrapped):
         for lora in self._loras:
             if lora.config_file is not None:  # which has the scale
                 with open(lora.config_file, "rb", buffering=0) as file:
-                    found[f"{lora.config_file.parent.resolve().name}/{lora.config_file.name}"] = sha256_hex(file)
+                    found[f"{called(lora.config_file.parent)}/{lora.config_file.name}"] = sha256_hex(file)
         return found
 
     def _layers(self) -> Layers:
         shapes, aliases = dict[str, tuple[int, ...]](), dict[str, tuple[str, ...]]()
-        for name, weight in self._inner.module(DENOISER).named_parameters(remove_duplicate=False):
+        for name, weight in self._inner.module(self._which).named_parameters(remove_duplicate=False):
             published, *others = self._inner.published_names(name)
             self._published[name], shapes[published] = published, tuple(weight.shape)
             aliases[published] = (*aliases.get(published, ()), *others)
         return Layers(shapes, aliases)
 
     def _denoising(self) -> list[str]:
-        return [part for part in self.parts if MODEL_OF[part] == DENOISER]
+        return [part for part in self.parts if MODEL_OF[part] == self._which]
 
     def _opened(self, file: LoraFile, layers: Layers) -> Lora:
         try:

@@ -7,7 +7,7 @@ is in the modules beside this one; which of them a command line means, in `open`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +89,10 @@ class Source(ABC):
         """How files of weights call the parameter `name` of `module("student")`: first as `tmd_ref` does in the model
         that is not cut in two, then as other layouts do."""
         return (name,)
+
+    def completed(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest's `sampler`, with what no preset can know of this model."""
+        return dict(sampler)
 
     def lora_note(self, file: str) -> str | None:
         """What the user should know of a LoRA because of the name of its file."""

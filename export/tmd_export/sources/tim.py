@@ -25,6 +25,7 @@ from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Tensors, open_tensors
 from ..checkpoints.contents import refuse_incomplete
+from ..checkpoints.hub_cache import called
 from ..errors import ExportError
 from ..parts import MODEL_OF, PARTS
 from ..presets.tim import PRESETS
@@ -71,7 +72,7 @@ class TiMSource(Source):
         encoder.check(width)
         self._text_encoder, self.tokenizer = encoder, encoder.tokenizer
         self.default_parts = tuple(part for part in _PARTS if part in (*self.default_parts, "text_encoder"))
-        self.origin = f"{self.origin}; text encoder {encoder.folder.resolve().name}"
+        self.origin = f"{self.origin}; text encoder {called(encoder.folder)}"
 
     def null_embeds(self) -> Tensor | None:
         return self._text_encoder.null_features(self.config.text_len) if self._text_encoder else None
@@ -85,7 +86,7 @@ class TiMSource(Source):
         decoder.check(self.config.in_channels, stride)
         self._decoder = decoder
         self.default_parts = tuple(p for p in _PARTS if p in self.default_parts or MODEL_OF[p] == "vae")
-        self.origin = f"{self.origin}; decoder {decoder.folder.resolve().name}"
+        self.origin = f"{self.origin}; decoder {called(decoder.folder)}"
 
     @property
     def vae(self) -> WanVAEConfig:
@@ -200,7 +201,7 @@ class TiMFolder(TiMSource):
         if stated not in (None, wanted):
             raise ExportError(f"the model in {self._file} has other sizes than {model}: {stated}. It is another model.")
         super().__init__(model, wanted)
-        self.origin = f"checkpoint {path.resolve().name}"
+        self.origin = f"checkpoint {called(path)}"
         self._files: dict[str, Tensors] = {"student": open_tensors((self._file,))}
         self._fit()
         if model not in RELEASED:

@@ -25,6 +25,7 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
+from ..checkpoints.hub_cache import called
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
 from ..checkpoints.recognise import TOKENIZER as CARRIED
@@ -64,17 +65,19 @@ class WanSource(Wan21Source):
         wan: WanConfig | None = None,
         vae: WanVAEConfig | None = None,
         text: UMT5Config | None = None,
+        expert: bool = False,
     ) -> None:
         """`model` is one of `HEAD_BLOCKS`, whose sizes the transformer must have, or any name if all sizes are given;
         None: its tensors say what it is.
 
-        `paths` are files and folders; a file given by itself comes before the same part of a folder.
+        `paths` are files and folders; a file given by itself comes before the same part of a folder. `expert`: the
+        transformer is one of the two of a Wan2.2-A14B.
         Raises ExportError if a path holds nothing that is known, two of them the same, another model, or more than is
         used.
         """
-        found = [find(Path(path), [Path(other) for other in paths if other != path]) for path in paths]
+        found = [find(Path(path), [Path(other) for other in paths if other != path], expert) for path in paths]
         self._found = found
-        self._given = "checkpoint " + " + ".join(dict.fromkeys(one.path.resolve().name for one in found))
+        self._given = "checkpoint " + " + ".join(dict.fromkeys(called(one.path) for one in found))
         self.origin = self._given
         self._parts = _by_model(found)
         self._carried: tempfile.TemporaryDirectory[str] | None = None
@@ -308,7 +311,7 @@ class WanSource(Wan21Source):
     def _name(self, path: Path) -> str:
         """A file's name in the provenance, from the folder that was given."""
         root = next((root for root in self._roots if path.is_relative_to(root)), None)
-        return path.name if root is None else f"{root.resolve().name}/{path.relative_to(root).as_posix()}"
+        return called(path) if root is None else f"{called(root)}/{path.relative_to(root).as_posix()}"
 
     def _notes(self) -> tuple[str, ...]:
         notes = [note for one in self._found for note in one.notes]
@@ -337,7 +340,7 @@ class _Part:
     def open(self) -> Checkpoint:
         """The recognised tensors. Raises ExportError if the file is not what its name says."""
         if self.checkpoint is None:
-            self.checkpoint = Checkpoint(self.files.open())
+            self.checkpoint = Checkpoint(self.files.open(), self.files.expert)
         part, expected = self.checkpoint.part, self.files.part
         if expected is not None and part != expected:
             raise ExportError(

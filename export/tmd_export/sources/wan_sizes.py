@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 from tmd_ref.flow_map import GATE
 from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
 from ..checkpoints import Checkpoint
+from ..checkpoints.documents import read_document
 from ..errors import ExportError
 
 _HEAD = 128  # numbers in a head of every Wan that was published
@@ -135,12 +135,4 @@ def _length(path: Path, stated: Mapping[str, Any]) -> int:
 def _config(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
     """config.json beside the weights, and what it states; empty if there is none."""
     path = checkpoint.tensors.files[0].parent / "config.json"
-    if not path.is_file():
-        return path, {}
-    try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"larger than {_MAX_CONFIG >> 20} MiB")
-        document = read_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}): copy it again, or move it away.") from None
-    return path, document if isinstance(document, dict) else {}
+    return path, read_document(path, _MAX_CONFIG) if path.is_file() else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ class Wrapped(Source):
 
     def published_names(self, name: str) -> tuple[str, ...]:
         return self._inner.published_names(name)
+
+    def completed(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
+        return self._inner.completed(sampler)
 
     def lora_note(self, file: str) -> str | None:
         return self._inner.lora_note(file)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .schedule import rope_tables
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tmd_engines import Engine, Manifest
 
     from .family import LatentShape
@@ -40,5 +42,9 @@ class BoundBackbone:
             buffer[...] = table
         self.outputs = {name: backbone.empty(name, **self.dims) for name in ("features", "context")}
         self.features = self.outputs["features"]
-        inputs = {"x": self.x, **self.times, "prompt_embeds": self.prompt_embeds, **self.rope}
-        self.step = backbone.bind(inputs, self.outputs)
+        self._inputs = {"x": self.x, **self.times, "prompt_embeds": self.prompt_embeds, **self.rope}
+        self.step = self.bind(backbone)
+
+    def bind(self, backbone: Engine) -> Callable[[], None]:
+        """The step of another graph with the same interface, on these buffers."""
+        return backbone.bind(self._inputs, self.outputs)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..clock import Timings
     from ..settings import Settings, Wishes
 
+    OpenTransformer = Callable[[bool, Timings, Callable[[], object]], tuple[Engine, Engine]]
+
 LatentShape = tuple[int, int, int, int, int]
 
 NO_PICTURE = (
@@ -82,6 +84,10 @@ class RuntimeFamily(ABC):
         text_tokens: int,
     ) -> Loop:
         """The loop for latents of `latent_shape` and prompts of `text_tokens` tokens; binds the engines."""
+
+    def take_turns(self, loop: Loop, transformer: OpenTransformer) -> None:  # noqa: B027  # most have one alone
+        """Tells the loop of a model of two transformers where it gets one of them from: `transformer(second, timings,
+        let_go)` loads backbone and flow head, and may call `let_go` and then close those of the other one."""
 
 
 def common_settings(

@@ -1,13 +1,15 @@
 """Wan transformers without inner flow: one velocity per step, or two with guidance, and a rule that makes the step.
 
-Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it.
+Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it. Of a model
+with two transformers (Wan2.2-A14B) the first one makes the steps of high noise and the second one all others, on the
+same buffers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,15 +33,19 @@ if TYPE_CHECKING:
 
     from ..clock import Timings
     from ..settings import Wishes
+    from .family import Loop, OpenTransformer
 
 
 @dataclass(frozen=True)
 class WanSettings(Settings):
-    """`time_rounding` is how the network reads the times (`told_time`), `init_scale` the deviation of the first
-    noise."""
+    """`time_rounding` is how the network reads the times (`told_time`), `init_scale` the deviation of the first noise.
+    Steps from below the `boundary`, by what the network reads, are those of the second transformer, with
+    `guidance_2`."""
 
     time_rounding: str = "none"
     init_scale: float = 1.0
+    boundary: float = 0.0
+    guidance_2: float = 1.0
 
 
 class _Wan(RuntimeFamily):
@@ -57,6 +63,7 @@ class _Wan(RuntimeFamily):
         if not 1 <= steps <= MAX_STEPS:
             raise UsageFailure(f"{steps} steps cannot be done: choose 1 to {MAX_STEPS} (default {sampler.steps}).")
         guidance, negative_prompt, warnings = model_guidance(sampler, wishes)
+        own = sampler.guidance_2
         return WanSettings(
             **common_settings(manifest, wishes, steps, passes=1 if guidance == 1 else 2, warnings=warnings),
             guidance=guidance,
@@ -64,7 +71,13 @@ class _Wan(RuntimeFamily):
             times=_times(sampler, steps, wishes.shift),
             time_rounding=sampler.time_rounding,
             init_scale=sampler.init_scale,
+            boundary=sampler.boundary or 0.0,
+            guidance_2=guidance if own is None or wishes.guidance is not None else own,  # a wish is for both
         )
+
+    def take_turns(self, loop: Loop, transformer: OpenTransformer) -> None:
+        assert isinstance(loop, WanLoop)
+        loop.transformer = transformer
 
     def loop(
         self,
@@ -102,10 +115,20 @@ def model_guidance(sampler: Any, wishes: Wishes) -> tuple[float, str, tuple[str,
     return guidance, negative or "", warnings
 
 
+class _Bound(NamedTuple):
+    """The graphs of one transformer on the buffers of a loop."""
+
+    backbone: Callable[[], None]
+    flow_head: Callable[[], None]
+    launches: Launches
+
+
 class WanLoop:
-    """The sampler of a velocity model, with classifier-free guidance. `told` are the times that its graphs take."""
+    """The sampler of a velocity model, with classifier-free guidance. `told` are the times that its graphs take;
+    `transformer` is where the other one of two comes from: see `RuntimeFamily.take_turns`."""
 
     told: tuple[str, ...] = ("t",)
+    transformer: OpenTransformer
 
     def __init__(
         self,
@@ -119,10 +142,9 @@ class WanLoop:
         self._rule = RULES[manifest.sampler.rule]
         self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens, self.told)
         self._velocity = flow_head.empty("velocity", **bound.dims)
-        # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-        inputs = {"x": bound.x, **bound.times, **bound.rope, **bound.outputs}
-        self._flow_head = flow_head.bind(inputs, {"velocity": self._velocity})
-        self._launches = Launches(backbone, flow_head, update)
+        self._update_engine = update
+        self._transformers = {False: self._tied(bound.step, backbone, flow_head)}  # by whether it is the second one
+        self._active = self._transformers[False]
         self._updater = Updater(update, bound.x, bound.dims)
         self._empty = {
             "prompt": lambda: backbone.empty("prompt_embeds", **bound.dims),
@@ -151,8 +173,8 @@ class WanLoop:
         draws = Draws(settings.seed, bound.x.shape, timings)
 
         def velocity(call: Call) -> None:
-            call("backbone", bound.step)
-            call("flow_head", self._flow_head)
+            call("backbone", self._active.backbone)
+            call("flow_head", self._active.flow_head)
 
         def step(call: Call) -> None:
             if guided:
@@ -185,11 +207,14 @@ class WanLoop:
             factors = self._rule(times, len(times) - 2)
             if factors.noise:
                 draws.into(self._buffer("noise"))
+            second = told_time(t, settings.time_rounding) < settings.boundary
+            self._turn_to(second, timings)
             self._tell(settings, t, r)
-            self._updater.set(factors, t, guidance)
+            own = settings.guidance_2 if second else settings.guidance
+            self._updater.set(factors, t, own if guided else 1.0)
             if guided:
                 self._buffer("before_step")[...] = bound.x
-            self._launches.run(calls, step, key=slots)
+            self._active.launches.run(calls, step, key=slots)
             self._updater.check(bound.features, (self._negative_features,) if guided else ())
             if on_preview is not None and r > 0:
                 on_preview(self._updater.preview())
@@ -209,8 +234,31 @@ class WanLoop:
         """What the backbone made of the negative prompt in the latest step: only a run that failed asks for it."""
         self._bound.x[...] = self._buffer("before_step")
         self._bound.prompt_embeds[...] = self._buffer("negative_prompt", "prompt")
-        self._bound.step()
+        self._active.backbone()
         return self._bound.features
+
+    def _tied(self, step: Callable[[], None], backbone: Engine, flow_head: Engine) -> _Bound:
+        """A transformer on the buffers of this loop; `step` is its backbone's."""
+        bound = self._bound
+        # Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
+        inputs = {"x": bound.x, **bound.times, **bound.rope, **bound.outputs}
+        flow = flow_head.bind(inputs, {"velocity": self._velocity})
+        return _Bound(step, flow, Launches(backbone, flow_head, self._update_engine))
+
+    def _turn_to(self, second: bool, timings: Timings) -> None:
+        """Makes one of the two transformers the active one; loads it at its first turn."""
+        if self._transformers.get(second) is self._active:
+            return
+        if second not in self._transformers:
+            backbone, flow_head = self.transformer(second, timings, self._let_go)
+            with timings.stage("load"):  # an engine may compile where it is bound
+                self._transformers[second] = self._tied(self._bound.bind(backbone), backbone, flow_head)
+        self._active = self._transformers[second]
+
+    def _let_go(self) -> None:
+        """Forgets the active transformer, which is about to be closed."""
+        self._transformers.clear()
+        self._bound.step = self._active = None  # type: ignore[assignment]  # until the next one is bound
 
     def _buffer(self, name: str, like: str = "latents") -> Any:
         """A buffer that only some runs need, made at its first use, of finite values."""

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.cpp_tools import BUNDLE, ROOT, program, twin
 from tests.helpers.cpp_verdicts import agree
 from tests.helpers.documents import parse, put, valid_document, valid_tim_document, valid_wan_document
-from tests.helpers.synthetic import flow_map_sampler, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import GRAPHS, SECOND, flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
 from tmd_engines import BundleError
 from tmd_engines.bundle.families.rules import RULES
@@ -103,11 +103,51 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "tmd": write_synthetic_bundle(folder / "tmd"),
         "wan": write_synthetic_bundle(folder / "wan", sampler=velocity_sampler()),
         "anyflow": write_synthetic_bundle(folder / "anyflow", sampler=flow_map_sampler()),
+        "two": write_synthetic_bundle(folder / "two", (*GRAPHS, *SECOND), velocity_sampler(boundary=0.875)),
         "tim": write_tim_bundle(folder / "tim", pictures=True),
         "classes": write_tim_bundle(folder / "classes", classes=True),
         "plain": write_plain_bundle(folder / "plain"),
     }
     return {name: json.loads((path / "manifest.json").read_text()) for name, path in bundles.items()}
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"boundary": 1.0, "guidance_2": 1.0},
+    {"guidance": 4.0, "guidance_2": 0.0},
+    {"guidance_2": None},
+]
+REFUSED: list[dict[str, Any]] = [
+    {"boundary": None},
+    {"boundary": 0.0},
+    {"boundary": 1.01},
+    {"boundary": "0.5"},
+    {"guidance_2": 3.0},
+    {"guidance": 4.0, "guidance_2": 1.0},
+    {"guidance_2": -1.0},
+    {"boundary": None, "guidance_2": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", ACCEPTED + REFUSED)
+def test_samplers_of_two_transformers_get_the_same_verdicts(
+    changes: dict[str, Any], documents: dict[str, dict[str, Any]]
+) -> None:
+    document = copy.deepcopy(documents["two"])
+    document["sampler"] |= changes
+    assert both_accept(document) == (changes in ACCEPTED)
+
+
+def both_accept(document: dict[str, Any]) -> bool:
+    """The verdict of Python, which must be that of C++."""
+    data = json.dumps(document).encode()
+    answer = twin().ask("manifest", data=data.hex())
+    try:
+        parse_manifest(data, "manifest.json")
+    except BundleError as error:
+        agree(answer, error)
+        return False
+    agree(answer, None)
+    return True
 
 
 NAMED = ("batch", "frames", "height", "width", "tokens", "text", "words", "1*height", "8*width")
@@ -144,13 +184,5 @@ def test_interfaces_changed_at_random_get_the_same_verdicts(documents: dict[str,
     for name in list(documents) * 60:
         document = copy.deepcopy(documents[name])
         change_interface(document, rng)
-        data = json.dumps(document).encode()
-        answer = twin().ask("manifest", data=data.hex())
-        try:
-            parse_manifest(data, "manifest.json")
-        except BundleError as error:
-            agree(answer, error)
-        else:
-            agree(answer, None)
-            accepted += 1
+        accepted += both_accept(document)
     assert 20 < accepted < 150

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal, saved, small
 from tmd_export import FolderSource, open_source
+from tmd_export.checkpoints.experts import experts_of
 from tmd_export.cli import command
 from tmd_export.parts import MODEL_OF, VIDEO_PARTS
 from tmd_export.sources.source import built_in_folder
@@ -59,34 +60,31 @@ def as_two_transformers(folder: Path) -> Path:
     return folder
 
 
-def test_an_a14b_in_the_layout_of_diffusers_is_refused(diffusers: Path) -> None:
-    assert "'transformer_2'" in refusal(lambda: small(as_two_transformers(diffusers)))
+def test_one_expert_of_an_a14b_in_the_layout_of_diffusers_is_refused(diffusers: Path) -> None:
+    as_two_transformers(diffusers)
+    index = next((diffusers / "transformer").glob("*.index.json"))
+    for one in (diffusers / "transformer", diffusers / "transformer_2", index):
+        assert ONE_EXPERT in refusal(lambda one=one: small(one))  # type: ignore[misc]
+    shutil.rmtree(diffusers / "transformer")
+    assert "'transformer_2'" in refusal(lambda: small(diffusers))
     (diffusers / "model_index.json").unlink()
     assert ONE_EXPERT in refusal(lambda: small(diffusers))
-    assert ONE_EXPERT in refusal(lambda: small(diffusers / "transformer"))
-    assert ONE_EXPERT in refusal(lambda: small(diffusers / "transformer_2"))
-    index = next((diffusers / "transformer").glob("*.index.json"))
-    assert ONE_EXPERT in refusal(lambda: small(index))
 
 
 def test_an_index_of_an_a14b_is_refused_without_its_second_transformer(diffusers: Path) -> None:
     """An interrupted download: the folder has one transformer, and only the index tells of the other."""
     edit_index(diffusers, boundary_ratio=0.875)
-    assert "Wan2.2-A14B" in refusal(lambda: small(diffusers))
+    assert experts_of([diffusers]) is None and "complete the download" in refusal(lambda: small(diffusers))
 
 
-@pytest.mark.parametrize("present", [("high", "low"), ("high",), ("low",)])
-def test_an_a14b_in_its_own_layout_is_refused(present: tuple[str, ...], official: Path) -> None:
-    weights, config = official / "diffusion_pytorch_model.safetensors", official / "config.json"
-    for which in present:
-        expert = official / f"{which}_noise_model"
-        expert.mkdir()
-        for file in (weights, config):
-            shutil.copy(file, expert)
-        assert ONE_EXPERT in refusal(lambda expert=expert: small(expert))  # type: ignore[misc]
-    weights.unlink()
-    config.unlink()
-    assert ONE_EXPERT in refusal(lambda: small(official))
+@pytest.mark.parametrize("which", ["high", "low"])
+def test_one_expert_of_an_a14b_in_its_own_layout_is_refused(which: str, official: Path) -> None:
+    expert = official / f"{which}_noise_model"
+    expert.mkdir()
+    for file in ("diffusion_pytorch_model.safetensors", "config.json"):
+        shutil.move(official / file, expert)
+    assert ONE_EXPERT in refusal(lambda: small(expert))
+    assert experts_of([official]) is None and ONE_EXPERT in refusal(lambda: small(official))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +329,15 @@ def test_a_config_that_contradicts_its_tensors_is_refused(name: str, value: int,
     (official / "config.json").write_text(json.dumps(config))
     assert name in refusal(lambda: small(official)) or name == "num_heads"
     assert "config.json" in refusal(lambda: WanSource([official]))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", " " * ((1 << 20) + 1)])
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_document_of_json_that_is_none_is_refused(name: str, content: str, official: Path) -> None:
+    (official / "scheduler").mkdir()
+    (official / name).write_text(content)
+    said = {"[": "is a list in JSON", "{": "cannot be read as JSON", " ": "is larger than 1 MiB"}[content[0]]
+    assert f"{name} {said}" in refusal(lambda: small(official).sampler)
 
 
 def test_parts_alone_do_not_tell_a_model(official: Path) -> None:

@@ -73,7 +73,8 @@ NAMES = {*FAMILIES, *RULES, "flow_map", "drift"}
 OWN = {  # modules of single families
     *(f"{room}/{name}.py" for room in ("families", "presets") for name in FAMILIES),
     *(f"graphs/{name}.py" for name in FAMILIES if name != "anyflow"),  # it has those of wan
-    "sources/wan21.py", "sources/wan.py", "sources/folder.py", "sources/random_wan.py", "sources/tim.py",
+    "sources/wan21.py", "sources/wan.py", "sources/experts.py", "sources/folder.py", "sources/random_wan.py",
+    "sources/tim.py",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     "__init__.py": "offers the sources of the package to programs",

@@ -209,7 +209,7 @@ CONFIGS = [
     ({"lora_alpha": 4, "alpha_pattern": {"(a+)+": 2}}, "states alphas for patterns of layers"),
     ({"lora_alpha": 4, "alpha_pattern": {"q": None}}, "has 'None' as an alpha"),
     ({"lora_alpha": 4, "alpha_pattern": [1]}, "states alphas for patterns of layers"),
-    ([4], "is not a JSON object"),
+    ([4], "a list in JSON"),
 ]
 
 

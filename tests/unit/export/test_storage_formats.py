@@ -485,7 +485,7 @@ def test_fp8_with_scales_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     [
         (None, "mlx_dit.json, which says how, is not beside it"),
         ("{", "cannot be read as JSON"),
-        ("[]", "version 1 with a quantization is read here"),
+        ("[]", "is a list in JSON"),
         ('{"format_version": 2, "quantization": {}}', "has format_version '2'"),
         ('{"format_version": 1, "quantization": null}', "quantization 'None'"),
         ('{"format_version": 1, "quantization": {"mode": "mxfp4"}}', "in the mode 'mxfp4'"),

@@ -236,7 +236,7 @@ def test_a_new_velocity_rule_steps_in_the_loop_of_wan(tmp_path: Path, monkeypatc
         for prompt in embeds:
             loop._bound.x[...], loop._bound.t[...], loop._bound.prompt_embeds[...] = x, t, prompt
             loop._bound.step()
-            loop._flow_head()
+            loop._active.flow_head()
             velocities.append(loop._velocity.copy())
         data = x - t * (velocities[1] + 3.0 * (velocities[0] - velocities[1]))
         mixed = data if i == 0 else (2 * data + before) / 3

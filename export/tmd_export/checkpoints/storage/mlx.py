@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ...errors import ExportError
+from ..documents import read_document
 from ..mapped import Entry, Packed, Tensors
 from .format import SCALES, Layer, StorageFormat
 from .rows import by_rows
@@ -44,13 +44,7 @@ def _how(path: Path, beside: Path) -> tuple[int, int]:
         raise ExportError(
             f"{path} is quantised by MLX, and {beside.name}, which says how, is not beside it: copy that file too."
         )
-    try:
-        if beside.stat().st_size > _MAX_JSON:
-            raise ValueError(f"it is larger than {_MAX_JSON >> 20} MiB")
-        document = read_json(beside.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{beside} cannot be read as JSON ({error}): copy it again.") from None
-    document = document if isinstance(document, Mapping) else {}
+    document = read_document(beside, _MAX_JSON)
     version, how = document.get("format_version"), document.get("quantization")
     if version != _VERSION or not isinstance(how, Mapping):
         raise ExportError(

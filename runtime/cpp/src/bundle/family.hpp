@@ -16,6 +16,8 @@
 
 namespace tmd::internal {
 
+struct Manifest;
+
 class Family {
  public:
   virtual ~Family() = default;
@@ -31,6 +33,8 @@ class Family {
   // All of `sampler`.
   virtual std::shared_ptr<const SamplerInfo> read_sampler(Object& object) const = 0;
   // These throw Error(BUNDLE).
+  // What contradicts itself among graphs and sections, beside interfaces; empty if nothing does.
+  virtual std::string problem(const Manifest&) const { return ""; }
 
   // How many numbered classes the model draws in place of a prompt; 0: it takes a prompt.
   virtual std::int64_t classes(const ModelInfo&) const { return 0; }

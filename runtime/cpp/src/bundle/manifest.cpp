@@ -63,6 +63,7 @@ void check_references(const Manifest& manifest, const Object& object) {
                   quote(manifest.family->name()));
   const std::string problem = interface_problem(manifest);
   if (!problem.empty()) object.refuse(problem);
+  if (const std::string own = manifest.family->problem(manifest); !own.empty()) object.refuse(own);
 }
 
 const Family* read_family(const Field& model) {

@@ -16,7 +16,9 @@ namespace {
 
 using nvinfer1::EngineInvalidityDiagnostics;
 
-constexpr const char* kStage[] = {"backbone", "flow_head", "update"};  // on the GPU together in TMD_MEMORY_LOW
+// On the GPU together in TMD_MEMORY_LOW.
+const std::vector<std::vector<std::string>> kStages = {{"backbone", "flow_head", "update"},
+                                                       {"backbone_2", "flow_head_2", "update"}};
 constexpr Capability kServerCards[] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}};
 
 struct Reason {
@@ -60,11 +62,13 @@ std::string refusal(const std::string& precision, Capability gpu) { return refus
 PlanTarget target_of(const std::string& version, const Cuda&) { return {kEngine, version, "any", "rtx", false}; }
 
 std::uint64_t weights_beside(const Manifest& manifest, const std::string& graph) {
-  const bool in_stage = std::find(std::begin(kStage), std::end(kStage), graph) != std::end(kStage);
+  const auto has = [](const std::vector<std::string>& stage, const std::string& name) {
+    return std::find(stage.begin(), stage.end(), name) != stage.end();
+  };
+  const auto stage = std::find_if(kStages.begin(), kStages.end(), [&](const auto& each) { return has(each, graph); });
   std::uint64_t bytes = 0;
   for (const auto& [name, info] : manifest.graphs)
-    if (name == graph || (in_stage && std::find(std::begin(kStage), std::end(kStage), name) != std::end(kStage)))
-      bytes += stored_bytes(manifest, info);
+    if (name == graph || (stage != kStages.end() && has(*stage, name))) bytes += stored_bytes(manifest, info);
   return bytes;
 }
 

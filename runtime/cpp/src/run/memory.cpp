@@ -105,6 +105,7 @@ Need estimate_need(const Manifest& manifest, const LatentSize& size) {
   Need need;
   const std::pair<std::vector<const char*>, const Dims&> stages[] = {{{"text_encoder"}, dims},
                                                                      {{"backbone", "flow_head", "update"}, denoised},
+                                                                     {{"backbone_2", "flow_head_2"}, denoised},
                                                                      {{"decoder_first", "decoder_step"}, decoded}};
   for (const auto& [together, sizes] : stages) {
     const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);

@@ -80,6 +80,16 @@ void Pipeline::release(std::initializer_list<const char*> graphs) {
   for (const char* name : graphs) graphs_.erase(name);
 }
 
+Transformer Pipeline::transformer(bool second, const std::function<void()>& let_go, Progress& progress) {
+  if (one_after_the_other_) {
+    let_go();
+    for (const char* name : {"backbone", "flow_head"}) graphs_.erase(second ? name : std::string(name) + "_2");
+  }
+  const std::string suffix = second ? "_2" : "";
+  return {graph("backbone" + suffix, "denoise to the end", progress),
+          graph("flow_head" + suffix, "denoise to the end", progress)};
+}
+
 void Pipeline::unload() {
   loop_.reset();
   decoder_.reset();
@@ -200,7 +210,10 @@ Denoised Pipeline::denoise(const Start& start, std::int64_t tokens, const Settin
     const bool same_size = loop_ && std::equal(key.begin(), key.end() - 1, loop_key_.begin());
     if (same_size && manifest().family->keeps_prompt_length()) before = std::move(loop_);
     Graphs graphs = {graph("backbone", "denoise", progress), graph("flow_head", "denoise", progress),
-                     graph("update", "denoise", progress)};
+                     graph("update", "denoise", progress),
+                     [this](bool second, const std::function<void()>& let_go, Progress& now) {
+                       return transformer(second, let_go, now);
+                     }};
     const Stopwatch load;
     loop_.reset();
     // An engine may compile for the shape here.
@@ -214,7 +227,7 @@ Denoised Pipeline::denoise(const Start& start, std::int64_t tokens, const Settin
 void Pipeline::decode(const float* latents, std::int64_t frames, std::int64_t height, std::int64_t width,
                       const Decoder::Pieces& pieces, Progress& progress) {
   if (one_after_the_other_) loop_.reset();
-  release({"backbone", "flow_head", "update"});
+  release({"backbone", "flow_head", "backbone_2", "flow_head_2", "update"});
   const std::int64_t stride = manifest().latents.spatial_stride;
   const Tiling rows(height, stride), columns(width, stride);
   const bool whole = !in_tiles(frames) || rows.starts.size() * columns.starts.size() == 1;

@@ -87,6 +87,8 @@ class Pipeline {
   void decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns, const Decoder::Pieces& pieces,
                     Progress& progress);
   void release(std::initializer_list<const char*> graphs);
+  // Backbone and flow head of one of a model's two transformers; where memory is short, in place of the other one.
+  Transformer transformer(bool second, const std::function<void()>& let_go, Progress& progress);
 
   std::shared_ptr<Shared> shared_;
   const Log* log_;

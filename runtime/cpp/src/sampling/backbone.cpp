@@ -24,9 +24,13 @@ BoundBackbone::BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, co
   rope_tables(grid, manifest.model->head_dim, rope["rope_cos"].values<float>(count),
               rope["rope_sin"].values<float>(count));
   for (const auto& [name, table] : rope) table.upload();
+  step = bind(backbone);
+}
+
+std::unique_ptr<Step> BoundBackbone::bind(LoadedGraph& backbone) const {
   Buffers inputs = {{"x", x}, {"prompt_embeds", prompt_embeds}};
   for (const Buffers& others : {times, rope}) inputs.insert(others.begin(), others.end());
-  step = backbone.bind(inputs, passed);
+  return backbone.bind(inputs, passed);
 }
 
 }  // namespace tmd::internal

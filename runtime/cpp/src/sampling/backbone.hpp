@@ -17,6 +17,8 @@ namespace tmd::internal {
 struct BoundBackbone {
   BoundBackbone(LoadedGraph& backbone, const Manifest& manifest, const Settings& settings, std::int64_t tokens,
                 const std::vector<std::string>& told = {"t"});
+  // The step of another graph with the same interface, on these buffers.
+  std::unique_ptr<Step> bind(LoadedGraph& backbone) const;
 
   Dims dims;
   Buffer x, prompt_embeds;

@@ -28,9 +28,16 @@ struct Denoised {
   std::vector<double> times;
 };
 
-// The graphs of a denoiser.
+// One of the two transformers of a model that has two.
+struct Transformer {
+  std::shared_ptr<LoadedGraph> backbone, flow_head;
+};
+
+// The graphs of a denoiser. `transformer` loads the second or the first of two; it may call `let_go`, after which
+// nothing may hold the graphs of the other one, and free these.
 struct Graphs {
   std::shared_ptr<LoadedGraph> backbone, flow_head, update;
+  std::function<Transformer(bool second, const std::function<void()>& let_go, Progress& progress)> transformer;
 };
 
 class Loop {

@@ -22,6 +22,7 @@ struct Settings {
   std::vector<double> times;
   // A guidance other than 1 takes the model a second time per step, in the steps from a time inside the interval.
   double guidance = 1.0, guidance_interval[2] = {-1.0, 2.0};
+  double guidance_2 = 1.0;  // that of the second transformer, of a model that has two
   std::string negative_prompt;
   // How much of the noise in x a step between the first and the last replaces.
   double rho = 0.0;

@@ -3,6 +3,7 @@
 #include "sampling/wan.hpp"
 
 #include "base/error.hpp"
+#include "base/quote.hpp"
 #include "sampling/family.hpp"
 #include "sampling/schedule.hpp"
 
@@ -49,6 +50,14 @@ class Wan : public RuntimeFamily {
     sampler->guidance = object.need("guidance").number(0, 1000);
     if (const Field prompt = object.maybe("negative_prompt"); !prompt.is_null())
       sampler->negative_prompt = prompt.text();
+    const Field boundary = object.maybe("boundary"), guidance_2 = object.maybe("guidance_2");
+    if (!boundary.is_null()) sampler->boundary = boundary.number(0, 1, false);
+    if (!guidance_2.is_null()) {
+      sampler->guidance_2 = guidance_2.number(0, 1000);
+      if (!sampler->boundary) guidance_2.refuse("is for a model with a boundary");
+      if ((sampler->guidance == 1) != (*sampler->guidance_2 == 1))
+        guidance_2.refuse("and guidance must both be 1, or neither");
+    }
     if (times.is_null()) return sampler;
     for (const Field& item : times.list(1, 1000)) sampler->times.push_back(item.number(0, 1, false));
     for (std::size_t i = 1; i < sampler->times.size(); ++i)
@@ -57,6 +66,14 @@ class Wan : public RuntimeFamily {
       times.refuse("needs allowed_steps, none above " + std::to_string(sampler->times.size()) +
                    ": there are as many times");
     return sampler;
+  }
+
+  std::string problem(const Manifest& manifest) const override {
+    if (static_cast<const WanSampler&>(*manifest.sampler).boundary) return "";
+    for (const char* name : {"backbone_2", "flow_head_2"})
+      if (manifest.graphs.count(name))
+        return "graph " + quote(name) + " needs a sampler.boundary, which says when it takes over";
+    return "";
   }
 
   // A model has its own list of times, or a grid for any number of steps.
@@ -69,6 +86,8 @@ class Wan : public RuntimeFamily {
       refuse_usage("this model was distilled for fixed times, which have no shift to choose: leave it out.");
     const double shift = choose_shift(sampler, options);
     resolve_model_guidance(sampler, options, settings);
+    // A wish is for both transformers.
+    settings.guidance_2 = options.guidance >= 0 ? settings.guidance : sampler.guidance_2.value_or(settings.guidance);
     if (sampler.times.empty()) {
       settings.times = make_grid(sampler.grid, settings.steps, shift);
     } else {

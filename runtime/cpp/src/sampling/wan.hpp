@@ -27,6 +27,8 @@ struct WanSampler : SamplerInfo {
   std::string time_rounding = "none";
   double init_scale = 1.0, guidance = 1.0;
   std::optional<std::string> negative_prompt;
+  // Steps from below the boundary, by what the network is told, are those of the second transformer.
+  std::optional<double> boundary, guidance_2;
 };
 
 // For the settings of both families; these throw Error(USAGE).
@@ -35,7 +37,9 @@ double choose_shift(const WanSampler& sampler, const tmd_run_options& options);
 // Guidance, with a warning to who asks for it of a model that was distilled to do without.
 void resolve_model_guidance(const WanSampler& sampler, const tmd_run_options& options, Settings& settings);
 
-// Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it.
+// Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it. Of a model
+// with two transformers (Wan2.2-A14B) the first one makes the steps of high noise and the second one all others, on the
+// same buffers.
 class WanLoop : public Loop {
  public:
   // `told`: the times that the graphs take.
@@ -54,21 +58,33 @@ class WanLoop : public Loop {
                       const std::function<void()>& try_step);
 
  private:
+  // The graphs of one transformer on the buffers of this loop.
+  struct Bound {
+    Transformer graphs;
+    std::unique_ptr<Step> backbone, flow_head;
+    Launches launches;
+  };
+
+  std::unique_ptr<Bound> tied(std::unique_ptr<Step> step, Transformer graphs) const;
+  Bound& active() const { return *transformers_[second_ ? 1 : 0]; }
+  bool is_second(double t) const;
+  void turn_to(bool second, Progress& progress);
   Step& update_with(const std::set<std::string>& slots);
   void put_prompts(const Start& start);
 
   WanSampler sampler_;
   Rule rule_;
   std::size_t embeds_count_;
-  Graphs graphs_;
-  Launches launches_;
+  std::shared_ptr<LoadedGraph> update_;
+  decltype(Graphs::transformer) transformer_;
 
  protected:
   BoundBackbone bound_;
 
  private:
   Buffer velocity_, prompt_, negative_prompt_, before_step_;
-  std::unique_ptr<Step> flow_head_;
+  std::unique_ptr<Bound> transformers_[2];
+  bool second_ = false;  // whose turn it is
   Updater updater_;
   Buffers latents_;  // slot of the update -> buffer
   std::map<std::int64_t, std::unique_ptr<Step>> updates_;

@@ -30,15 +30,12 @@ WanLoop::WanLoop(const Manifest& manifest, Graphs graphs, const Settings& settin
     : sampler_(static_cast<const WanSampler&>(*manifest.sampler)),
       rule_(find_rule(sampler_.rule)),
       embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)),
-      graphs_(std::move(graphs)),
-      launches_(graphs_.backbone),
-      bound_(*graphs_.backbone, manifest, settings, tokens, told),
-      velocity_(graphs_.flow_head->empty("velocity", bound_.dims)),
-      updater_(graphs_.update, bound_.x, bound_.dims) {
-  // Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
-  Buffers inputs = {{"x", bound_.x}};
-  for (const Buffers& others : {bound_.times, bound_.rope, bound_.passed}) inputs.insert(others.begin(), others.end());
-  flow_head_ = graphs_.flow_head->bind(inputs, {{"velocity", velocity_}});
+      update_(graphs.update),
+      transformer_(graphs.transformer),
+      bound_(*graphs.backbone, manifest, settings, tokens, told),
+      velocity_(graphs.flow_head->empty("velocity", bound_.dims)),
+      updater_(update_, bound_.x, bound_.dims) {
+  transformers_[0] = tied(std::move(bound_.step), {graphs.backbone, graphs.flow_head});
 }
 
 Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& progress) {
@@ -56,8 +53,8 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
   Draws draws(settings.seed, settings.latents_count(), progress);
 
   const auto velocity = [&](const Call& call) {
-    call(backbone, *bound_.step, true);
-    call(flow_head, *flow_head_, true);
+    call(backbone, *active().backbone, true);
+    call(flow_head, *active().flow_head, true);
   };
   const Piece step = [&](const Call& call) {
     if (guided) {
@@ -74,6 +71,7 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
     }
   };
 
+  turn_to(is_second(settings.times.front()), progress);
   if (guided)
     put_prompts(start);
   else
@@ -93,14 +91,16 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
     times.push_back(r);
     const Coefficients factors = rule_(times, times.size() - 2);
     if (factors.noise != 0) draws.into(latents_["noise"]);
+    const bool second = is_second(t);
+    turn_to(second, progress);
     tell(t, r);
-    updater_.set(factors, t, guidance);
+    updater_.set(factors, t, guided && second ? settings.guidance_2 : guidance);
     if (guided) before_step_.copy(bound_.x);
-    launches_.run({&backbone, &flow_head}, step, key_of(slots));
+    active().launches.run({&backbone, &flow_head}, step, key_of(slots));
     const auto negative_pass = [&] {  // again, for who asks where NaN came from
       bound_.x.copy(before_step_);
       bound_.prompt_embeds.copy(negative_prompt_);
-      bound_.step->run();
+      active().backbone->run();
     };
     updater_.check(bound_.passed, guided ? std::function<void()>(negative_pass) : nullptr);
     if (start.on_preview && r > 0) start.on_preview(updater_.preview().data());
@@ -118,6 +118,34 @@ WanLoop::Jumps WanLoop::jumps(const Settings& settings, Calls&, Calls&, Progress
   };
 }
 
+// `step` is that of the backbone.
+std::unique_ptr<WanLoop::Bound> WanLoop::tied(std::unique_ptr<Step> step, Transformer graphs) const {
+  // Both passes of guidance go through one binding: a second one would cost an engine's working memory again.
+  Buffers inputs = {{"x", bound_.x}};
+  for (const Buffers& others : {bound_.times, bound_.rope, bound_.passed}) inputs.insert(others.begin(), others.end());
+  std::unique_ptr<Step> flow_head = graphs.flow_head->bind(inputs, {{"velocity", velocity_}});
+  Launches launches(graphs.backbone);
+  return std::make_unique<Bound>(Bound{std::move(graphs), std::move(step), std::move(flow_head), std::move(launches)});
+}
+
+bool WanLoop::is_second(double t) const {
+  return sampler_.boundary && told_time(t, sampler_.time_rounding) < *sampler_.boundary;
+}
+
+// Makes one of the two transformers the active one; loads it where that is not done.
+void WanLoop::turn_to(bool second, Progress& progress) {
+  if (!transformers_[second ? 1 : 0]) {
+    const auto let_go = [this] {
+      for (std::unique_ptr<Bound>& each : transformers_) each.reset();
+    };
+    const Transformer graphs = transformer_(second, let_go, progress);
+    progress.timed(TMD_STAGE_LOAD, [&] {  // an engine may compile here
+      transformers_[second ? 1 : 0] = tied(bound_.bind(*graphs.backbone), graphs);
+    });
+  }
+  second_ = second;
+}
+
 // The update with these slots in use; their buffers are made at their first use, of finite values.
 Step& WanLoop::update_with(const std::set<std::string>& slots) {
   std::unique_ptr<Step>& update = updates_[key_of(slots)];
@@ -125,7 +153,7 @@ Step& WanLoop::update_with(const std::set<std::string>& slots) {
     Buffers used;
     for (const std::string& name : slots) {
       if (!latents_.count(name)) {
-        latents_[name] = graphs_.update->empty("x_next", bound_.dims);
+        latents_[name] = update_->empty("x_next", bound_.dims);
         latents_[name].fill(0);
       }
       used[name] = latents_[name];
@@ -137,9 +165,9 @@ Step& WanLoop::update_with(const std::set<std::string>& slots) {
 
 void WanLoop::put_prompts(const Start& start) {
   const std::pair<Buffer*, const float*> prompts[] = {{&prompt_, start.embeds}, {&negative_prompt_, start.negative}};
-  if (!before_step_.bytes()) before_step_ = graphs_.update->empty("x_next", bound_.dims);
+  if (!before_step_.bytes()) before_step_ = update_->empty("x_next", bound_.dims);
   for (const auto& [buffer, embeds] : prompts) {
-    if (!buffer->bytes()) *buffer = graphs_.backbone->empty("prompt_embeds", bound_.dims);
+    if (!buffer->bytes()) *buffer = active().graphs.backbone->empty("prompt_embeds", bound_.dims);
     buffer->write(embeds, embeds_count_);
   }
 }
