@@ -26,10 +26,7 @@ class Wan21(ExportFamily):
 
     models: tuple[str, ...] = ("tiny", "wan1.3b", "wan14b")
     built_in: tuple[str, ...] = ("tiny",)
-    videos = {  # noqa: RUF012
-        "tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8},
-        "wan2.2-a14b": {"frames": 81, "width": 1280, "height": 720, "fps": 16},
-    }
+    videos = {"tiny": {"frames": 17, "width": 64, "height": 64, "fps": 8}}  # noqa: RUF012
     # Wan itself computes its time embedding and its output layer in float32.
     exact = r"(time|interval|delta)_(embedding|projection)|patch_embedding|head\.head"
     products = r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])"

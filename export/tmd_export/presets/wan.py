@@ -1,4 +1,4 @@
-"""Checkpoints without inner flow: Wan2.1 and Wan2.2-TI2V-5B themselves, and few-step models distilled from them."""
+"""Checkpoints without inner flow: Wan2.1 and Wan2.2 themselves, and few-step models distilled from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ExportError
 from . import Preset
 
-WAN21, WAN22 = "wan2.1-t2v", "wan2.2-ti2v"
+WAN21, WAN22, A14B = "wan2.1-t2v", "wan2.2-ti2v", "wan2.2-t2v-a14b"
 """What the manifest's `model.architecture` is."""
 
 # wan/configs/shared_config.py of Wan2.1 and Wan2.2: what the teacher is steered away from (garish, static, ...).
@@ -19,6 +19,7 @@ WAN_NEGATIVE_PROMPT = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 VIDEO_480P: Mapping[str, int] = {"frames": 81, "width": 832, "height": 480, "fps": 16}
+VIDEO_720P: Mapping[str, int] = {**VIDEO_480P, "width": 1280, "height": 720}
 VIDEO_5B: Mapping[str, int] = {"frames": 121, "width": 1280, "height": 704, "fps": 24}
 RCM_SIGMA_MAX = 80.0
 DMD_STEPS = [1000, 757, 522]
@@ -90,12 +91,6 @@ _WAN21: Mapping[str, Preset] = {
         _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
         VIDEO_480P,
     ),
-    # ModelTC/Wan2.2-Lightning, README and issue 3: the same times, and no guidance; two of them are high noise.
-    "lightning": Preset(
-        "Wan2.2-Lightning, 4 steps (LoRAs for both transformers of Wan2.2-A14B)",
-        _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
-        VIDEO_480P,
-    ),
     # hao-ai-lab/FastVideo, DmdDenoisingStage: the network gets whole numbers, the steps what the table has for them.
     "fastwan-qad": Preset(
         "FastWan-QAD, 3 steps",
@@ -148,9 +143,32 @@ _WAN22: Mapping[str, Preset] = {
     ),
 }
 
+
+def _of_experts(base: Mapping[str, Any], shift: float) -> dict[str, Any]:
+    """40 steps, more guidance in high noise than in low (Wan2.2, wan/configs/wan_t2v_A14B.py)."""
+    return {**base, "steps": 40, "shift": shift, "guidance": 4.0, "guidance_2": 3.0}
+
+
+# For two transformers with a boundary; that of the checkpoint takes the place of this one.
+_A14B: Mapping[str, Preset] = {
+    # Wan2.2, wan/configs/wan_t2v_A14B.py.
+    "wan2.2-a14b": Preset(
+        "Wan2.2-A14B itself, 40 steps with guidance",
+        {**_of_experts(_WAN21["wan"].sampler, 12.0), "boundary": 0.875},
+        VIDEO_720P,
+    ),
+    # ModelTC/Wan2.2-Lightning, README and issue 3: the same times, and no guidance; two of them are high noise.
+    "lightning": Preset(
+        "Wan2.2-Lightning, 4 steps (LoRAs for both transformers of Wan2.2-A14B)",
+        _velocity("euler", 4, times=_warped([1.0, 0.75, 0.5, 0.25], 5.0), shift=5.0),
+        VIDEO_720P,
+    ),
+}
+
 PRESETS: Mapping[str, Preset] = {
     **{name: replace(preset, architecture=WAN21) for name, preset in _WAN21.items()},
     **{name: replace(preset, architecture=WAN22) for name, preset in _WAN22.items()},
+    **{name: replace(preset, architecture=A14B) for name, preset in _A14B.items()},
 }
 
 
@@ -167,15 +185,10 @@ def scheduled_sampler(rule: str, shift: float | None, architecture: str = WAN21)
     return {**base, "rule": rule, "shift": base["shift"] if shift is None else shift, "time_rounding": rounding}
 
 
-def experts_sampler(scheduled: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The manifest's `sampler` of Wan2.2-A14B but for its boundary: 40 steps, more guidance in high noise than in low.
-
-    `scheduled`: rule, shift and rounding as the scheduler of its folder says; None: those of Wan2.2's own code
-    (wan/configs/wan_t2v_A14B.py).
-    """
-    base = PRESETS["wan"].sampler if scheduled is None else scheduled
-    shift = 12.0 if scheduled is None else scheduled["shift"]
-    return {**base, "steps": 40, "shift": shift, "guidance": 4.0, "guidance_2": 3.0}
+def experts_sampler(scheduled: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's `sampler` of Wan2.2-A14B but for its boundary, with rule, shift and rounding as the scheduler of
+    its folder says."""
+    return _of_experts(scheduled, scheduled["shift"])
 
 
 def on_grid(rule: str, grid: str) -> str:

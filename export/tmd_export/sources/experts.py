@@ -17,7 +17,7 @@ from ..checkpoints.experts import Experts, expert_named
 from ..checkpoints.hub_cache import called
 from ..errors import ExportError
 from ..parts import SECOND_PARTS, TWO_TRANSFORMERS
-from ..presets.wan import experts_sampler
+from ..presets.wan import A14B, experts_sampler
 from .loras import DENOISER, SECOND
 from .wan import WanSource
 from .wrapped import Wrapped
@@ -58,14 +58,15 @@ class TwoTransformers(Wrapped):
         self.boundary = next((boundary for boundary in found if boundary is not None), BOUNDARY)
 
     @property
-    def sampler(self) -> dict[str, Any]:  # type: ignore[override]
-        return experts_sampler(self._high.sampler)
+    def sampler(self) -> dict[str, Any] | None:  # type: ignore[override]
+        scheduled = self._high.sampler
+        return None if scheduled is None else experts_sampler(scheduled)
 
     def completed(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
         return {**sampler, "boundary": self.boundary}
 
     def model_entry(self) -> dict[str, Any]:
-        return {**super().model_entry(), "architecture": "wan2.2-t2v-a14b"}
+        return {**super().model_entry(), "architecture": A14B}
 
     def check(self, parts: tuple[str, ...]) -> None:
         first, second = _apart(parts)

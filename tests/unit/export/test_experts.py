@@ -82,7 +82,7 @@ def test_the_boundary_is_the_folders_or_the_models_own(official: Path, tmp_path:
     folder = files.write_diffusers(tmp_path / "A14B", boundary=0.9)
     source = two(folder)
     assert source.boundary == 0.9
-    for preset in (None, "wan", "lightning", "rcm"):
+    for preset in (None, "wan2.2-a14b", "lightning"):
         assert sampling_of(source, preset).sampler["boundary"] == 0.9
     index = folder / "model_index.json"
     for value in (0, 1.5, "0.9", True):

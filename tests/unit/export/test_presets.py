@@ -20,6 +20,7 @@ from tmd_runtime.sampling.schedule import told_time
 PRESETS = presets()
 FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.presets}
 WAN22 = ("wan2.2-ti2v", "fastwan2.2", "wan2.2-turbo")  # of Wan2.2-TI2V-5B
+A14B = ("wan2.2-a14b", "lightning")
 
 
 def manifest_of(name: str) -> Manifest:
@@ -41,8 +42,9 @@ def test_every_preset_is_a_manifest_that_runs(name: str) -> None:
     settings = resolve_settings(manifest, seed=0)
     assert not settings.warnings and settings.rule == PRESETS[name].sampler["rule"]
     sizes = {"tim": (1024, 1024, 1), "fastmetal": (832, 448, 16)} | dict.fromkeys(WAN22, (1280, 704, 24))
+    sizes |= dict.fromkeys(A14B, (1280, 720, 16))
     assert (settings.width, settings.height, settings.fps) == sizes.get(name, (832, 480, 16))
-    assert settings.passes == (2 if name in ("wan", "wan2.2-ti2v", "tim") else 1)
+    assert settings.passes == (2 if name in ("wan", "wan2.2-ti2v", "wan2.2-a14b", "tim") else 1)
     assert find_preset(FAMILY_OF[name], name) is PRESETS[name]
 
 
