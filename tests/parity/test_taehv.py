@@ -12,8 +12,10 @@ from tmd_ref.taehv import TAEHV, TAEHV_CONFIGS
 FILES = {"wan2.1": PUBLISHED, "wan2.2": PUBLISHED22}
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("shape", [(1, 1, 4, 6), (2, 3, 6, 4), (1, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("wan2.1", (1, 1, 4, 6)), ("wan2.1", (2, 3, 6, 4)), ("wan2.1", (1, 5, 3, 3)), ("wan2.2", (2, 3, 2, 3))],
+)
 @torch.no_grad()
 def test_frame_by_frame_equals_the_whole_clip(name: str, shape: tuple[int, int, int, int]) -> None:
     model = TAEHV(TAEHV_CONFIGS[name]).eval()

@@ -24,7 +24,8 @@ _LOADED = (*_WEIGHTS, ".json", ".model")  # what a link in the place of one of t
 
 _COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 _MODELS = _COMPONENTS[:3]  # those that have weights
-_SAID = "expand_timesteps"  # of Wan2.2-TI2V-5B, whose tensors tell it too: a time for each token, here always the same
+# A time for each token, in Wan2.2-TI2V-5B, which its tensors tell too; with a prompt alone all times are the same.
+_TOLD_TWICE = "expand_timesteps"
 _OF_EXPERTS = ("transformer", "transformer_2", "boundary_ratio")
 _REASONS = {
     "transformer_2": "Wan2.2-A14B, whose two transformers take turns, and not both are there: complete the download",
@@ -48,7 +49,7 @@ def named_models(folder: Path, experts: bool = False) -> tuple[str, ...]:
     if experts:
         named = [name for name in named if name not in _OF_EXPERTS]
     for name in named:
-        if name not in (*_COMPONENTS, _SAID):
+        if name not in (*_COMPONENTS, _TOLD_TWICE):
             reason = _REASONS.get(name, "a model with a part that is unknown here, and would be wrong without it")
             raise ExportError(f"{path} names {quote(name)}: this is {reason}.")
     return tuple(name for name in _MODELS if name in named)

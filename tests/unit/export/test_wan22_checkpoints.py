@@ -59,15 +59,21 @@ def test_sizes_and_the_vae_follow_from_the_tensors(folder: Path) -> None:
     assert "does not fit Wan's VAE" in refusal(lambda: source.check(VIDEO_PARTS))  # it is a small one
 
 
-@pytest.mark.parametrize("file", ["transformer", "vae"])
+@pytest.mark.parametrize("file", ["transformer", "vae", "flat patches"])
 def test_single_files_of_others_are_recognised(file: str, folder: Path, tmp_path: Path) -> None:
-    """As ComfyUI has them (`wan2.2_ti2v_5B_fp16`, `wan2.2_vae`)."""
-    prefix = "model.diffusion_model." if file == "transformer" else ""
-    state = {prefix + name: weight.half() for name, weight in made.models(wan22=True).state(file).items()}
-    single = saved(tmp_path / "file.safetensors", state)
+    """As ComfyUI has them (`wan2.2_ti2v_5B_fp16`, `wan2.2_vae`); as a training leaves them (Turbo's `model.pt`), here
+    with the patch embedding as a matrix."""
+    prefix = "" if file == "vae" else "model.diffusion_model."
+    weights = made.models(wan22=True).state("vae" if file == "vae" else "transformer")
+    if file == "flat patches":
+        weights["patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
+    state = {prefix + name: weight.half() for name, weight in weights.items()}
+    wrapped = file == "flat patches"
+    single = saved(tmp_path / f"file.{'pt' if wrapped else 'safetensors'}", {"generator": state} if wrapped else state)
     source = small22(single, folder)
     source.check(VIDEO_PARTS)
-    assert any(path.endswith("file.safetensors") for path in source.sha256(VIDEO_PARTS))
+    assert source.model_entry()["architecture"] == "wan2.2-ti2v"
+    assert any(path.endswith(single.name) for path in source.sha256(VIDEO_PARTS))
 
 
 def test_it_is_sampled_as_itself(folder: Path) -> None:

@@ -178,7 +178,7 @@ typedef struct tmd_description {
   size_t struct_size;
   const char* name;               /* of the model, "tiny" */
   const char* family;             /* "tmd": with inner steps; "wan": without; "tim": stills, in jumps of any length */
-  const char* architecture;       /* the network it was made from, "wan2.1-t2v" */
+  const char* architecture;       /* the network it was made from, "wan2.1-t2v" or "wan2.2-ti2v" */
   const char* rule;               /* update rule: "euler", "renoise", "unipc", "flow_map" */
   const char* source;             /* where the weights come from, as the bundle says; nobody has signed it */
   const char* engine;             /* "openvino", "onnxruntime", "tensorrt-rtx" or "tensorrt" */
