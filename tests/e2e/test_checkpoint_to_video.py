@@ -26,10 +26,11 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.helpers import lora_files
+from tests.helpers import expert_files, lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
-from tmd_export import Source, WithLoras, graph_export
+from tmd_export import Source, graph_export
+from tmd_export.checkpoints.experts import experts_of
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
 from tmd_export.families import open as opening
@@ -38,6 +39,8 @@ from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
 from tmd_export.presets.wan import WAN21
+from tmd_export.sources.experts import TwoTransformers
+from tmd_export.sources.loras import with_loras
 from tmd_export.sources.wan import WanSource
 from tmd_export.weights.weights import Weights
 from tmd_ref.samplers import tmd_sample
@@ -98,6 +101,14 @@ LAYOUTS: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
+TWO: dict[str, Callable[[Path], list[Path]]] = {  # of Wan2.2-A14B
+    "diffusers": lambda folder: [expert_files.write_diffusers(folder)],
+    "original": lambda folder: [expert_files.write_original(folder)],
+    "files": expert_files.write_files,
+}
+ALL = ("--parts", f"{GRAPHS},backbone_2,flow_head_2")
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return LAYOUTS[request.param](tmp_path_factory.mktemp("layout") / "Wan2.1-T2V-small")
@@ -112,18 +123,19 @@ def traced() -> dict[tuple[str, str], onnx_ir.Model]:
 def small(monkeypatch: pytest.MonkeyPatch, traced: dict[tuple[str, str], onnx_ir.Model]) -> None:
     """`--model wan1.3b` has small sizes, and what was traced once is kept.
 
-    Of weights, that holds at most small ones, which are the same in every layout.
+    Of weights, that holds at most small ones, which are the same in every layout, and in both transformers of two.
     """
 
     def trace_once(graph: Graph, weights: Weights) -> onnx_ir.Model:
-        key = type(graph.module).__name__, graph.name
+        key = type(graph.module).__name__, graph.name.removesuffix("_2")
         if key not in traced:
             traced[key] = trace(graph, weights)
         return traced[key].clone()
 
     def open_source(model: str, paths: tuple[Path, ...], *others: Any) -> Source:
-        source, loras = WanSource(paths, model, **made.SIZES), others[-1]
-        return WithLoras(source, loras) if loras else source
+        experts, loras = experts_of(paths), others[-1]
+        source: Source = TwoTransformers(experts, **made.SIZES) if experts else WanSource(paths, model, **made.SIZES)
+        return with_loras(source, loras) if loras else source
 
     monkeypatch.setattr(opening, "open_source", open_source)
     monkeypatch.setattr(graph_export, "trace", trace_once)
@@ -165,23 +177,73 @@ def test_a_folder_of_diffusers_on_its_grid_gives_the_latents_of_its_pipeline(nam
     done = export([folder], tmp_path / "b", "--no-verify", "--grid", "diffusers")
     assert done.exit_code == 0, done.output
     sampler: Any = Bundle.open(tmp_path / "b").manifest.sampler
-    theirs = made.models().theirs
-    pipeline = diffusers.WanPipeline(None, None, theirs["vae"], scheduler, theirs["transformer"])
-    expected = pipeline(
-        prompt_embeds=expected_embeds(PROMPT),
-        negative_prompt_embeds=expected_embeds(sampler.negative_prompt),
-        guidance_scale=sampler.guidance,
-        height=16,
-        width=32,
-        num_frames=5,
-        num_inference_steps=4,
-        max_sequence_length=made.WAN.text_len,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="latent",
-    ).frames
+    expected = latents_of_pipeline(scheduler, sampler, 4)
     found = latents_of(tmp_path / "b", "--steps", 4)
     assert 0.1 < expected.std() < 10
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", TWO)
+def test_an_a14b_gives_the_latents_of_diffusers_pipeline(layout: str, tmp_path: Path) -> None:
+    """Two networks, boundary and guidances are those of the pipeline; every layout says which network is which."""
+    done = export(TWO[layout](tmp_path / "A14B"), tmp_path / "b", "--no-verify", "--grid", "diffusers", *ALL)
+    assert done.exit_code == 0, done.output
+    manifest: Any = Bundle.open(tmp_path / "b").manifest
+    sampler = manifest.sampler
+    assert (sampler.boundary, sampler.guidance, sampler.guidance_2, sampler.steps) == (0.875, 4.0, 3.0, 40)
+    assert sampler.shift == (made.UNIPC["flow_shift"] if layout == "diffusers" else 12.0)
+    assert manifest.model.architecture == "wan2.2-t2v-a14b"
+    turns = list[str]()
+    networks = {"high": made.models().theirs["transformer"], "low": expert_files.low_theirs()}
+    hooks = [net.register_forward_hook(lambda *_, w=which: turns.append(w)) for which, net in networks.items()]
+    scheduler = diffusers.UniPCMultistepScheduler(**made.UNIPC | {"flow_shift": sampler.shift})
+    more = {"guidance_scale_2": sampler.guidance_2}
+    expected = latents_of_pipeline(scheduler, sampler, 6, networks["low"], expert_files.BOUNDARY, **more)
+    for hook in hooks:
+        hook.remove()
+    assert {"high", "low"} == set(turns) and turns == sorted(turns), "both have steps, each its own"
+    assert 0.1 < expected.std() < 10
+    for memory in ("all", "low"):
+        found = latents_of(tmp_path / "b", "--steps", 6, "--memory", memory)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_lightning_with_a_lora_for_each_expert_gives_the_formula(tmp_path: Path) -> None:
+    """Strength 0.125 as its authors say, one LoRA for both, and plain Euler through the published times."""
+    folder = expert_files.write_original(tmp_path / "A14B")
+    states, options = {"high": made.models().state("transformer"), "low": expert_files.low()}, list[object]()
+    for seed, name, sides in ((1, "high_noise_model", ["high"]), (2, "low_noise_model", ["low"]), (3, "style", states)):
+        lora, file = lora_files.random_lora(seed=seed), tmp_path / f"{name}.safetensors"
+        save_file(lora.tensors(), file)
+        options += ["--lora", f"{file}=0.125"]
+        states |= {side: lora.merged(states[side], 0.125) for side in sides}
+    done = export([folder], tmp_path / "b", "--no-verify", "--preset", "lightning", *ALL, *options)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert [lora["file"].partition("_")[0] for lora in manifest["provenance"]["loras"]] == [
+        "high", "style.safetensors", "low",
+    ]  # fmt: skip
+    assert manifest["sampler"] == {**PRESETS["lightning"].sampler, "boundary": 0.875}
+    networks = {}
+    for side, state in states.items():
+        networks[side] = copy.deepcopy(made.models().theirs["transformer"])
+        networks[side].load_state_dict({converted("transformer", name): w.float() for name, w in state.items()})
+    x = torch.from_numpy(NoiseStream(SEED).normal(SHAPE))
+    with torch.no_grad():
+        for side, t, after in (
+            ("high", 1000, 937.5),
+            ("high", 937.5, 2500 / 3),
+            ("low", 2500 / 3, 625),
+            ("low", 625, 0),
+        ):
+            v = networks[side](x, torch.tensor([float(t)]), expected_embeds(PROMPT), return_dict=False)[0]
+            x = x + (after - t) / 1000 * v
+    np.testing.assert_allclose(latents_of(tmp_path / "b"), x.numpy(), rtol=0, atol=1e-4)
+
+
+def test_an_a14b_in_precisions_that_need_a_calibration_is_refused(tmp_path: Path) -> None:
+    done = export(expert_files.write_files(tmp_path / "A14B"), tmp_path / "b", "--precision", "int8", *ALL)
+    assert done.exit_code == 1 and "cannot be calibrated yet" in done.output and not (tmp_path / "b").exists()
 
 
 def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tmp_path: Path) -> None:
@@ -257,6 +319,26 @@ def test_a_relative_in_any_layout_is_refused_and_leaves_nothing(
         assert done.exit_code == 1 and family in done.output, (path, done.output)
         assert key in done.output or converted("transformer", key) in done.output
         assert not (tmp_path / "b").exists()
+
+
+def latents_of_pipeline(scheduler: Any, sampler: Any, steps: int, *others: Any, **more: Any) -> Tensor:
+    """What diffusers' own pipeline makes, with a guidance; `others` are a second transformer and its boundary."""
+    theirs = made.models().theirs
+    pipeline = diffusers.WanPipeline(None, None, theirs["vae"], scheduler, theirs["transformer"], *others)
+    latents: Tensor = pipeline(
+        prompt_embeds=expected_embeds(PROMPT),
+        negative_prompt_embeds=expected_embeds(sampler.negative_prompt),
+        guidance_scale=sampler.guidance,
+        height=16,
+        width=32,
+        num_frames=5,
+        num_inference_steps=steps,
+        max_sequence_length=made.WAN.text_len,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+        **more,
+    ).frames
+    return latents
 
 
 @cache

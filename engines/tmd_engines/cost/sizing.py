@@ -34,7 +34,8 @@ STAGES = {
     "text_encoder": ("text_encoder",),
     "backbone": ("backbone",),
     "flow_head": ("flow_head",),
-    "second": ("backbone_2", "flow_head_2"),
+    "backbone_2": ("backbone_2",),
+    "flow_head_2": ("flow_head_2",),
     "update": ("update",),
     "decoder": ("decoder_first", "decoder_step"),
 }
@@ -47,7 +48,7 @@ TOGETHER = (
     ("encoder",),
     ("text_encoder",),
     ("backbone", "flow_head", "update"),
-    ("second", "update"),
+    ("backbone_2", "flow_head_2", "update"),
     ("decoder",),
 )
 
@@ -132,7 +133,8 @@ def estimate(
         "text_encoder": 1 if stored else guidance_passes,
         "backbone": run.backbone,
         "flow_head": run.flow_head,
-        "second": 0,
+        "backbone_2": 0,
+        "flow_head_2": 0,
         "update": steps,
         "decoder": tiles,
     }
@@ -140,7 +142,7 @@ def estimate(
     for stage, names in STAGES.items():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
-            if stage in ("backbone", "flow_head", "second", "update"):
+            if stage in ("backbone", "flow_head", "backbone_2", "flow_head_2", "update"):
                 call_sizes = {**sizes, "batch": run.rows}
             else:
                 call_sizes = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
@@ -237,7 +239,11 @@ def _io_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int], picture:
 
     graphs = {name: manifest.graphs[name] for name in STAGES[stage] if name in manifest.graphs}
     every = [spec for graph in graphs.values() for spec in (*graph.inputs, *graph.outputs)]
-    before = {"flow_head": ("backbone",), "update": ("backbone", "flow_head")}.get(stage, ())
+    before = {
+        "flow_head": ("backbone",),
+        "flow_head_2": ("backbone_2",),
+        "update": ("backbone", "flow_head"),
+    }.get(stage, ())
     others = [manifest.graphs[name] for name in before if name in manifest.graphs]
     shared = [spec for graph in others for spec in (*graph.inputs, *graph.outputs)]
     every = [spec for spec in every if spec not in shared]

@@ -58,14 +58,19 @@ def saved_in(path: Path, state: Any) -> Path:
 @pytest.fixture
 def hub(_repos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Served, and the only hub that this process knows; the cache is new."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Hub(**_repos).serving() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        own = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in own.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
 
@@ -328,7 +333,13 @@ def test_the_environment_of_the_library_is_heeded(tmp_path: Path) -> None:
         "print(local_checkpoints([Path('hf:some/tiny')], None, print)[0])"
     )
     with Hub(**{"some/tiny": tiny_student(tmp_path / "tiny")}).serving() as hub:
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+        own = {
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        environment = {**os.environ, **own}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(str(tmp_path / "home" / "hub" / "models--some--tiny"))

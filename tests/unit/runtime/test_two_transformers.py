@@ -118,15 +118,17 @@ def test_a_guidance_that_is_left_out_is_the_first_ones(tmp_path: Path) -> None:
 def test_the_need_for_memory_knows_that_they_take_turns(bundles: dict[str, Path], tmp_path: Path) -> None:
     one = made(tmp_path / "one", velocity_sampler(), GRAPHS)
     need, alone = (
-        estimate(tmd_engines.Bundle.open(folder), width=48, height=32, frames=5) for folder in (bundles["guided"], one)
+        estimate(tmd_engines.Bundle.open(folder), width=48, height=32, frames=5, steps=3)
+        for folder in (bundles["guided"], one)
     )
     assert need.peak("low") == alone.peak("low")
-    turn = replace(need, stages={name: need.stages[name] for name in ("second", "update")})
+    turn = replace(need, stages={name: need.stages[name] for name in (*SECOND, "update")})
     assert turn.peak("low") == BASE_BYTES + sum(stage.total_bytes for stage in turn.stages.values())
-    weights = need.stages["second"].weight_bytes
-    assert weights == sum(need.stages[name].weight_bytes for name in ("backbone", "flow_head"))
-    assert need.peak("all") >= alone.peak("all") + weights
-    assert need.stages["second"].calls == 0, "its calls are counted with those of the first"
+    assert [need.stages[name].total_bytes for name in SECOND] == [
+        need.stages[name].total_bytes for name in DENOISER[:2]
+    ]
+    assert need.peak("all") == alone.peak("all") + sum(need.stages[name].total_bytes for name in SECOND)
+    assert need.flops == alone.flops, "their calls are counted with those of the first"
 
 
 def test_a_bundle_that_lacks_the_second_one_stops_with_a_sentence(tmp_path: Path) -> None:
