@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/utf8.hpp"
+#include "bundle/geometry.hpp"
 #include "bundle/graph_file.hpp"
 #include "bundle/reader.hpp"
 #include "engines/cpu.hpp"
@@ -174,6 +175,16 @@ json answer(const json& question) {
       }
     }
     return {{"ok", refusals}};
+  }
+  if (what == "facts") {  // what each graph says of patches and blocks
+    const Manifest manifest = parse_manifest(from_hex(question.at("manifest")), "manifest.json");
+    const GraphInfo& info = manifest.graphs.at(question.at("graph"));
+    json answers = json::array();
+    for (const json& data : question.at("data")) {
+      const GraphFacts facts = facts_of(from_hex(data), info);
+      answers.push_back({facts.divisors, facts.attentions});
+    }
+    return {{"ok", answers}};
   }
   if (what == "build_info") return {{"ok", tmd_build_info()}};
   if (what == "lower") {
