@@ -143,7 +143,8 @@ class WanLoop:
         factors = [self._rule(times, i) for i in range(settings.steps)]
         guided = negative_embeds is not None
         slots = _slots(factors, guided)
-        update = self._update_with(slots)
+        with timings.stage("load"):  # an engine may compile where it is bound
+            update = self._update_with(slots)
         passes = settings.steps * (2 if guided else 1)
         calls = Calls(timings, backbone=passes, flow_head=passes)
         draws = Draws(settings.seed, bound.x.shape, timings)
