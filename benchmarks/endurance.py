@@ -9,6 +9,7 @@ and after a sweep, which every command begins with, nothing else is there. It ex
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import random
@@ -168,6 +169,24 @@ def resident() -> tuple[float, int]:
     return (all_pages - shared) * os.sysconf("SC_PAGESIZE") / 1e6, len(os.listdir("/proc/self/fd"))
 
 
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keepcost")
+    ]
+
+
+def allocated() -> float | None:
+    """MB that the C library has given out and not got back: what grows if something leaks. None: it does not tell."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2  # glibc 2.33 and newer
+    except (AttributeError, OSError):
+        return None
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return float((found.used + found.hblkhd) / 1e6)
+
+
 @main.command()
 @click.option("--videos", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--engines", default="onnxruntime,openvino", show_default=True)
@@ -185,8 +204,9 @@ def soak(videos: int, engines: str) -> None:
             ending = (".mp4", ".gif", ".png", "")[number // 2 % 4]
             tmd_runtime.write_video(Path(folder) / f"v{ending}", result.frames, result.fps)
             if number in (10, 50, 100) or number % 100 == 0:
-                memory, files = resident()
-                click.echo(f"{number:5} videos, {perf_counter() - start:7.1f} s: {memory:6.1f} MB, {files} open files")
+                (memory, files), given = resident(), allocated()
+                told = "" if given is None else f", {given:.1f} MB of it in use"
+                click.echo(f"{number:5} videos, {perf_counter() - start:7.1f} s: {memory:.1f} MB{told}, {files} files")
         for pipeline in pipelines.values():
             pipeline.close()
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tmd_ref.partial import writing
 from tmd_ref.tim.model import TiM, TiMConfig
 from tmd_ref.umt5 import UMT5Config, UMT5Encoder
 from tmd_ref.vae import WanVAE, WanVAEConfig
@@ -34,13 +35,9 @@ def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTr
     from safetensors.torch import save_file
 
     path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, unfinished, metadata={"config": json.dumps(asdict(model.config))})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with writing(path) as partial:
+        save_file(weights, partial, metadata={"config": json.dumps(asdict(model.config))})
 
 
 def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:

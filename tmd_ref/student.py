@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tmd_ref.ops import at_least_float32, cast_for, rotary_operands
+from tmd_ref.partial import writing
 from tmd_ref.wan import (
     WanConfig,
     WanTransformer,
@@ -257,13 +258,8 @@ def save_student(path: str | os.PathLike[str], student: TMDStudent) -> None:
     sizes = {"wan": asdict(student.config), "head_blocks": student.head_blocks, "fusion": student.fusion}
     config = {**sizes, "grids": asdict(student.grids)}
     weights = {name: value.contiguous() for name, value in student.state_dict().items() if name not in _shared(student)}
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        save_file(weights, unfinished, metadata={"config": json.dumps(config)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(Path(path)) as partial:
+        save_file(weights, partial, metadata={"config": json.dumps(config)})
 
 
 def read_student(path: str | os.PathLike[str]) -> TMDStudent:

@@ -39,8 +39,13 @@ class Forecast:
             learn(self._bundle, self._engine, self._threads, flops / took)
 
     def _flops(self, settings: Settings) -> int | None:
-        found = None if settings.deadline is not None else self._chooser.estimate(settings)
-        if found is None:
+        from tmd_engines import BundleError
+
+        if settings.deadline is not None:
+            return None
+        try:
+            found = self._chooser.estimate(settings)
+        except BundleError:  # a graph that cannot be sized
             return None
         calls = self._bundle.manifest.family.calls(settings.steps, settings.inner_steps, settings.passes)
         counts = {"backbone": calls.backbone, "flow_head": calls.flow_head, "update": settings.steps}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from os import PathLike
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +97,8 @@ class Graphs:
             raise UsageFailure(str(error)) from None
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise UsageFailure(f"threads is {threads!r}: give a whole number from 1 to 1024, or None.")
+        if plans is not None and not isinstance(plans, str | PathLike):
+            raise UsageFailure(f"plans is {plans!r}: give a folder, or None.")
         self.arguments = engine, threads, device, memory, plans
         self.threads, self.note = resolve_threads(bundle, threads)
         self._bundle = bundle

@@ -39,16 +39,16 @@ class MemoryChooser:
         """The mode for this run.
 
         `unused` are graphs that it does not need, `loaded` those whose weights are in memory already, so that the
-        figure for free memory does not count them. Raises RuntimeFailure if the run would fit in neither mode. Where
-        need or supply cannot be told, "all".
+        figure for free memory does not count them. Where that is not told, "all". Raises RuntimeFailure if the run
+        would fit in neither mode, BundleError if a graph cannot be sized: it could take any memory.
         """
         from tmd_engines.cost.sizing import BASE_BYTES, STAGES, available_bytes
         from tmd_engines.cost.system_memory import resident_bytes
 
         free = available_bytes()
-        found = self.estimate(settings) if free is not None else None
-        if free is None or found is None:
+        if free is None:
             return "all"
+        found = self.estimate(settings)
         used = {name: stage for name, stage in found.stages.items() if not set(STAGES[name]) <= set(unused)}
         found = replace(found, stages=used)
         # What the process holds by now is not free any more, and is a part of what the run needs.
@@ -65,22 +65,19 @@ class MemoryChooser:
             "lower precision, free some memory, or try all the same with --memory low."
         )
 
-    def estimate(self, settings: Settings) -> Estimate | None:
-        """Of a run with the bundle's own steps. None if the graphs cannot be sized: they may run all the same."""
-        from tmd_engines import BundleError
+    def estimate(self, settings: Settings) -> Estimate:
+        """Of a run with the bundle's own steps. Raises BundleError if a graph cannot be sized."""
         from tmd_engines.cost.sizing import estimate
 
         pictured = settings.strength is not None
         key = settings.frames, settings.width, settings.height, settings.passes, pictured
         if self._latest[0] != key:
-            try:
-                found = estimate(
-                    self._bundle, width=settings.width, height=settings.height, frames=settings.frames,
-                    guidance_passes=settings.passes, from_picture=pictured,
-                )  # fmt: skip
-            except BundleError:
-                found = None
+            found = estimate(
+                self._bundle, width=settings.width, height=settings.height, frames=settings.frames,
+                guidance_passes=settings.passes, from_picture=pictured,
+            )  # fmt: skip
             self._latest = key, found  # steps take time, not memory
+        assert self._latest[1] is not None
         return self._latest[1]
 
 

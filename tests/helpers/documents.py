@@ -53,7 +53,7 @@ def valid_anyflow_document() -> dict[str, Any]:
 def valid_tim_document() -> dict[str, Any]:
     """Of family "tim": all blocks in the flow head, any number of steps."""
     document = _document(synthetic_tim.backbone(classes=False))
-    document["model"] |= {"family": "tim", "rope": "index", "head_blocks": 3}
+    document["model"] |= {"family": "tim", "rope": "index", "num_layers": 3, "head_blocks": 3}
     del document["model"]["fusion"]
     document["sampler"] = {"rule": "flow_map", "steps": 4, "guidance": 2.5, "guidance_interval": [0.0, 1.0]}
     return document

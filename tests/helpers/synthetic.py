@@ -346,7 +346,7 @@ def _student_manifest(graphs: dict) -> dict:
             "family": "tmd",
             "architecture": "wan2.1-t2v",
             "dim": DIM,
-            "num_layers": 3,
+            "num_layers": 2,
             "head_blocks": 1,
             "num_heads": HEADS,
             "head_dim": HEAD_DIM,

@@ -44,6 +44,7 @@ def _guarded(run: Path, action: Callable[[], None]) -> None:
         click.echo("tmd-distill needs torch: pip install '.[export]' in tmd's checkout.", err=True)
         sys.exit(1)
     from tmd_ref.distill.config import ConfigError
+    from tmd_ref.distill.program import Stopped
     from tmd_ref.distill.trainer import TrainingError
 
     try:
@@ -54,9 +55,9 @@ def _guarded(run: Path, action: Callable[[], None]) -> None:
     except (TrainingError, FileNotFoundError, ValueError) as error:
         click.echo(f"tmd-distill: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         click.echo(f"stopped; run the same command again to resume from the last checkpoint in {run}", err=True)
-        sys.exit(130)
+        sys.exit(stop.code if isinstance(stop, Stopped) else 130)
 
 
 _RUN = click.option("--run", type=click.Path(path_type=Path), default=Path("runs/tiny"), show_default=True,

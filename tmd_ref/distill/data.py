@@ -6,9 +6,7 @@ clip, cut where all are zero; `null_embeds` `[S,E]`, the negative prompt's. `ind
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.state import TrainingError
 from tmd_ref.distill.vae import to_video
+from tmd_ref.partial import write_whole
 from tmd_ref.scenes import Scene, caption, render, sample_scene
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
@@ -74,16 +73,9 @@ def write_shard(path: Path, latents: Tensor, prompt_embeds: Tensor, null_embeds:
         "prompt_embeds": prompt_embeds[:, :, : max(1, used)].half().cpu().contiguous(),
         "null_embeds": null_embeds.half().cpu().contiguous(),
     }
-    partial = path.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(save(tensors, metadata={"clips": str(len(latents)), **made}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, save(tensors, metadata={"clips": str(len(latents)), **made}), sync=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise TrainingError(
             f"{path} could not be written ({error}). The shards before it are intact: make room on the disk and run "
             "the same command again."
@@ -96,9 +88,8 @@ def write_index(folder: Path, made: dict[str, Any]) -> int:
     shards = [{"file": file.name, "clips": _Shard(file).clips} for file in files]
     if not shards:
         raise DataError(f"{folder} has no shard: nothing was prepared.")
-    partial = folder / (INDEX + ".partial")
-    partial.write_text(json.dumps({"format": 1, "made": made, "shards": shards}, indent=1) + "\n")
-    partial.replace(folder / INDEX)
+    index = json.dumps({"format": 1, "made": made, "shards": shards}, indent=1) + "\n"
+    write_whole(folder / INDEX, index.encode())
     return sum(shard["clips"] for shard in shards)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tmd_ref.distill.parallel import World, local, whole
+from tmd_ref.partial import writing
 
 _SAMPLE = 1 << 20  # bytes at the beginning, in the middle and at the end of a file
 
@@ -28,16 +28,12 @@ def save_atomic(state: object, path: Path) -> None:
 
     Raises TrainingError if it cannot be written.
     """
-    partial = path.with_suffix(path.suffix + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with writing(path) as partial, open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         kept = f"The one before is intact: {path}." if path.exists() else "There was none before."
         raise TrainingError(
             f"the checkpoint could not be written ({error}). {kept} Make room on the disk and run the same command "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmd_ref.distill.trainer import Loss
+from tmd_ref.partial import write_whole
 from tmd_ref.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, SPEEDS, Scene, caption, sample_scene
 from tmd_ref.text import EOS_ID, PAD_ID, Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
@@ -41,7 +42,7 @@ def train_tokenizer(path: Path, vocab_size: int, seed: int, captions: int = 5000
         hard_vocab_limit=False, byte_fallback=True, pad_id=PAD_ID, eos_id=EOS_ID, unk_id=2, bos_id=-1,
         num_threads=1, minloglevel=2,
     )  # fmt: skip
-    path.write_bytes(model.getvalue())
+    write_whole(path, model.getvalue())
 
 
 class SceneReader(nn.Module):

@@ -2,7 +2,7 @@
 
 A bundle is untrusted input. `Bundle.open` returns only when the whole folder has been checked, in this order: the
 folder, the manifest (size, JSON, schema version, types, ranges, references), the kind and size of every file, the
-sha256 of every file, and last the graphs (external data, interface). Writing is in `writer.py`.
+sha256 of every file, and last the graphs (external data, interface, patches and blocks). Writing is in `writer.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import BundleError, EngineError, quote
 from .files import file_size, open_regular, read_up_to, sha256_hex
+from .geometry import DENOISER, check_geometry, facts
 from .graph_file import MAX_GRAPH_BYTES, check_graph, parse_graph
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, GraphInfo, Manifest, parse_manifest
 
@@ -49,6 +50,7 @@ class Bundle:
             manifest = parse_manifest(read_up_to(file, MAX_MANIFEST_BYTES + 1), where)
 
         graph_of = {info.file: info for info in manifest.graphs.values()}
+        name_of = {info.file: name for name, info in manifest.graphs.items()}
         with ExitStack() as stack:
             # All kinds and sizes first: an incomplete copy is found at once, not after hashing gigabytes.
             opened = {}
@@ -59,10 +61,15 @@ class Bundle:
             for name, file in opened.items():
                 contents[name] = _check_content(file, manifest.files[name], folder / name, keep=name in graph_of)
 
+        known = {}
         for name, info in graph_of.items():
             where = str(folder / name)
             data_size = manifest.files[info.data].size if info.data else 0
-            check_graph(parse_graph(contents.pop(name), where), info, data_size, where)
+            model = parse_graph(contents.pop(name), where)
+            check_graph(model, info, data_size, where)
+            if name_of[name] in DENOISER:
+                known[name_of[name]] = facts(model, info)
+        check_geometry(manifest, known, str(folder / MANIFEST_NAME))
         return cls(folder, manifest)
 
     def graph_path(self, graph: str) -> Path:
@@ -71,10 +78,17 @@ class Bundle:
 
     def read_graph(self, graph: str) -> bytes:
         """The graph's ONNX file, with the sha256 checked again on these very bytes. Raises BundleError, EngineError."""
-        name = self.graph_info(graph).file
+        return self._read(self.graph_info(graph).file, is_graph=True)
+
+    def read_tokenizer(self) -> bytes | None:
+        """The file of `text.tokenizer`, checked in the same way; None: there is none. Raises BundleError."""
+        name = self.manifest.text.tokenizer
+        return None if name is None else self._read(name)
+
+    def _read(self, name: str, is_graph: bool = False) -> bytes:
         stated = self.manifest.files[name]
         with open_regular(self.folder, name, follow=True) as file:
-            _check_size(file, stated, self.folder / name, is_graph=True)
+            _check_size(file, stated, self.folder / name, is_graph)
             return _check_content(file, stated, self.folder / name, keep=True)
 
     def data_path(self, graph: str) -> Path | None:

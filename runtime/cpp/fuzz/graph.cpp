@@ -1,7 +1,9 @@
-// Any bytes as an ONNX file: accepted or Error(BUNDLE), nothing else, and the same of its lowering. What an engine gets
-// stays canonical ONNX.
+// Any bytes as an ONNX file: accepted or Error(BUNDLE), nothing else, and the same of its lowering and of its sizes. What
+// an engine gets stays canonical ONNX.
 #include "base/error.hpp"
+#include "bundle/geometry.hpp"
 #include "bundle/graph_file.hpp"
+#include "bundle/graph_shapes.hpp"
 #include "bundle/onnx_encoding.hpp"
 #include "engines/onnxruntime_lowering.hpp"
 
@@ -28,6 +30,19 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     return true;
   };
   if (!checked(check)) return 0;
+  checked([&] {
+    facts_of(content, info);
+    InputShapes shapes;  // of the built-in student's flow head
+    for (const char* name : {"y", "noise"}) shapes[name] = {1, 16, 3, 8, 12};
+    for (const char* name : {"s", "r"}) shapes[name] = {1};
+    for (const char* name : {"rope_cos", "rope_sin"}) shapes[name] = {72, 16};
+    shapes["features"] = {1, 72, 128};
+    shapes["context"] = {1, 32, 128};
+    for (const char* name : {"x", "velocity", "negative", "before_1", "before_2"}) shapes[name] = {1, 16, 3, 8, 12};
+    shapes["coefficients"] = {7};
+    peak_activation_bytes(infer_shapes(content, shapes, "graph.onnx"));
+    return true;
+  });
   for (const bool is_unsigned : {false, true})
     checked([&] {
       if (!is_canonical_onnx(lower_for_onnxruntime(content, "graph.onnx", is_unsigned))) __builtin_trap();

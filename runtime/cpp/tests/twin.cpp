@@ -8,7 +8,9 @@
 #include <nlohmann/json.hpp>
 
 #include "base/utf8.hpp"
+#include "bundle/geometry.hpp"
 #include "bundle/graph_file.hpp"
+#include "bundle/graph_shapes.hpp"
 #include "bundle/reader.hpp"
 #include "engines/cpu.hpp"
 #include "engines/onnxruntime_lowering.hpp"
@@ -175,6 +177,16 @@ json answer(const json& question) {
     }
     return {{"ok", refusals}};
   }
+  if (what == "facts") {  // what each graph says of patches and blocks
+    const Manifest manifest = parse_manifest(from_hex(question.at("manifest")), "manifest.json");
+    const GraphInfo& info = manifest.graphs.at(question.at("graph"));
+    json answers = json::array();
+    for (const json& data : question.at("data")) {
+      const GraphFacts facts = facts_of(from_hex(data), info);
+      answers.push_back({facts.divisors, facts.attentions});
+    }
+    return {{"ok", answers}};
+  }
   if (what == "build_info") return {{"ok", tmd_build_info()}};
   if (what == "lower") {
     const std::string lowered =
@@ -196,15 +208,23 @@ json answer(const json& question) {
     std::string warnings;
     json modes;
     for (const json& size : question.at("sizes")) {
-      pipeline.prepare({size[0], size[1], size[2]}, warnings);
+      pipeline.prepare({size[0], size[1], size[2]}, kText | kDenoise | kDecode, warnings);
       modes.push_back(pipeline.one_after_the_other());
     }
     return {{"ok", modes}, {"warnings", warnings}};
   }
   if (what == "need") {
     const auto& size = question.at("size");
-    const Need need = estimate_need(Bundle::open(question.at("bundle")).manifest, {size[0], size[1], size[2]});
+    const Need need = estimate_need(Bundle::open(question.at("bundle")), {size[0], size[1], size[2]});
     return {{"ok", {need.all, need.low}}};
+  }
+  if (what == "graph_memory") {  // of a graph at given sizes: the shape of each tensor, and the peak between its nodes
+    const Bundle bundle = Bundle::open(question.at("bundle"));
+    const std::string content = bundle.read_graph(bundle.manifest.graphs.at(question.at("graph")));
+    const ShapedGraph graph = infer_shapes(content, question.at("shapes").get<InputShapes>(), "it");
+    json shapes;
+    for (const auto& [name, tensor] : graph.tensors) shapes[std::string(name)] = tensor.shape;
+    return {{"ok", shapes}, {"peak", peak_activation_bytes(graph)}};
   }
   if (what == "charsmaps") return {{"ok", has_sound_charsmaps(from_hex(question.at("data")))}};
   if (what == "clean") return {{"ok", clean_prompt(question.at("text").get<std::string>())}};

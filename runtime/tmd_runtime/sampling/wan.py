@@ -167,7 +167,8 @@ class WanLoop:
         bound = self._bound
         guided = negative_embeds is not None
         slots = _slots([self._rule(settings.times, i) for i in range(settings.steps)], guided)
-        update = self._update_with(slots)
+        with timings.stage("load"):  # an engine may compile where it is bound
+            update = self._update_with(slots)
         passes = settings.steps * (2 if guided else 1)
         calls = Calls(timings, backbone=passes, flow_head=passes)
         draws = Draws(settings.seed, bound.x.shape, timings)

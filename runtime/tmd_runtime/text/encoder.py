@@ -59,6 +59,7 @@ class PromptEncoder:
                     text.eos_id,
                     text.bos_id,
                     plain=text.tokenization == "plain",
+                    content=self._bundle.read_tokenizer(),
                 )
         with timings.stage("text"):
             tokens = self._tokenizer(prompt, allow_empty)

@@ -50,7 +50,8 @@ class Tokens:
 class Tokenizer:
     """Sentencepiece model of a bundle; `max_length` counts the marks too. Raises RuntimeFailure for any other file.
 
-    `plain`: no cleaning, no padding, and what the model has no word for becomes bytes.
+    `plain`: no cleaning, no padding, and what the model has no word for becomes bytes. `content` is what was read of
+    the file, where that has been done.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Tokenizer:
         eos_id: int | None = 1,
         bos_id: int | None = None,
         plain: bool = False,
+        content: bytes | None = None,
     ) -> None:
         import sentencepiece
 
@@ -72,7 +74,7 @@ class Tokenizer:
         try:
             # Handed over as bytes: sentencepiece opens files by a narrow path, which fails for non-ASCII folders on
             # some systems.
-            content = Path(model_file).read_bytes()
+            content = Path(model_file).read_bytes() if content is None else content
             if not has_sound_charsmaps(content):
                 raise RuntimeError("its character map points out of itself")
             self._model.LoadFromSerializedProto(content)

@@ -17,6 +17,7 @@ from tests.helpers.built_in import BUNDLES
 from tests.helpers.cpp_mutations import Part, changed, graph_parts, parts_of
 from tests.helpers.cpp_tools import BUNDLE, twin
 from tmd_engines import BundleError
+from tmd_engines.bundle.geometry import DENOISER, facts
 from tmd_engines.bundle.graph_file import check_graph, parse_graph
 from tmd_engines.bundle.manifest import Manifest, parse_manifest
 
@@ -39,6 +40,12 @@ def python_refusal(data: bytes, manifest: Manifest, name: str) -> str:
     return ""
 
 
+def plain_facts(data: bytes, manifest: Manifest, name: str) -> list[Any]:
+    """What a graph says of patches and blocks, as JSON has it."""
+    found = facts(parse_graph(data, "it.onnx"), manifest.graphs[name])
+    return [[sorted(side) for side in found.divisors], found.attentions]
+
+
 @pytest.mark.parametrize(("bundle", "name"), GRAPHS, ids=["-".join(which) for which in GRAPHS])
 def test_changed_graphs_get_the_same_verdicts(bundle: str, name: str) -> None:
     document = (BUNDLES / bundle / "manifest.json").read_bytes()
@@ -52,12 +59,17 @@ def test_changed_graphs_get_the_same_verdicts(bundle: str, name: str) -> None:
         left -= len(batch)
         question = {"manifest": document.hex(), "graph": name, "data": [data.hex() for data in batch]}
         answers = twin().ask("graphs", **question)["ok"]
+        accepted: list[bytes] = []
         for data, answer in zip(batch, answers, strict=True):
             refusal = python_refusal(data, manifest, name)
             same = bool(answer) == bool(refusal) and (NOT_CANONICAL in answer) == (NOT_CANONICAL in refusal)
             assert same, f"C++: {answer or 'accepted'}; Python: {refusal or 'accepted'}; {data.hex()}"
             assert answer.isascii() and "\n" not in answer and len(answer) < 700
+            if not refusal and name in DENOISER:
+                accepted.append(data)
             verdicts[NOT_CANONICAL if refusal == NOT_CANONICAL else "refused" if refusal else "accepted"] += 1
+        told = twin().ask("facts", **{**question, "data": [data.hex() for data in accepted]})["ok"]
+        assert told == [plain_facts(data, manifest, name) for data in accepted]
     assert min(verdicts[kind] for kind in (NOT_CANONICAL, "refused", "accepted")) > CASES // len(GRAPHS) // 50, verdicts
 
 

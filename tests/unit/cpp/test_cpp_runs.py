@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
-from tests.helpers.bundle_tools import move_behind_links, reseal
+from tests.helpers.bundle_tools import edit_graph, move_behind_links, reseal
 from tests.helpers.cpp_tools import RUN, Twin, engine_options, onnxruntime_library, program, twin
-from tests.helpers.synthetic import flow_map_sampler, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import (
+    TEXT_DIM,
+    TEXT_LENGTH,
+    VOCABULARY,
+    flow_map_sampler,
+    velocity_sampler,
+    write_synthetic_bundle,
+)
 from tests.helpers.synthetic_tim import CLASSES, write_tim_bundle
 from tmd_engines import Bundle
 from tmd_engines.device.plan_cache import PlanCache
+from tmd_runtime.text.tokenizer import Tokenizer
 
 PROMPT = "a red circle moving right"
 BUNDLES: dict[str, Callable[[Path], Path]] = {
@@ -59,6 +69,49 @@ def test_nan_is_an_error_that_names_its_stage(tmp_path: Path, engine: str, name:
     reseal(bundle)
     answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1})
     assert answer.get("status") == RUN and f"the stage {stage} gave NaN" in answer["error"], answer
+
+
+def overflow_from(folder: Path, graph: str, name: str) -> None:
+    """Makes `graph` take the root of the root of its input's fourth power: Inf for what is above 1e9 or so."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.input[:] = ["size" if each == name else each for each in node.input]
+        steps = [("Mul", [name, name], "square"), ("Mul", ["square", "square"], "fourth"),
+                 ("Sqrt", ["fourth"], "root"), ("Sqrt", ["root"], "size")]  # fmt: skip
+        for place, (kind, inputs, output) in enumerate(steps):
+            model.graph.node.insert(place, helper.make_node(kind, inputs, [output], name=f"of {output}"))
+
+    edit_graph(folder, edit, graph)
+
+
+def enlarge_tokens(folder: Path, prompt: str, but: str) -> None:
+    """Multiplies the embeddings of tokens that are in `prompt` and not in `but` by 1e18, which is finite."""
+    ids = [
+        set(Tokenizer(folder / "tokenizer.model", TEXT_LENGTH)(text).input_ids.ravel().tolist())
+        for text in (prompt, but)
+    ]
+    table = next(
+        weight
+        for weight in onnx.load(folder / "text_encoder.onnx", load_external_data=False).graph.initializer
+        if list(weight.dims) == [VOCABULARY, TEXT_DIM]
+    )
+    offset = int({entry.key: entry.value for entry in table.external_data}.get("offset", "0"))
+    rows = np.memmap(folder / "text_encoder.onnx.data", np.float32, "r+", offset, (VOCABULARY, TEXT_DIM))
+    rows[sorted(ids[0] - ids[1])] *= 1e18
+    rows.flush()
+    reseal(folder)
+
+
+@pytest.mark.parametrize(("stage", "name"), [("backbone", "prompt_embeds"), ("flow_head", "context")])
+def test_nan_of_the_negative_pass_alone_names_its_stage(tmp_path: Path, engine: str, stage: str, name: str) -> None:
+    sampler = velocity_sampler(steps=2, guidance=3.0, negative_prompt="a small blue square")
+    bundle = write_synthetic_bundle(tmp_path / "bundle", sampler=sampler)
+    overflow_from(bundle, stage, name)
+    enlarge_tokens(bundle, "a small blue square", but=PROMPT)
+    answer = ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1, "frames": 1})
+    assert answer.get("status") == RUN and f"the stage {stage} gave NaN" in answer["error"], answer
+    assert "ok" in ask("run", bundle, engine, prompt=PROMPT, wishes={"seed": 1, "frames": 1, "guidance": 1.0})
 
 
 def test_a_bundle_without_the_update_says_so(tmp_path: Path, engine: str) -> None:

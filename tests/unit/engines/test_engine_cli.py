@@ -25,7 +25,7 @@ def test_inspect_prints_what_is_in_the_bundle(synthetic_bundle: Path) -> None:
     result = invoke("inspect", synthetic_bundle)
     assert result.exit_code == 0
     for expected in (
-        "synthetic (wan2.1-t2v, tmd): 3 blocks",
+        "synthetic (wan2.1-t2v, tmd): 2 blocks",
         "2 steps (of 1/2/3/4)",
         "17 frames at 8 frames per second, 64x64 pixels",
         "backbone: fp32, opset 23",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from tests.helpers.built_in import BUNDLES as BUILT_IN
 from tests.helpers.bundle_tools import edit_graph, edit_manifest, refused
 from tests.helpers.synthetic import CHANNELS, flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
@@ -148,3 +150,38 @@ def test_a_bundle_may_lack_any_graph(tmp_path: Path) -> None:
     for graph in ("text_encoder", "backbone", "flow_head", "update", "decoder_first"):
         folder = write_synthetic_bundle(tmp_path / graph, (graph,))
         assert list(Bundle.open(folder).manifest.graphs) == [graph]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tim-tiny", "tmd", "wan", "tim"])
+@pytest.mark.parametrize("patch", [[1, 2, 1], [1, 4, 1], [1, 1, 4], [2, 2, 2], [1, 1, 1], [2, 1, 2], [1, 4, 4]])
+def test_patches_that_the_graphs_do_not_make_are_refused(name: str, patch: list[int], tmp_path: Path) -> None:
+    folder = bundle_of(name, tmp_path)
+
+    def edit(document: dict[str, Any]) -> None:
+        document["model"]["patch_size"] = patch
+        document["video"] |= {"width": 64, "height": 64}
+
+    edit_manifest(folder, edit)
+    assert "model.patch_size" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tmd", "wan"])
+@pytest.mark.parametrize(("layers", "head"), [(0, 1), (1, 0), (2, 0), (1000, 0), (5, 5)])
+def test_shares_of_blocks_that_the_graphs_do_not_have_are_refused(
+    name: str, layers: int, head: int, tmp_path: Path
+) -> None:
+    folder = bundle_of(name, tmp_path)
+
+    def edit(document: dict[str, Any]) -> None:
+        document["model"]["num_layers"] += layers
+        document["model"]["head_blocks"] += head
+
+    edit_manifest(folder, edit)
+    assert "num_layers" in refused(folder)
+
+
+def bundle_of(name: str, folder: Path) -> Path:
+    """A copy of a built-in bundle, or one of `BUNDLES`."""
+    if name in BUNDLES:
+        return BUNDLES[name](folder / "bundle")
+    return Path(shutil.copytree(BUILT_IN / name, folder / "bundle"))

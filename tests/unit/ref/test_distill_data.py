@@ -89,7 +89,7 @@ def test_bad_numbers_and_a_full_disk_leave_no_shard(tmp_path):
     bad = torch.full((1, 16, 2, 4, 4), float("nan"))
     with pytest.raises(DataError, match="not finite"):
         write_shard(tmp_path / "000002.safetensors", bad, torch.ones(1, 2, 6, 8), torch.ones(6, 8))
-    (tmp_path / "000002.partial").symlink_to("/dev/full")
+    (tmp_path / "000002.safetensors.partial").symlink_to("/dev/full")
     with pytest.raises(TrainingError, match=r"Make room|intact"):
         write_shard(
             tmp_path / "000002.safetensors", torch.ones(1, 16, 2, 4, 4), torch.ones(1, 2, 6, 8), torch.ones(6, 8)

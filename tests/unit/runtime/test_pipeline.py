@@ -99,7 +99,7 @@ def test_a_call_is_its_stages(pipeline: Pipeline) -> None:
     assert np.array_equal(result.frames, pipeline.decode(pipeline.denoise(pipeline.encode(PROMPT), seed=5)))
     assert (result.seed, result.steps, result.inner_steps, result.fps) == (5, 2, 2, 8)
     assert (result.width, result.height, len(result.frames), result.prompt) == (64, 64, 17, PROMPT)
-    assert result.nfe == pytest.approx(2 * (1 + 1 / 3))
+    assert result.nfe == pytest.approx(2 * (1 + 1 / 2))
 
 
 def test_same_seed_same_video_whatever_ran_before(synthetic_bundle: Path, pipeline: Pipeline) -> None:

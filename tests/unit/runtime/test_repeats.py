@@ -124,6 +124,7 @@ def test_a_wrong_type_gets_a_sentence(wishes: dict[str, object], message: str) -
         (lambda: tmd_runtime.load(3), "a bundle is a folder or builtin:NAME, not a int"),  # type: ignore[arg-type]
         (lambda: tmd_runtime.load(threads="2"), "threads is '2'"),  # type: ignore[arg-type]
         (lambda: tmd_runtime.load(threads=True), "threads is True"),
+        (lambda: tmd_runtime.load(plans=4), "plans is 4: give a folder"),  # type: ignore[arg-type]
         (lambda: tmd_runtime.load()(None), "a prompt must be a text, not NoneType"),  # type: ignore[arg-type]
         (lambda: tmd_runtime.load()(b"x"), "a prompt must be a text, not bytes"),  # type: ignore[arg-type]
         (lambda: tmd_runtime.load().encode(7), "a prompt must be a text"),  # type: ignore[arg-type]

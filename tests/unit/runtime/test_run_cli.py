@@ -51,7 +51,7 @@ def test_a_prompt_becomes_a_file_and_a_report(synthetic_bundle: Path) -> None:
     for part in (
         "seed 7,",
         "steps 2 x 2,",
-        "NFE 2.67",
+        "NFE 3.00",
         "text ",
         "backbone ",
         "flow head ",
@@ -74,7 +74,7 @@ def test_json_is_one_document_and_alone_on_stdout(synthetic_bundle: Path) -> Non
     assert list(document)[: len(KEYS)] == KEYS and document["out"] == "v.gif"
     assert (document["frames"], document["width"], document["height"], document["fps"]) == (5, 32, 48, 8)
     assert (document["prompt"], document["steps"], document["inner_steps"]) == (PROMPT, 2, 2)
-    assert document["nfe"] == pytest.approx(8 / 3)
+    assert document["nfe"] == pytest.approx(3)
     assert list(document["stage_seconds"]) == STAGES
     assert all(seconds > 0 for seconds in document["stage_seconds"].values())
     assert document["total_seconds"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tmd_runtime
 from tests.helpers.synthetic import SENTENCES, TEXT_LENGTH, tokenizer_bytes
+from tmd_engines import BundleError
 from tmd_runtime import RuntimeFailure, UsageFailure
 from tmd_runtime.text.tokenizer import Tokenizer, clean_prompt
 
@@ -94,3 +97,18 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes | None)
         file.write_bytes(content)
     with pytest.raises(RuntimeFailure, match=r"tokenizer\.model is no readable sentencepiece model"):
         Tokenizer(file, TEXT_LENGTH)
+
+
+@pytest.mark.parametrize("becomes", ["another", "pipe", "nothing"])
+def test_a_file_that_was_exchanged_after_the_check_is_refused(synthetic_bundle: Path, becomes: str) -> None:
+    with tmd_runtime.load(synthetic_bundle, engine="onnxruntime") as pipeline:
+        file = synthetic_bundle / "tokenizer.model"
+        content = bytearray(file.read_bytes())
+        file.unlink()
+        if becomes == "pipe":
+            os.mkfifo(file)
+        elif becomes == "another":
+            content[-1] ^= 1
+            file.write_bytes(content)
+        with pytest.raises(BundleError, match=r"tokenizer\.model (is|has)"):
+            pipeline(SENTENCES[0], frames=1, size=(32, 32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tmd_ref.samplers import unipc_sample
 from tmd_runtime import NoiseStream, RuntimeFailure, StepInfo, UsageFailure
 from tmd_runtime.memory import DENOISER
 from tmd_runtime.sampling.schedule import rope_tables, told_time
+from tmd_runtime.sampling.update import Updater
 
 PROMPT, NEGATIVE = "a red circle moving right", "a blue square"
 RCM = [0.987654, 0.933781, 0.852895, 0.608979]
@@ -261,6 +263,22 @@ def test_what_the_process_holds_already_is_not_needed_twice(
 def test_unknown_memory_mode_is_refused(bundles: dict[str, Path]) -> None:
     with pytest.raises(UsageFailure, match="no memory mode 'some': choose one of auto, all, low"):
         tmd_runtime.load(bundles["unipc"], memory="some")
+
+
+def test_binding_an_update_counts_as_loading(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may compile there, and what a run uses of the update shows only when it runs."""
+    pipeline = tmd_runtime.load(bundles["euler"], engine="onnxruntime")
+    pipeline(PROMPT, seed=1, frames=1, size=(32, 32))
+    bind = Updater.bind
+
+    def slow(*arguments: Any, **buffers: Any) -> Any:
+        sleep(0.1)
+        return bind(*arguments, **buffers)
+
+    monkeypatch.setattr(Updater, "bind", slow)
+    guided = pipeline(PROMPT, seed=1, frames=1, size=(32, 32), guidance=2.0)  # with the slot `negative`
+    again = pipeline(PROMPT, seed=1, frames=1, size=(32, 32), guidance=2.0)
+    assert guided.stage_seconds["load"] >= 0.1 > again.stage_seconds["load"]
 
 
 @pytest.mark.parametrize("graph", ["backbone", "flow_head"])

@@ -137,7 +137,9 @@ TMD_API tmd_status tmd_set_log(tmd_context* context, tmd_log_fn log, void* user,
 typedef enum tmd_memory {
   TMD_MEMORY_ALL = 0, /* graphs stay loaded between runs: the first run is cold, later ones are warm */
   TMD_MEMORY_LOW = 1, /* text encoder, denoiser and decoder live one after the other; every run is cold */
-  TMD_MEMORY_AUTO = 2 /* LOW for runs that would not fit into the free memory with ALL, by a rough estimate; else ALL */
+  TMD_MEMORY_AUTO = 2 /* LOW for runs that would not fit into the free memory with ALL, by an estimate; else ALL. A run
+                         that surely takes more than is free is refused with TMD_ERROR_MEMORY, and one whose graphs do
+                         not tell how much they take with TMD_ERROR_BUNDLE; the others try it all the same. */
 } tmd_memory;
 
 typedef struct tmd_open_options {

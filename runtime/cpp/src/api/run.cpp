@@ -183,7 +183,7 @@ tmd_status tmd_generate(tmd_context* context, const char* prompt, const tmd_run_
     if (frames) need_room("frames", size, settings.frames_size(), "bytes");
     Frames pieces(options, frames, settings.frames_size(), settings.width, settings.height);
     std::string warnings = settings.warnings;
-    pipeline.prepare(latent_size(manifest, settings), warnings);
+    pipeline.prepare(latent_size(manifest, settings), kText | kDenoise | kDecode, warnings);
     const std::int64_t decodes =
         pipeline.decode_steps(settings.latent_frames, settings.latent_height, settings.latent_width);
     Progress progress(options.on_progress, options.user,
@@ -223,6 +223,7 @@ tmd_status tmd_encode(tmd_context* context, const char* prompt, float* embeds, s
     Progress progress(nullptr, nullptr, 1);
     std::string warnings;
     std::int32_t dropped = 0;
+    pipeline.check_one(kText);
     const std::vector<float> values = pipeline.encode(prompt, progress, 1, warnings, &dropped);
     set_warnings(context, std::move(warnings));
     std::copy(values.begin(), values.end(), embeds);
@@ -256,7 +257,7 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
                             : "this run has guidance, which needs negative_embeds: give them, or set guidance to 1.");
     need_room("latents", count, settings.latents_count(), "floats");
     std::string warnings = settings.warnings;
-    pipeline.prepare(latent_size(manifest, settings), warnings);
+    pipeline.prepare(latent_size(manifest, settings), kDenoise, warnings);
     Progress progress(options.on_progress, options.user, family_of(manifest).reported_steps(settings));
     Start start = start_of(pipeline, options, settings, progress);
     start.embeds = embeds;
@@ -289,7 +290,7 @@ tmd_status tmd_decode(tmd_context* context, const float* latents, int32_t latent
     if (frames) need_room("frames", size, need, "bytes");
     Frames pieces(options, frames, need, width, height);
     std::string warnings;
-    pipeline.prepare({latent_frames, latent_height, latent_width}, warnings);
+    pipeline.prepare({latent_frames, latent_height, latent_width}, kDecode, warnings);
     Progress progress(options.on_progress, options.user,
                       pipeline.decode_steps(latent_frames, latent_height, latent_width));
     pipeline.decode(latents, latent_frames, latent_height, latent_width, std::ref(pieces), progress);
@@ -314,6 +315,7 @@ tmd_status tmd_encode_image(tmd_context* context, const uint8_t* rgb, int32_t wi
     need_room("latents", count, static_cast<std::size_t>(geometry.channels * (width / stride) * (height / stride)),
               "floats");
     Progress progress(nullptr, nullptr, 1);
+    pipeline.check_one(kPicture);
     const std::vector<float> values = pipeline.encode_image(rgb, width, height, progress);
     set_warnings(context, "");
     std::copy(values.begin(), values.end(), latents);

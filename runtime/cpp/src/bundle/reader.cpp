@@ -11,6 +11,7 @@
 #include "base/error.hpp"
 #include "base/quote.hpp"
 #include "bundle/files.hpp"
+#include "bundle/geometry.hpp"
 #include "bundle/graph_file.hpp"
 #include "bundle/operators.hpp"
 
@@ -67,7 +68,8 @@ Bundle Bundle::open(const std::string& path) {
     bundle.manifest = parse_manifest(content, full(kManifestName));
   }
   std::map<std::string, const GraphInfo*> graph_of;
-  for (const auto& [name, info] : bundle.manifest.graphs) graph_of[info.file] = &info;
+  std::map<std::string, std::string> name_of;
+  for (const auto& [name, info] : bundle.manifest.graphs) graph_of[info.file] = &info, name_of[info.file] = name;
 
   // All kinds and sizes first: an incomplete copy is found at once, not after hashing gigabytes.
   std::map<std::string, File> opened;
@@ -86,10 +88,13 @@ Bundle Bundle::open(const std::string& path) {
       refuse_content(full(name));
     }
   }
+  std::map<std::string, GraphFacts> known;
   for (const auto& [name, info] : graph_of) {
     const std::uint64_t data_size = info->data ? bundle.manifest.files[*info->data].size : 0;
     check_graph(contents[name], *info, data_size, full(name));
+    if (is_denoiser(name_of[name])) known[name_of[name]] = facts_of(contents[name], *info);
   }
+  check_geometry(bundle.manifest, known, full(kManifestName));
   return bundle;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "autoencoder/tiles.hpp"
+#include "bundle/graph_shapes.hpp"
 #include "engines/buffer.hpp"
 
 namespace tmd::internal {
@@ -24,22 +25,32 @@ std::uint64_t times(std::uint64_t a, std::uint64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
 }
 
-std::uint64_t stage_bytes(const Manifest& manifest, const std::vector<const char*>& names, const Dims& dims,
+// Weights and buffers are known but for a factor of two; what lies between the nodes is counted.
+struct StageBytes {
+  std::uint64_t rough = 0, counted = 0;
+};
+
+StageBytes stage_bytes(const Bundle& bundle, const std::vector<const char*>& names, const Dims& dims,
                           bool one_frame) {
-  std::uint64_t weights = 0, buffers = 0, largest = 0;
+  StageBytes total;
   for (const char* name : names) {
-    const auto found = manifest.graphs.find(name);
-    if (found == manifest.graphs.end() || (one_frame && std::string(name) == "decoder_step")) continue;
-    weights = plus(weights, weight_bytes(manifest, found->second));
-    for (const auto* tensors : {&found->second.inputs, &found->second.outputs})
+    const auto found = bundle.manifest.graphs.find(name);
+    if (found == bundle.manifest.graphs.end() || (one_frame && std::string(name) == "decoder_step")) continue;
+    const GraphInfo& info = found->second;
+    total.rough = plus(total.rough, weight_bytes(bundle.manifest, info));
+    InputShapes shapes;
+    for (const auto* tensors : {&info.inputs, &info.outputs})
       for (const TensorSpec& spec : *tensors) {
+        const std::vector<std::int64_t> shape = spec.resolve(dims);
         std::uint64_t bytes = item_size(spec.dtype);
-        for (const std::int64_t length : spec.resolve(dims)) bytes = times(bytes, static_cast<std::uint64_t>(length));
-        buffers = plus(buffers, bytes);
-        largest = std::max(largest, bytes);
+        for (const std::int64_t length : shape) bytes = times(bytes, static_cast<std::uint64_t>(length));
+        total.rough = plus(total.rough, bytes);
+        if (tensors == &info.inputs) shapes[spec.name] = shape;
       }
+    const std::string content = bundle.read_graph(info);
+    total.counted = plus(total.counted, peak_activation_bytes(infer_shapes(content, shapes, bundle.graph_path(info))));
   }
-  return plus(plus(weights, buffers), times(kActivations, largest));
+  return total;
 }
 
 std::vector<std::string> lines_of(const std::string& path) {
@@ -88,7 +99,15 @@ std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
   return stored == "fp16" || stored == "bf16" ? times(2, bytes) : bytes;
 }
 
-Need estimate_need(const Manifest& manifest, const LatentSize& size) {
+std::uint64_t Need::surely(Stages stages) const {
+  std::uint64_t most = 0;
+  for (unsigned i = 0; i < 4; ++i)
+    if (stages & (1u << i)) most = std::max(most, sure[i]);
+  return most;
+}
+
+Need estimate_need(const Bundle& bundle, const LatentSize& size) {
+  const Manifest& manifest = bundle.manifest;
   const auto& patch = manifest.model->patch_size;
   const Dims dims = {{"batch", 1},
                      {"frames", size.frames},
@@ -103,16 +122,27 @@ Need estimate_need(const Manifest& manifest, const LatentSize& size) {
     decoded["width"] = Tiling(size.width, manifest.latents.spatial_stride).tile;
   }
   Need need;
-  const std::pair<std::vector<const char*>, const Dims&> stages[] = {{{"text_encoder"}, dims},
-                                                                     {{"backbone", "flow_head", "update"}, denoised},
-                                                                     {{"backbone_2", "flow_head_2"}, denoised},
-                                                                     {{"decoder_first", "decoder_step"}, decoded}};
-  for (const auto& [together, sizes] : stages) {
-    const std::uint64_t bytes = stage_bytes(manifest, together, sizes, size.frames == 1);
+  const struct {
+    Stages stage;
+    std::vector<const char*> together;
+    const Dims& sizes;
+  } parts[] = {{kText, {"text_encoder"}, dims},
+               {kDenoise, {"backbone", "flow_head", "update"}, denoised},
+               {kDenoise, {"backbone_2", "flow_head_2"}, denoised},
+               {kDecode, {"decoder_first", "decoder_step"}, decoded},
+               {kPicture, {"encoder"}, decoded}};
+  for (const auto& [stage, together, sizes] : parts) {
+    const StageBytes part = stage_bytes(bundle, together, sizes, size.frames == 1);
+    const std::uint64_t bytes = plus(part.rough, part.counted);
+    for (unsigned i = 0; i < 4; ++i)
+      if (stage == 1u << i) need.sure[i] = std::max(need.sure[i], plus(part.rough / 2, part.counted));
+    if (stage == kPicture) continue;  // gone before the others come
     need.all = plus(need.all, bytes);
     need.low = std::max(need.low, bytes);
   }
-  return {plus(need.all, kProcess), plus(need.low, kProcess)};
+  need.all = plus(need.all, kProcess);
+  need.low = plus(need.low, kProcess);
+  return need;
 }
 
 std::optional<std::uint64_t> available_bytes(const std::string& root) {

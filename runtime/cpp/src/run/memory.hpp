@@ -1,18 +1,25 @@
-// Will a run fit with every graph loaded? A rough answer, from sizes that the manifest states.
+// Will a run fit with every graph loaded, or one stage after the other? The weights by the sizes of their files, and
+// what lies between the nodes by going through the graphs, as Python does it.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
 
-#include "bundle/manifest.hpp"
+#include "bundle/reader.hpp"
 
 namespace tmd::internal {
 
+// Stages of a run, as bits.
+using Stages = unsigned;
+inline constexpr Stages kText = 1, kDenoise = 2, kDecode = 4, kPicture = 8;
+
 // Bytes of the whole process at its peak.
 struct Need {
-  std::uint64_t all = 0;  // everything that was loaded stays
-  std::uint64_t low = 0;  // text encoder, then denoiser, then decoder
+  std::uint64_t all = 0;         // everything that was loaded stays
+  std::uint64_t low = 0;         // text encoder, then denoiser, then decoder
+  std::uint64_t sure[4] = {};    // that each stage takes at least, in the order of their bits
+  std::uint64_t surely(Stages stages) const;  // the largest of these
 };
 
 // Sizes of a run in latents; `rows` of them go through the denoiser at once.
@@ -23,11 +30,10 @@ struct LatentSize {
   }
 };
 
-// What a run will take: weights as float32, which is what a CPU computes in; the buffers around the graphs; and for
-// what lies between the nodes of a stage, kActivations times its largest buffer. Python counts that last part node by
-// node (tmd_engines/cost/sizing.py); this stays within a factor of two of it.
-Need estimate_need(const Manifest& manifest, const LatentSize& size);
-inline constexpr std::uint64_t kActivations = 30;  // Wan 1.3B has 28, its VAE 23, the built-in model 20 and 48
+// What a run will take: weights as float32, which is what a CPU computes in; the buffers around the graphs; and what
+// lies between the nodes of each stage. It stays within a factor of two of what Python counts
+// (tmd_engines/cost/sizing.py), which knows the weights better. Throws Error(BUNDLE) for a graph that cannot be sized.
+Need estimate_need(const Bundle& bundle, const LatentSize& size);
 
 // The weights of one graph in memory, in bytes.
 std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph);

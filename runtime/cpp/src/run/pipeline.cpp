@@ -15,6 +15,16 @@ std::string seconds_text(double seconds) {
   return std::to_string(thousandths) + " ms";
 }
 
+// A file of some kilobytes can ask for any memory.
+void refuse_beyond(const Need& need, Stages stages, std::uint64_t free) {
+  const std::uint64_t most = need.surely(stages);
+  if (most <= free) return;
+  throw Error(TMD_ERROR_MEMORY, "there is not enough memory: this run takes at least " + format_size(most) +
+                                    " even with one stage after the other, and " + format_size(free) +
+                                    " are free. Choose fewer frames, a smaller size or a bundle of lower precision, " +
+                                    "or try all the same with TMD_MEMORY_LOW.");
+}
+
 }  // namespace
 
 std::shared_ptr<const Tokenizer> Shared::tokenizer() {
@@ -50,25 +60,52 @@ std::shared_ptr<LoadedGraph> Pipeline::graph(const std::string& name, const char
   return graph;
 }
 
-void Pipeline::prepare(const LatentSize& size, std::string& warnings) {
-  if (!shared_->note.empty()) warnings += shared_->note + "\n";
+bool Pipeline::chooses() const {
   // Of a device's memory nothing is estimated.
-  if (shared_->memory != TMD_MEMORY_AUTO || (shared_->engine && shared_->engine->on_device())) {
+  return shared_->memory == TMD_MEMORY_AUTO && !(shared_->engine && shared_->engine->on_device());
+}
+
+std::uint64_t Pipeline::free_bytes() const {
+  const std::optional<std::uint64_t> free = available_bytes(shared_->system_root);
+  if (!free) return UINT64_MAX;
+  std::uint64_t loaded = 0;
+  for (const auto& [name, graph] : graphs_) loaded += weight_bytes(manifest(), graph->info());
+  return *free + loaded;
+}
+
+void Pipeline::check_one(Stages stage) {
+  if (!chooses() || !(stage & ~checked_alone_)) return;
+  const VideoInfo& video = manifest().video;
+  const std::int64_t stride = manifest().latents.spatial_stride;
+  const LatentSize size = {1, video.height / stride, video.width / stride};
+  refuse_beyond(estimate_need(shared_->bundle, size), stage, free_bytes());
+  checked_alone_ |= stage;
+}
+
+void Pipeline::prepare(const LatentSize& size, Stages stages, std::string& warnings) {
+  if (!shared_->note.empty()) warnings += shared_->note + "\n";
+  if (!chooses()) {
     one_after_the_other_ = shared_->memory == TMD_MEMORY_LOW;
     return;
   }
   // Runs of one size keep the decision of the first: what that one left loaded is not free any more.
-  if (prepared_ && *prepared_ == size) return;
-  const std::optional<std::uint64_t> free = available_bytes(shared_->system_root);
-  const Need need = estimate_need(manifest(), size);
-  std::uint64_t loaded = 0;
-  for (const auto& [name, graph] : graphs_) loaded += weight_bytes(manifest(), graph->info());
-  const bool fits = !free || need.all <= *free + loaded;
-  if (!fits && need.low > *free + loaded)
-    warnings += "this run takes about " + format_size(need.low) +
-                " of memory even with one stage after the other, and " + format_size(*free + loaded) +
+  const bool same_size = prepared_ && *prepared_ == size;
+  if (same_size && !(stages & ~checked_)) return;
+  const std::uint64_t free = free_bytes();
+  if (!same_size) {
+    prepared_.reset();
+    need_ = estimate_need(shared_->bundle, size);
+    checked_ = 0;
+  }
+  refuse_beyond(need_, stages, free);
+  checked_ |= stages;
+  if (same_size) return;
+  const bool fits = need_.all <= free;
+  if (!fits && need_.low > free)
+    warnings += "this run takes about " + format_size(need_.low) +
+                " of memory even with one stage after the other, and " + format_size(free) +
                 " are free; fewer frames or a smaller size take less.\n";
-  (*log_)(TMD_LOG_INFO, "the run takes about " + format_size(need.all) + " with every graph loaded" +
+  (*log_)(TMD_LOG_INFO, "the run takes about " + format_size(need_.all) + " with every graph loaded" +
                             (fits ? "" : ", more than is free: one stage after the other"));
   if (!fits && !one_after_the_other_) unload();
   one_after_the_other_ = !fits;

@@ -50,8 +50,11 @@ class Pipeline {
   const std::shared_ptr<Shared>& shared() const { return shared_; }
   const Manifest& manifest() const { return shared_->bundle.manifest; }
 
-  // Before a run: decides for TMD_MEMORY_AUTO whether graphs stay loaded, and warns of a run that may not fit at all.
-  void prepare(const LatentSize& size, std::string& warnings);
+  // Before a run of these stages: decides for TMD_MEMORY_AUTO whether graphs stay loaded, and warns of a run that may
+  // not fit at all. Throws Error(MEMORY) for one that surely does not.
+  void prepare(const LatentSize& size, Stages stages, std::string& warnings);
+  // Before a stage that runs alone, at the manifest's size: throws Error(MEMORY) if it surely takes more than is free.
+  void check_one(Stages stage);
   bool one_after_the_other() const { return one_after_the_other_; }
 
   Tokens tokenize(std::string_view prompt, bool may_be_empty = false) const;
@@ -86,6 +89,8 @@ class Pipeline {
   std::vector<float> encode_tokens(const Tokens& tokens, Progress& progress, std::int64_t done, std::int64_t total);
   void decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns, const Decoder::Pieces& pieces,
                     Progress& progress);
+  bool chooses() const;  // whether the library decides what stays loaded
+  std::uint64_t free_bytes() const;
   void release(std::initializer_list<const char*> graphs);
   // Backbone and flow head of one of a model's two transformers; where memory is short, in place of the other one.
   Transformer transformer(bool second, const std::function<void()>& let_go, Progress& progress);
@@ -94,6 +99,9 @@ class Pipeline {
   const Log* log_;
   bool one_after_the_other_ = false;
   std::optional<LatentSize> prepared_;
+  Need need_;           // of that size
+  Stages checked_ = 0;  // that were compared with what is free
+  Stages checked_alone_ = 0;
   std::map<std::string, std::shared_ptr<LoadedGraph>> graphs_;
   std::optional<std::pair<std::string, std::vector<float>>> negative_;  // the latest negative prompt, which is kept
   // Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
