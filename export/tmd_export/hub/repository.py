@@ -9,8 +9,9 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ Say = Callable[[str], None]
 _MAX_FILES = 50_000
 _INSTALL = "pip install 'tmd-runtime[hub]'"
 _CLIENTS = ("httpx", "httpx2", "requests")  # whose errors the library lets through
+
+
+def silent(_: str) -> None:
+    """For `say`: not a word, and no bars."""
 
 
 class Repository:
@@ -64,7 +69,8 @@ class Repository:
                 "on a larger disk."
             )
         say(f"{what} into {cache}.")
-        with _in_our_words(self.name):
+        shown = say is not silent and sys.stderr.isatty()
+        with _in_our_words(self.name), nullcontext() if shown else _silently():
             self._take(files)
 
     def absent(self, files: Sequence[str]) -> str | None:
