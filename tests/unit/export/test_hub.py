@@ -255,6 +255,15 @@ def test_offline_the_cache_serves_what_is_complete(hub: Hub, monkeypatch: pytest
         assert "HF_HUB_OFFLINE is set" in refusal(lambda name=name: local(f"hf:{name}"))  # type: ignore[misc]
 
 
+def test_offline_a_cache_of_an_older_library_serves_what_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a one has no list of all files of the repository."""
+    (folder,) = online = local(f"hf:{OFFICIAL}")
+    shutil.rmtree(folder.parents[1] / "trees")
+    monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert local(f"hf:{OFFICIAL}") == online
+
+
 def test_a_disk_that_is_too_small_is_said_before(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
