@@ -20,6 +20,7 @@ from tmd_engines.utf8 import json_text
 
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
+from .hub.name import is_hub_name
 from .loras import LoraFile, parse_lora
 from .parts import PARTS, QUANTIZED, ordered, parse_precision
 
@@ -276,7 +277,7 @@ def command(
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
-            _inspect(_local(means, None, None), grid, as_json)
+            _inspect(_local(means, None, None, False), grid, as_json)
             return
         options = {
             "precision": precision,
@@ -288,7 +289,7 @@ def command(
             "keep_layers": not keep_no_layers,
             "overwrite": overwrite,
         }
-        result = _export(_local(means, parts, _sayer(quiet)), out, parts, options, quiet)
+        result = _export(_local(means, parts, None if quiet else _say), out, parts, options, quiet)
     except Exception as error:
         message = _message(error)
         if message is None:
@@ -303,18 +304,22 @@ def command(
         print_table(result, perf_counter() - start)
 
 
-def _sayer(quiet: bool) -> Callable[[str], None]:
-    return lambda text: None if quiet else click.echo(f"tmd-export: {text}", err=True)
+def _say(text: str) -> None:
+    click.echo(f"tmd-export: {text}", err=True)
 
 
-def _local(means: tuple[Any, ...], parts: tuple[str, ...] | None, say: Callable[[str], None] | None) -> tuple[Any, ...]:
-    """Arguments of `open_source`, with all that is on the hub downloaded (`say` None: found in its cache, or refused).
-
-    Raises ExportError.
-    """
-    from .hub.places import local_checkpoints, local_loras
-
+def _local(
+    means: tuple[Any, ...], parts: tuple[str, ...] | None, told: Callable[[str], None] | None, downloads: bool = True
+) -> tuple[Any, ...]:
+    """Arguments of `open_source`, with all that is on the hub downloaded, of which `told` hears; without `downloads` it
+    must be in the cache. Raises ExportError."""
     model, checkpoint, random_weights, decoder, preset, text_encoder, loras = means
+    if not any(map(is_hub_name, (*checkpoint, decoder, text_encoder, *(lora.path for lora in loras)))):
+        return means  # and torch is loaded later, behind the first line on the screen
+    from .hub.places import local_checkpoints, local_loras
+    from .hub.repository import silent
+
+    say = (told or silent) if downloads else None
     checkpoint = local_checkpoints(checkpoint, parts, say)
     others = (None if path is None else local_checkpoints([path], say=say)[0] for path in (decoder, text_encoder))
     decoder, text_encoder = others

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ExportError
 from ..hub.places import local_checkpoints, local_loras
+from ..hub.repository import silent
 from ..loras import LoraFile
 from ..sources.source import Source
 from . import FAMILIES, Request, find_preset, models, presets
@@ -33,7 +34,7 @@ def open_source(
     `hub.name`), which is downloaded then.
     """
     given = tuple(map(Path, [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint or ()))
-    paths = local_checkpoints(given, say=_silent)
+    paths = local_checkpoints(given, say=silent)
     if model is None:
         model = _found_in(paths)
     candidates = [
@@ -48,18 +49,14 @@ def open_source(
         which = model or "this checkpoint"
         raise ExportError(f"the preset {preset} is for {found.about}, and {which} is not: choose among {possible}.")
     others = [
-        None if path is None else local_checkpoints([Path(path)], say=_silent)[0] for path in (decoder, text_encoder)
+        None if path is None else local_checkpoints([Path(path)], say=silent)[0] for path in (decoder, text_encoder)
     ]
     source = fitting[0].open(Request(model, paths, random_seed, *others))
     if not loras:
         return source
     from ..sources.loras import with_loras
 
-    return with_loras(source, local_loras(loras, _silent))
-
-
-def _silent(_: str) -> None:
-    """A program that names a repository knows that it is downloaded."""
+    return with_loras(source, local_loras(loras, silent))
 
 
 def _found_in(paths: Sequence[Path]) -> str | None:

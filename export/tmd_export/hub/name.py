@@ -28,9 +28,9 @@ class HubName:
         return f"{_SCHEME}{self.repo}{revision}" + ("" if self.file is None else f"/{self.file}")
 
 
-def is_hub_name(path: Path) -> bool:
+def is_hub_name(path: Path | None) -> bool:
     """Whether the user means the hub; a file on the disk with such a name is `./hf:...`."""
-    return str(path).startswith(_SCHEME)
+    return path is not None and str(path).startswith(_SCHEME)
 
 
 def parse_hub_name(path: Path) -> HubName:

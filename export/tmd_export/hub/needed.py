@@ -88,8 +88,9 @@ def _of_all(hollow: Path, name: HubName, without: Collection[str]) -> Iterator[P
         if (hollow / MODEL_INDEX).is_file() or not _weights(hollow):
             raise
         raise ExportError(f"{error} {_choices(hollow, name)}") from None
+    indexed = (hollow / MODEL_INDEX).is_file()  # then the same again at the root, in the original layout, is passed by
     for one in found.weights:
-        if _model(one, found, hollow) not in without:
+        if _model(one, found, hollow) not in without and not (indexed and one.files[0].parent == hollow):
             yield from _with_documents(one)
     if found.tokenizer is not None and "text_encoder" not in without:
         yield found.tokenizer

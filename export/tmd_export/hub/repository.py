@@ -9,8 +9,9 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ _INSTALL = "pip install 'tmd-runtime[hub]'"
 _CLIENTS = ("httpx", "httpx2", "requests")  # whose errors the library lets through
 
 
+def silent(_: str) -> None:
+    """For `say`: not a word, and no bars."""
+
+
 class Repository:
     """The files of `name` at the commit that its revision is now; without a network, at the one that it was when it was
     downloaded."""
@@ -40,10 +45,9 @@ class Repository:
             self._revision: Any = huggingface_hub.HfApi().resolve_revision(name.repo, revision=name.revision)
             with _silently():
                 self.folder = self._take(documents)
-            files = huggingface_hub.get_cached_repo_tree(name.repo, revision=self._revision)
-        if len(files) > _MAX_FILES or not all(is_plain(file.path) for file in files):
+            self.sizes = self._listed()
+        if len(self.sizes) > _MAX_FILES or not all(map(is_plain, self.sizes)):
             raise ExportError(f"{name} has more than {_MAX_FILES} files, or one whose name leads out of it: not read.")
-        self.sizes = {file.path: file.size for file in files}
 
     def __str__(self) -> str:
         return str(HubName(self.name.repo, self._revision.resolved))
@@ -64,7 +68,8 @@ class Repository:
                 "on a larger disk."
             )
         say(f"{what} into {cache}.")
-        with _in_our_words(self.name):
+        shown = say is not silent and sys.stderr.isatty()
+        with _in_our_words(self.name), nullcontext() if shown else _silently():
             self._take(files)
 
     def absent(self, files: Sequence[str]) -> str | None:
@@ -72,6 +77,18 @@ class Repository:
         absent = [file for file in files if not (self.folder / file).is_file()]
         size = sum(self.sizes[file] for file in absent)
         return f"{_counted(absent)}, {format_size(size)} ({', '.join(absent[:6])})" if absent else None
+
+    def _listed(self) -> dict[str, int]:
+        """Bytes of each file, as the hub lists them; without a network, and where an older version of the library made
+        the cache, of those that are there."""
+        from huggingface_hub import errors, get_cached_repo_tree
+
+        try:
+            files = get_cached_repo_tree(self.name.repo, revision=self._revision)
+        except errors.CachedRepoTreeNotFoundError:
+            there = (path for path in self.folder.rglob("*") if path.is_file())
+            return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in there}
+        return {file.path: file.size for file in files}
 
     def _sweep(self) -> None:
         """Removes what is left of files whose download was killed: the library begins those anew, and never ends these.

@@ -25,6 +25,7 @@ from tmd_export.checkpoints.hub_cache import inside_cache
 from tmd_export.cli import command
 from tmd_export.hub.name import HubName, parse_hub_name
 from tmd_export.hub.places import local_checkpoints, local_loras
+from tmd_export.hub.repository import silent
 from tmd_export.loras import parse_lora
 from tmd_export.parts import TWO_TRANSFORMERS, VIDEO_PARTS
 from tmd_export.sources.experts import TwoTransformers
@@ -133,6 +134,21 @@ def test_of_a_repository_of_diffusers_the_shards_and_the_scheduler(hub: Hub) -> 
     assert small(folder).default_parts == VIDEO_PARTS
 
 
+def test_of_both_layouts_in_one_repository_one_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.repos[DIFFUSERS], tmp_path / "both")
+    for file in ("diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
+        shutil.copy(hub.repos[OFFICIAL] / file, folder)
+    hub.repos["some/both"] = folder
+    (place,) = local("hf:some/both")
+    assert not any(name.count("/") == 0 and name.endswith((".safetensors", ".pth")) for name in hub.downloads())
+    assert small(place).default_parts == VIDEO_PARTS
+
+
+def test_quiet_is_quiet(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    local_checkpoints([Path(f"hf:{OFFICIAL}")], None, silent)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_only_the_parts_that_are_exported_are_downloaded(hub: Hub) -> None:
     local(f"hf:{OFFICIAL}", parts=("backbone", "flow_head"))
     assert set(hub.downloads()) == {"diffusion_pytorch_model.safetensors", "config.json"}
@@ -237,6 +253,15 @@ def test_offline_the_cache_serves_what_is_complete(hub: Hub, monkeypatch: pytest
     assert local(f"hf:{OFFICIAL}") == online
     for name in (DIFFUSERS, MANY):
         assert "HF_HUB_OFFLINE is set" in refusal(lambda name=name: local(f"hf:{name}"))  # type: ignore[misc]
+
+
+def test_offline_a_cache_of_an_older_library_serves_what_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a one has no list of all files of the repository."""
+    (folder,) = online = local(f"hf:{OFFICIAL}")
+    shutil.rmtree(folder.parents[1] / "trees")
+    monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert local(f"hf:{OFFICIAL}") == online
 
 
 def test_a_disk_that_is_too_small_is_said_before(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
