@@ -190,7 +190,8 @@ def allocated() -> float | None:
 @main.command()
 @click.option("--videos", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--engines", default="onnxruntime,openvino", show_default=True)
-def soak(videos: int, engines: str) -> None:
+@click.option("--every", type=click.IntRange(1), default=100, show_default=True, help="Videos until the next length.")
+def soak(videos: int, engines: str, every: int) -> None:
     """Make many videos of the built-in model in one process, on each engine in turn, and print its memory."""
     import tmd_runtime
 
@@ -199,14 +200,15 @@ def soak(videos: int, engines: str) -> None:
         start = perf_counter()
         for number in range(1, videos + 1):
             pipeline = list(pipelines.values())[number % len(pipelines)]
-            frames = 5 + 4 * (number // 100 % 3)
+            frames = 5 + 4 * (number // every % 3)
             result = pipeline("a red circle moving right", seed=number, frames=frames, size=(32, 32))
             ending = (".mp4", ".gif", ".png", "")[number // 2 % 4]
             tmd_runtime.write_video(Path(folder) / f"v{ending}", result.frames, result.fps)
-            if number in (10, 50, 100) or number % 100 == 0:
+            if number in (10, 50) or number % 100 == 0 or number == videos:
                 (memory, files), given = resident(), allocated()
                 told = "" if given is None else f", {given:.1f} MB of it in use"
-                click.echo(f"{number:5} videos, {perf_counter() - start:7.1f} s: {memory:.1f} MB{told}, {files} files")
+                click.echo(f"{number:5} videos, {perf_counter() - start:7.1f} s: {memory:.1f} MB{told}, {files} files, "
+                           f"{len(Path('/proc/self/maps').read_text().splitlines())} mappings")  # fmt: skip
         for pipeline in pipelines.values():
             pipeline.close()
 

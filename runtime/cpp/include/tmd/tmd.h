@@ -231,7 +231,8 @@ typedef struct tmd_progress {
   double fraction;  /* of the whole call, by counted steps: 0 to 1, never falling */
 } tmd_progress;
 
-/* Called after each step. Returns 0 to go on; anything else ends the call with TMD_CANCELLED. */
+/* Called after each step. Returns 0 to go on; anything else ends the call with TMD_CANCELLED. A callback ends by
+ * returning: longjmp out of it would leave the library's locks taken and its memory behind. */
 typedef int (*tmd_progress_fn)(void* user, const tmd_progress* progress);
 
 /* Called with `count` pictures from number `first` on, uint8 [count, height, width, 3], as they are decoded. The memory
