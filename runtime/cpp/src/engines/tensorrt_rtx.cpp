@@ -16,7 +16,6 @@ namespace {
 
 using nvinfer1::EngineInvalidityDiagnostics;
 
-constexpr const char* kStage[] = {"backbone", "flow_head", "update"};  // on the GPU together in TMD_MEMORY_LOW
 constexpr Capability kServerCards[] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}};
 
 struct Reason {
@@ -60,12 +59,7 @@ std::string refusal(const std::string& precision, Capability gpu) { return refus
 PlanTarget target_of(const std::string& version, const Cuda&) { return {kEngine, version, "any", "rtx", false}; }
 
 std::uint64_t weights_beside(const Manifest& manifest, const std::string& graph) {
-  const bool in_stage = std::find(std::begin(kStage), std::end(kStage), graph) != std::end(kStage);
-  std::uint64_t bytes = 0;
-  for (const auto& [name, info] : manifest.graphs)
-    if (name == graph || (in_stage && std::find(std::begin(kStage), std::end(kStage), name) != std::end(kStage)))
-      bytes += stored_bytes(manifest, info);
-  return bytes;
+  return stored_bytes_together(manifest, graph);
 }
 
 std::string refusal_of_plan(const nvinfer1::IRuntime& runtime, std::string_view plan) {
