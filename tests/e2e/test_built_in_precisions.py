@@ -11,43 +11,20 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import onnx
-import onnx_ir
 import pytest
-import torch
-from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers.shipped_graphs import not_traced
 from tmd_engines import Bundle, load
 from tmd_engines.command.verify import MAX_ERROR_FP32, MIN_COSINE
-from tmd_export import export_bundle, graph_export, open_source
-from tmd_export.graphs.graph import Graph
+from tmd_export import export_bundle, open_source
 from tmd_export.quantization.calibration import Sensitivity, read_calibration
 from tmd_export.quantization.quantizer import Quantizer
-from tmd_export.weights.weights import Weights
 from tmd_ref.wan import rope_tables
 from tmd_runtime.built_in import BUILT_IN
 
 RUNS = [("onnxruntime", precision) for precision in ("fp32", "fp16", "bf16", "int8", "fp8")]
 RUNS += [("openvino", precision) for precision in ("fp32", "bf16", "int8")]
-TYPES = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
 DIMS = {"batch": 1, "frames": 5, "height": 8, "width": 8, "text": 32, "tokens": 80}
-
-
-def traced(graph: Graph, weights: Weights) -> onnx_ir.Model:
-    """The shipped graph with the type of `weights` where it has float16."""
-    low = {TYPES.get(dtype, TensorProto.FLOAT) for _, dtype in weights.specs.values()} - {TensorProto.FLOAT}
-    wanted = low.pop() if low else TensorProto.FLOAT
-    model = onnx.load(BUILT_IN / f"{graph.name}.onnx")
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(wanted))
-            tensor.CopyFrom(helper.make_tensor(tensor.name, wanted, values.shape, values.tobytes(), raw=True))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = wanted
-    del model.graph.value_info[:]
-    return onnx_ir.from_proto(model)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +34,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     calibration: Any = ("a red circle moving right on a black background",)
     none_kept = Sensitivity(everything=0.0, chosen=0.0, layers={}, kept=())  # as it is by docs/precision.md
     with (
-        patch.object(graph_export, "trace", traced),
+        not_traced(BUILT_IN),
         patch.object(Quantizer, "_measure_layers", lambda *_: none_kept),
         patch.object(Quantizer, "_hold_out", lambda *_: None),
     ):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
+from tests.helpers.shipped_graphs import retyped
 from tmd_engines import Bundle, EngineError
 from tmd_engines.bundle.graph_file import parse_graph
 from tmd_engines.command.sizes import input_shapes, run_sizes
@@ -59,32 +59,12 @@ def build_graph(
     path = bundle.graph_path(graph)
     model = parse_graph(bundle.read_graph(graph), str(path))
     if precision is not None:
-        model = retyped(model, bundle.folder, precision)
+        model = retyped(model, bundle.folder, TYPES[precision])
     every = [run_sizes(bundle, graph, *size) for size in sizes]
     shapes = [input_shapes(bundle, graph, each[-1]) for each in every]
     shapes[0] = input_shapes(bundle, graph, every[0][0]) if len(sizes) > 1 else shapes[0]
     ranges = between(*shapes) if len(shapes) > 1 else exactly(shapes[0])
     return lowered_graph(model, largest(ranges), version, str(path)), ranges
-
-
-def retyped(model: onnx.ModelProto, folder: Path, precision: str) -> onnx.ModelProto:
-    """A graph in float16 as tmd-export writes it in another precision, with its weights inside."""
-    wanted = TYPES[precision]
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    for tensor in made.graph.initializer:
-        values = numpy_helper.to_array(tensor, str(folder))
-        if tensor.data_type == TensorProto.FLOAT16:
-            values = values.astype(helper.tensor_dtype_to_np_dtype(wanted))
-            tensor.data_type = wanted
-        inside = helper.make_tensor(tensor.name, tensor.data_type, values.shape, values.tobytes(), raw=True)
-        tensor.CopyFrom(inside)
-    for node in made.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = wanted
-    del made.graph.value_info[:]
-    return made
 
 
 def refusal(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]], targets: tuple[str, ...] = ()) -> str | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..bundle.manifest import Manifest, TensorSpec
     from ..bundle.reader import Bundle
 
-__all__ = ["STAGES", "TOGETHER", "Estimate", "StageEstimate", "available_bytes", "estimate"]
+__all__ = ["STAGES", "TOGETHER", "Estimate", "StageEstimate", "available_bytes", "estimate", "together_with"]
 
 Memory = Literal["all", "low"]
 
@@ -43,7 +43,6 @@ STAGES = {
 counted there."""
 
 BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
-# Loaded at the same time in memory mode "low".
 TOGETHER = (
     ("encoder",),
     ("text_encoder",),
@@ -51,6 +50,13 @@ TOGETHER = (
     ("backbone_2", "flow_head_2", "update"),
     ("decoder",),
 )
+"""The stages that are loaded at the same time in memory mode "low"."""
+
+
+def together_with(graph: str) -> tuple[str, ...]:
+    """The graphs, this one among them, that are loaded at the same time in memory mode "low"."""
+    graphs = (tuple(each for stage in stages for each in STAGES[stage]) for stages in TOGETHER)
+    return next((each for each in graphs if graph in each), (graph,))
 
 
 @dataclass(frozen=True)

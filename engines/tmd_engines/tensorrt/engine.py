@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import Bundle
-from ..cost.sizing import TOGETHER
+from ..cost.sizing import together_with
 from ..device.array import DeviceArray
 from ..device.engine import DeviceEngine, Shapes
 from ..device.gpu import has_cuda_bindings, has_gpu, split_device
@@ -113,11 +113,12 @@ class TensorRtEngine(DeviceEngine):
         if reason is not None:
             raise EngineError(f"Graph {graph} does not run on {self._device.name}: {reason}.")
         self._plans = GraphPlans(bundle, graph, self.library)
-        self._weights = sum(_weight_bytes(bundle, each) for each in self._beside(bundle, graph))
+        self._weights = sum(_weight_bytes(bundle, each) for each in self.beside(bundle, graph))
         self._folder: PlanFolder | None = None
         self._loaded: tuple[dict[str, str], LoadedPlan] | None = None
 
-    def _beside(self, bundle: Bundle, graph: str) -> Iterable[str]:
+    @classmethod
+    def beside(cls, bundle: Bundle, graph: str) -> Iterable[str]:
         """The graphs whose weights are on the GPU together with this one's: at worst, all."""
         return bundle.manifest.graphs
 
@@ -217,11 +218,11 @@ class TensorRtForRtxEngine(TensorRtEngine):
     library = FOR_RTX
     package, install = FOR_RTX.module, FOR_RTX.install
 
-    def _beside(self, bundle: Bundle, graph: str) -> Iterable[str]:
+    @classmethod
+    def beside(cls, bundle: Bundle, graph: str) -> Iterable[str]:
         """Those of its stage: consumer cards hold large models one stage after the other, and a plan made ahead of time
         serves cards that could hold more."""
-        names = next((names for names in TOGETHER if graph in names), (graph,))
-        return [name for name in names if name in bundle.manifest.graphs]
+        return [name for name in together_with(graph) if name in bundle.manifest.graphs]
 
     @classmethod
     def prefers(cls, info: GraphInfo) -> bool:

@@ -101,7 +101,7 @@ def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = Fals
     weights are read from the file when they are used, for graphs that nearly fill the memory.
     """
     as_stored = as_stored or bundle.graph_info(name).precision != "fp32"
-    worst, scaled, cosine, max_levels, changed, total = 0.0, 0.0, 1.0, 0, 0, 0
+    worst, scaled, least, max_levels, changed, total = 0.0, 0.0, 1.0, 0, 0, 0
     squares = [0.0, 0.0]  # of differences and of values
     with OnnxRuntimeEngine(bundle, name, "cpu", None, as_stored=as_stored) as engine:
         for case in cases:
@@ -121,11 +121,11 @@ def measure(bundle: Bundle, name: str, cases: list[Case], as_stored: bool = Fals
                     squares[0] += float(np.square(found - expected, dtype=float).sum())
                     squares[1] += float(np.square(expected, dtype=float).sum())
                 pairs = zip(np.split(found, case.calls), np.split(expected, case.calls), strict=True)
-                cosine = min(cosine, *(_cosine(one, other) for one, other in pairs))
+                least = min(least, *(cosine(one, other) for one, other in pairs))
     precision = bundle.graph_info(name).precision
     scope = "" if precision == "fp32" else f"values rounded to {precision}"
     relative = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
-    return Accuracy(worst, cosine, max_levels, changed, total, scope=scope, scaled_error=scaled, relative_l2=relative)
+    return Accuracy(worst, least, max_levels, changed, total, scope=scope, scaled_error=scaled, relative_l2=relative)
 
 
 def check(name: str, found: Accuracy, precision: str) -> None:
@@ -149,7 +149,8 @@ def check(name: str, found: Accuracy, precision: str) -> None:
         raise ExportError(f"{name} on ONNX Runtime differs from the reference: {problem}. {remedy}")
 
 
-def _cosine(found: np.ndarray, expected: np.ndarray) -> float:
+def cosine(found: np.ndarray, expected: np.ndarray) -> float:
+    """Of all values, as one vector. Of two that are nothing but zeros it is 1."""
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms else float(not a.any() and not b.any())

@@ -233,11 +233,13 @@ class Quantizer:
         tell("calibrate")
         info = bundle.graph_info(part)
         rounded = Rounded(bundle.graph_path(part), precision, calibration.ranges[part], self._family.products)
-        together = stacked(info.inputs, info.outputs, self._passes[part][self._usual_steps])
-        passes = [(given, expected) for given, expected, _ in together]
-        table = (lambda: Contributions(rounded)(passes)) if self._keep_layers else None
+        by_steps = {steps: stacked(info.inputs, info.outputs, each) for steps, each in self._passes[part].items()}
+        passes = by_steps.pop(self._usual_steps)
+        others = [] if self._large else [each for group in by_steps.values() for each in group]
+        compared = [(given, expected) for given, expected, _ in passes]
+        table = (lambda: Contributions(rounded)(compared)) if self._keep_layers else None
         try:
-            return measure(rounded, passes, table, not self._large, goal=FORMATS[precision].budget)
+            return measure(rounded, passes, table, not self._large, goal=FORMATS[precision].budget, others=others)
         finally:
             rounded.close()
 

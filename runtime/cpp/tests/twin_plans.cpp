@@ -27,6 +27,8 @@ json answer_about_plans(const json& question) {
     return {{"ok", plan_key(bundle, bundle.graph(question.at("graph"), "be asked"), question.at("shapes"), target)}};
   }
   if (what == "file") return {{"ok", plan_file_name(key())}};
+  if (what == "bytes_together")
+    return {{"ok", stored_bytes_together(Bundle::open(question.at("bundle")).manifest, question.at("graph"))}};
   if (what == "cache") return {{"ok", plan_cache_folder(question.at("cache"))}};
   if (what == "find") return found(find_plan(folder, key()));
   if (what == "load") {

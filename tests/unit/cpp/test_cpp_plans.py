@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.built_in import BUNDLES
 from tests.helpers.cpp_tools import twin
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle
 from tmd_engines.command.sizes import input_shapes, run_sizes
 from tmd_engines.device.plan_cache import PlanCache, cache_folder
+from tmd_engines.tensorrt.engine import TensorRtForRtxEngine
 from tmd_engines.tensorrt.plans import plan_key
 from tmd_engines.tensorrt.profile import exactly
 from tmd_engines.tensorrt.settings import BuildSettings
@@ -155,3 +157,14 @@ def test_damaged_renamed_and_linked_entries_are_none(tmp_path: Path) -> None:
     assert find(folder, key) == b"plan"
     folder.chmod(0o777)
     assert "can be written by others" in find(folder, key)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tim-tiny"])
+def test_the_weights_of_a_stage_are_those_that_python_counts(name: str) -> None:
+    """By them plans stream their weights; one decoder's are not all that its stage has on the GPU."""
+    bundle = Bundle.open(BUNDLES / name)
+    for graph in bundle.manifest.graphs:
+        together = [bundle.graph_info(each) for each in TensorRtForRtxEngine.beside(bundle, graph)]
+        files = [file for info in together for file in (info.file, info.data) if file]
+        size = sum(bundle.manifest.files[file].size for file in files)
+        assert twin().ask("plan_bytes_together", bundle=str(bundle.folder), graph=graph)["ok"] == size

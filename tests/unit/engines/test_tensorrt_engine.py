@@ -26,9 +26,10 @@ from tmd_engines.registry import choose
 from tmd_engines.tensorrt import engine as module
 from tmd_engines.tensorrt import library
 from tmd_engines.tensorrt.folder import PlanFolder
-from tmd_engines.tensorrt.plans import GraphPlans
+from tmd_engines.tensorrt.plans import GraphPlans, open_cache
 
 SMALL, LARGE = (64, 64, 5), (128, 64, 9)
+DECODERS = ("decoder_first", "decoder_step")
 
 
 class Gpu(NamedTuple):
@@ -89,6 +90,7 @@ class World:
         self.kernels: list[bytes | None] = []
         self.said: list[str] = []
         self.not_recordable: str | None = None
+        self.no_memory = False  # for another execution context
         monkeypatch.setenv("TMD_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("tmd_engines.tensorrt.library.use", lambda used: None)
         monkeypatch.setattr(module, "use", lambda used: None)
@@ -130,6 +132,8 @@ class World:
 
 class Plan:
     def __init__(self, world: World, loaded: str, shapes: Mapping[str, tuple[int, ...]], kernels: bytes | None) -> None:
+        if world.no_memory:
+            raise EngineError("TensorRT has no memory for another execution context.")
         self.world, self.loaded = world, loaded
         world.kernels.append(kernels)
         self.scratch = int(max(np.prod(shape) for shape in shapes.values()))
@@ -304,6 +308,19 @@ def test_folder_of_plans_is_complete_or_not_there(
         world.engine(plans=tmp_path)
 
 
+def test_a_plan_whose_context_failed_is_looked_for_anew(world: World) -> None:
+    """The next time another plan may lie there under the same key."""
+    engine = world.engine()
+    world.no_memory = True
+    with pytest.raises(EngineError, match="no memory"):
+        bound(engine, SMALL)
+    world.no_memory = False
+    (key,) = open_cache().known()
+    open_cache().store(key, b"another plan")
+    bound(engine, SMALL)()
+    assert world.loaded == [world.built[0].encode(), b"another plan"] and world.runs[0][0] == "another plan"
+
+
 def test_an_engine_without_plans_says_so() -> None:
     with pytest.raises(EngineError, match="takes no plans"):
         load(Bundle.open(BUILT_IN), "update", "onnxruntime", plans="somewhere")
@@ -340,6 +357,10 @@ def test_weights_are_streamed_where_those_of_a_stage_do_not_fit(world: World) ->
         assert world.engine("backbone").settings().weight_streaming == streams
         assert world.engine("backbone", "tensorrt").settings().weight_streaming
         assert not world.engine("text_encoder").settings().weight_streaming
+    decoders = [files[f"{graph}.onnx"].size + files[f"{graph}.onnx.data"].size for graph in DECODERS]
+    for room, streams in ((1.3, False), (1.1, True)):
+        world.gpu = Gpu(memory=int(room * sum(decoders)))
+        assert [world.engine(graph).settings().weight_streaming for graph in DECODERS] == [streams, streams]
 
 
 def test_turing_is_refused_before_anything_is_built(world: World) -> None:

@@ -63,7 +63,7 @@ def choose(errors: Mapping[str, float], parts: Mapping[str, float] | None, alway
         factors = np.array([1 + errors[name] * (name not in kept) for name in errors], np.float32)
         return {"y": np.diag(factors)}
 
-    passes: list[Any] = [({}, expected)]
+    passes = [Pass({}, expected)]
     return sensitivity.measure(compute, passes, None if parts is None else lambda: parts, always), len(trials)
 
 
@@ -82,6 +82,28 @@ def test_the_worst_layers_are_kept_until_the_rest_is_good_enough() -> None:
     unmeasured, trials = choose(errors, None)
     assert not unmeasured.layers and not unmeasured.kept and trials == 1
     assert unmeasured.chosen == found.everything > sensitivity.GOAL
+
+
+@pytest.mark.parametrize("where", ["in the same run", "in a run of its own", "of another number of steps"])
+def test_no_call_is_left_behind_by_a_small_error_of_all_together(where: str) -> None:
+    """The layer b turns the result of one call, which is small beside the others'."""
+    large, small = np.full((1, 4), 100, np.float32), np.ones((1, 4), np.float32)
+    turned = np.array([[1.2, 0.8, 1.2, 0.8]], np.float32)
+
+    def compute(inputs: Mapping[str, np.ndarray], kept: Collection[str]) -> dict[str, np.ndarray]:
+        y = inputs["y"] * (1 if "a" in kept else 1.001)
+        return {"y": y if "b" in kept else np.where(np.abs(y) < 2, y * turned, y)}
+
+    if where == "in the same run":
+        both = {"y": np.concatenate((large, small))}
+        passes, others = [Pass(both, both, 2)], []
+    else:
+        passes, others = [Pass({"y": large}, {"y": large})], [Pass({"y": small}, {"y": small})]
+        if where == "in a run of its own":
+            passes, others = passes + others, []
+    table = {"a": 0.001, "b": 0.002}
+    found = sensitivity.measure(compute, passes, lambda: table, others=others)
+    assert found.kept == ("b",) and found.everything < 0.01
 
 
 @pytest.mark.parametrize("precise", [True, False])

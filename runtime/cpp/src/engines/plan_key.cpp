@@ -1,5 +1,7 @@
 #include "engines/plan_key.hpp"
 
+#include <algorithm>
+
 #include "base/ascii.hpp"
 #include "base/quote.hpp"
 
@@ -128,6 +130,22 @@ std::string graph_name(const Bundle& bundle, const GraphInfo& info) {
 
 std::uint64_t stored_bytes(const Manifest& manifest, const GraphInfo& info) {
   return manifest.files.at(info.file).size + (info.data ? manifest.files.at(*info.data).size : 0);
+}
+
+std::uint64_t stored_bytes_together(const Manifest& manifest, const std::string& graph) {
+  static const std::vector<std::string> kStages[] = {{"backbone", "flow_head", "update"},
+                                                     {"backbone_2", "flow_head_2", "update"},
+                                                     {"decoder_first", "decoder_step"}};
+  std::vector<std::string> together = {graph};
+  const auto stage = std::find_if(std::begin(kStages), std::end(kStages), [&](const auto& each) {
+    return std::find(each.begin(), each.end(), graph) != each.end();
+  });
+  if (stage != std::end(kStages)) together = *stage;
+  std::uint64_t bytes = 0;
+  for (const std::string& name : together)
+    if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end())
+      bytes += stored_bytes(manifest, found->second);
+  return bytes;
 }
 
 PlanKey plan_key(const Bundle& bundle, const GraphInfo& info, const Shapes& inputs, const PlanTarget& target) {

@@ -44,6 +44,9 @@ std::string graph_name(const Bundle& bundle, const GraphInfo& info);
 // Bytes of a graph's files.
 std::uint64_t stored_bytes(const Manifest& manifest, const GraphInfo& info);
 
+// The same of all graphs that are on the GPU together with this one, itself included, in TMD_MEMORY_LOW.
+std::uint64_t stored_bytes_together(const Manifest& manifest, const std::string& graph);
+
 // One text for each field in which the key of a plan is not the wanted one: "engine: tensorrt-rtx 1.6 there,
 // tensorrt-rtx 1.7.1.116 here". The sizes may be a range that has the wanted ones in it.
 std::vector<std::string> differences(const PlanKey& there, const PlanKey& wanted);

@@ -112,15 +112,15 @@ PrivateFolder::PrivateFolder(const std::string& within) {
 
 PrivateFolder::~PrivateFolder() {
   if (folder_.empty()) return;
-  for (const std::string& name : names_) ::unlink((folder_ + "/" + name).c_str());
+  for (const std::string& each : paths_) ::unlink(each.c_str());  // no new text: it could throw
   ::rmdir(folder_.c_str());
   if (lock_ >= 0) ::close(lock_);
 }
 
 bool PrivateFolder::write(const std::string& name, std::string_view content) {
   if (folder_.empty()) return false;
-  names_.push_back(name);
-  const int file = ::open(path(name).c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  paths_.push_back(path(name));
+  const int file = ::open(paths_.back().c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (file < 0) return false;
   while (!content.empty()) {
     const ssize_t count = ::write(file, content.data(), content.size());
@@ -133,8 +133,8 @@ bool PrivateFolder::write(const std::string& name, std::string_view content) {
 
 bool PrivateFolder::link(const std::string& source, const std::string& name) {
   if (folder_.empty()) return false;
-  names_.push_back(name);
-  return ::linkat(AT_FDCWD, source.c_str(), AT_FDCWD, path(name).c_str(), AT_SYMLINK_FOLLOW) == 0;
+  paths_.push_back(path(name));
+  return ::linkat(AT_FDCWD, source.c_str(), AT_FDCWD, paths_.back().c_str(), AT_SYMLINK_FOLLOW) == 0;
 }
 
 }  // namespace tmd::internal

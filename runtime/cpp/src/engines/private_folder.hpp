@@ -28,7 +28,7 @@ class PrivateFolder {
  private:
   std::string folder_;  // empty: there is none
   int lock_ = -1;       // -1: the file system has no locks
-  std::vector<std::string> names_;
+  std::vector<std::string> paths_;  // of the files in it
 };
 
 // Removes this user's folders of that kind in `parent` whose processes are gone. Where the file system has no locks,

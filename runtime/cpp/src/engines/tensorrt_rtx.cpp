@@ -16,9 +16,6 @@ namespace {
 
 using nvinfer1::EngineInvalidityDiagnostics;
 
-// On the GPU together in TMD_MEMORY_LOW.
-const std::vector<std::vector<std::string>> kStages = {{"backbone", "flow_head", "update"},
-                                                       {"backbone_2", "flow_head_2", "update"}};
 constexpr Capability kServerCards[] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}};
 
 struct Reason {
@@ -62,14 +59,7 @@ std::string refusal(const std::string& precision, Capability gpu) { return refus
 PlanTarget target_of(const std::string& version, const Cuda&) { return {kEngine, version, "any", "rtx", false}; }
 
 std::uint64_t weights_beside(const Manifest& manifest, const std::string& graph) {
-  const auto has = [](const std::vector<std::string>& stage, const std::string& name) {
-    return std::find(stage.begin(), stage.end(), name) != stage.end();
-  };
-  const auto stage = std::find_if(kStages.begin(), kStages.end(), [&](const auto& each) { return has(each, graph); });
-  std::uint64_t bytes = 0;
-  for (const auto& [name, info] : manifest.graphs)
-    if (name == graph || (stage != kStages.end() && has(*stage, name))) bytes += stored_bytes(manifest, info);
-  return bytes;
+  return stored_bytes_together(manifest, graph);
 }
 
 std::string refusal_of_plan(const nvinfer1::IRuntime& runtime, std::string_view plan) {
