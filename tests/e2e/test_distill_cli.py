@@ -52,6 +52,7 @@ def test_all_stages_run_and_give_a_checkpoint_for_export(made):
     assert again.exit_code == 0 and again.output.count("is there, skipped") == 9
 
 
+@pytest.mark.slow  # a minute, for settings that unit tests hold too
 def test_the_baseline_and_its_warm_up_share_data_and_teacher(made, tmp_path):
     run, _ = made
     baseline = [*SHORT, "student.head_blocks=0", "student.outer_steps=1", "stage1.objective=kd",

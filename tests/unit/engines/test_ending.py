@@ -79,7 +79,8 @@ def test_build_ends_in_a_compilation(tmp_path: Path, number: Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_doctor_ends_while_it_waits_for_a_driver(tmp_path: Path, number: Signals) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexec sleep 60\n")
+    # A moment first: a signal while the process is being started would leave it to itself.
+    program.write_text(f"#!/bin/sh\nsleep 0.5\ntouch {tmp_path}/asked\nexec sleep 600\n")
     program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with started([sys.executable, "-m", "tmd_engines", "doctor"], tmp_path, env=environment) as process:

@@ -251,7 +251,8 @@ def test_a_size_that_is_too_large_says_the_limit(size: str) -> None:
 
 def test_onnx_runtime_writes_nothing_before_our_error(tmp_path: Path, synthetic_bundle: Path) -> None:
     edit_graph(synthetic_bundle, impossible_transpose)
-    arguments = ["--prompt", "x", "--bundle", str(synthetic_bundle), "--engine", "onnxruntime", "--out", "v.png"]
+    bundle = ["--bundle", str(synthetic_bundle), "--memory", "all"]  # otherwise it is sized, and refused, before
+    arguments = ["--prompt", "x", *bundle, "--engine", "onnxruntime", "--out", "v.png"]
     done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "cannot load" in done.stderr
     assert "\x1b" not in done.stderr and all(line.startswith("tmd-run: ") for line in done.stderr.splitlines())
