@@ -15,6 +15,8 @@ from onnx import helper
 from tests.helpers.bundle_tools import edit_graph, move_behind_links, reseal
 from tests.helpers.cpp_tools import RUN, Twin, engine_options, onnxruntime_library, program, twin
 from tests.helpers.synthetic import (
+    GRAPHS,
+    SECOND,
     TEXT_DIM,
     TEXT_LENGTH,
     VOCABULARY,
@@ -34,6 +36,9 @@ BUNDLES: dict[str, Callable[[Path], Path]] = {
     "renoise": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(rule="renoise")),
     "unipc, guided": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler(steps=5, guidance=3.0)),
     "flow map, guided": lambda folder: write_synthetic_bundle(folder, sampler=flow_map_sampler(guidance=3.0)),
+    "two transformers": lambda folder: write_synthetic_bundle(
+        folder, (*GRAPHS, *SECOND), velocity_sampler(steps=4, guidance=3.0, boundary=0.875)
+    ),
     "tim": write_tim_bundle,
     "tim, guided": lambda folder: write_tim_bundle(folder, guidance=3.0),
 }
@@ -173,12 +178,12 @@ def test_openvino_reads_graphs_from_a_folder_of_our_own(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stand_in() -> tuple[Twin, str]:
-    """A twin that finds the stand-in for NVIDIA's libraries, and that stand-in."""
-    found = list((program("tmd_twin").parent / "fake_cuda").glob("libcudart.so.*"))
-    if not found:
+    """A twin that finds the stand-in for CUDA, and the stand-in for TensorRT."""
+    library = program("tmd_twin").with_name("libtmd_fake_tensorrt.so")
+    if not library.exists():
         pytest.skip("the engine tensorrt was built without NVIDIA's headers")
     engine_options("onnxruntime")
-    return Twin(LD_LIBRARY_PATH=str(found[0].parent)), str(found[0])
+    return Twin(LD_LIBRARY_PATH=str(library.parent / "fake_cuda")), str(library)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -210,6 +215,6 @@ def put_plans(there: Twin, bundle: Path, cache: Path, version: str) -> None:
     for name, graph in manifest.graphs.items():
         for rows in (1, 2):
             shapes = {spec.name: spec.resolve(batch=rows, **dims) for spec in graph.inputs}
-            target = {"version": version, "device": "Fake GPU", "capability": "9.0", "streaming": False}
+            target = {"version": version, "device": "Fake GPU", "capability": "12.0", "streaming": False}
             key = there.ask("plan_key", bundle=str(bundle), graph=name, shapes=shapes, **target)["ok"]
             PlanCache(cache / "tensorrt").store(key | {"lowered": "a" * 64}, f"{bundle}\n{name}".encode())
