@@ -210,8 +210,8 @@ The bundle appears under its name only when it is complete.""",
 @click.option(
     "--preset",
     type=click.Choice(tuple(presets())),
-    help="How a checkpoint without flow head is sampled: times, update rule, guidance.  [default: tmd for TMD "
-    "students, wan2.2-ti2v for Wan2.2-TI2V-5B, wan for all others]",
+    help="How a checkpoint is sampled: times, update rule, guidance.  [default: what its folder says, else that of the "
+    "model it was made from; --inspect shows it]",
 )
 @click.option(
     "--grid",

@@ -34,11 +34,12 @@ class Stopped(KeyboardInterrupt):
 def run_program(command: Callable[[], object]) -> NoReturn:
     """Runs `command`, which ends by SystemExit, as the program."""
     _repair_streams()
-    seen: list[int] = []
-    reader = _watched(seen)
-    threading.Thread(target=_watch, args=(reader, seen), name="signals", daemon=True).start()
+    seen: list[int] = []  # by the thread that watches
+    raised: list[int] = []  # by the handler
     code: object = 0
     try:
+        reader = _watched(raised)
+        threading.Thread(target=_watch, args=(reader, seen), name="signals", daemon=True).start()
         command()
     except Stopped as stop:  # before the command could say where to go on
         code = stop.code
@@ -49,18 +50,19 @@ def run_program(command: Callable[[], object]) -> NoReturn:
         with suppress(OSError):
             os.write(2, f"tmd-distill: {error.strerror or error}.\n".lower().encode())
     _flush()
-    if seen:  # nobody waits for torch to give its memory back
-        os._exit(128 + seen[0])
+    if raised or seen:  # nobody waits for torch to give its memory back
+        os._exit(128 + (raised or seen)[0])
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     sys.exit(code)  # type: ignore[arg-type]
 
 
-def _watched(seen: list[int]) -> int:
+def _watched(raised: list[int]) -> int:
     """Puts the handling of signals in place; returns a descriptor that gives their numbers."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        raised.append(number)
         raise Stopped(number)
 
     reader, writer = os.pipe()

@@ -16,6 +16,7 @@ from ..errors import ExportError
 from .contents import named_models, refuse_incomplete, refuse_unused
 from .documents import read_document
 from .experts import has_experts, is_of_expert, refuse_experts_in
+from .hub_cache import in_snapshot
 from .tensors import CONTAINERS, Tensors, open_tensors
 
 WEIGHTS = CONTAINERS
@@ -107,6 +108,7 @@ def _inside_experts(folder: Path) -> list[Path]:
 
 def _unused(path: Path, weights: list[WeightFiles], given: Collection[Path]) -> tuple[str, ...]:
     used = {file for one in weights for file in (*one.files, *one.index)} | {path / name for name in TOKENIZERS}
+    used |= {index for index in path.rglob("*.safetensors.index.json") if _left_out(index)}
     loose = refuse_unused(path, used | set(given)) if weights else ()
     return (f"not used of {path}: {', '.join(loose)}.",) if loose else ()
 
@@ -120,7 +122,8 @@ def _weights(path: Path) -> list[WeightFiles]:
         for stem in stems:
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                weights.append(_sharded(index))
+                if not _left_out(index):
+                    weights.append(_sharded(index))
             elif (folder / f"{stem}.safetensors").is_file():
                 weights.append(WeightFiles((folder / f"{stem}.safetensors",)))
             elif shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
@@ -146,6 +149,15 @@ def _single(path: Path) -> Found:
     if path.suffix not in WEIGHTS:
         raise ExportError(f"{path} is no file of weights: those end in {', '.join(WEIGHTS)}.")
     return Found(path, (WeightFiles((path,)),), None)
+
+
+def _left_out(index: Path) -> bool:
+    """Whether an index is that of a model which was not downloaded from the hub: none of its shards is there."""
+    if not in_snapshot(index):
+        return False
+    weight_map = read_document(index, _MAX_INDEX).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return bool(names) and not any(isinstance(name, str) and (index.parent / name).exists() for name in names)
 
 
 def _sharded(index: Path) -> WeightFiles:

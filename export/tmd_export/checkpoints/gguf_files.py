@@ -82,7 +82,8 @@ def _library() -> Any:
         import gguf
     except ImportError:
         raise ExportError(
-            "GGUF files are read with the package gguf, which is not installed: pip install 'tmd-runtime[export]'."
+            "GGUF files are read with the package gguf, which is not installed: pip install '.[export]' in tmd's "
+            "checkout."
         ) from None
     return gguf
 

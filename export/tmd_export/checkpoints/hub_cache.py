@@ -39,6 +39,11 @@ def inside_cache(path: Path) -> Path:
     return snapshots[0]
 
 
+def in_snapshot(path: Path) -> bool:
+    """Whether a file lies in a cached repository, of which a part may have been left out on purpose."""
+    return _SNAPSHOT.search(path.absolute().as_posix()) is not None
+
+
 def called(path: Path) -> str:
     """What a file or folder is called in a manifest: its name, or that on the hub with its commit if it lies in the
     cache of one."""

@@ -87,7 +87,7 @@ class _Wan(Wan21):
     name = "wan"
     models = (*Wan21.models, "wan2.2-ti2v-5b")
     presets = PRESETS
-    known_by = "has not a flow head with inner steps"
+    known_by = "is a Wan transformer without inner flow"
     fusion = None
 
     def on_grid(self, sampler: Mapping[str, Any], grid: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .name import HubName, is_plain
 Say = Callable[[str], None]
 
 _MAX_FILES = 50_000
-_INSTALL = "pip install 'tmd-runtime[hub]'"
+_INSTALL = "pip install '.[hub]' in tmd's checkout"
 _CLIENTS = ("httpx", "httpx2", "requests")  # whose errors the library lets through
 
 

@@ -259,7 +259,8 @@ class WanLoop:
     def _let_go(self) -> None:
         """Forgets the active transformer, which is about to be closed."""
         self._transformers.clear()
-        self._bound.step = self._active = None  # type: ignore[assignment]  # until the next one is bound
+        # What they hold must go; `_active` comes back.
+        self._bound.step = self._active = None  # type: ignore[assignment]
 
     def _buffer(self, name: str, like: str = "latents") -> Any:
         """A buffer that only some runs need, made at its first use, of finite values."""

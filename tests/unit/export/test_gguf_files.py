@@ -188,6 +188,4 @@ def test_without_the_library_the_sentence_says_what_to_install(tmp_path: Path, m
 
     path = written(tmp_path / "a.gguf", info("a", (8,), F32, 0))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "the package gguf, which is not installed: pip install 'tmd-runtime[export]'" in refusal(
-        lambda: open_tensors([path])
-    )
+    assert "the package gguf, which is not installed: pip install '.[export]'" in refusal(lambda: open_tensors([path]))

@@ -235,6 +235,20 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub) -> None:
     assert small(folder).default_parts == VIDEO_PARTS
 
 
+def test_an_index_of_what_was_left_out_is_no_broken_download(hub: Hub, tmp_path: Path) -> None:
+    """Indexes come with every repository, and say what it holds; their shards only where they are needed."""
+    paths = local(saved_in(tmp_path / "rcm.safetensors", made.models().state("transformer")), f"hf:{DIFFUSERS}")
+    transformer = paths[1] / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    assert transformer.is_file() and not list(transformer.parent.glob("*.safetensors"))
+    assert small(*paths).default_parts == VIDEO_PARTS
+    shutil.rmtree(paths[1].parents[2])
+    (folder,) = local(f"hf:{DIFFUSERS}", parts=("backbone", "flow_head"))
+    assert (folder / "text_encoder" / "model.safetensors.index.json").is_file()
+    source = small(folder)
+    source.check(("backbone", "flow_head"))
+    assert "the download is incomplete" in refusal(lambda: source.check(("text_encoder",)))
+
+
 def test_what_a_killed_download_left_is_removed_by_the_next(hub: Hub) -> None:
     (folder,) = local(f"hf:{OFFICIAL}", parts=("backbone",))
     root = folder.parents[1]
@@ -289,7 +303,7 @@ def test_names_that_lead_out_of_a_repository_are_refused(hub: Hub, monkeypatch: 
 
 def test_without_the_library_one_command_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'tmd-runtime[hub]'" in refusal(lambda: local(f"hf:{OFFICIAL}"))
+    assert "pip install '.[hub]' in tmd's checkout" in refusal(lambda: local(f"hf:{OFFICIAL}"))
 
 
 # LoRAs and the cache

@@ -140,7 +140,11 @@ def test_wan22_itself_is_steered_as_wan21_with_shift_5() -> None:
     ("family", "name", "message"),
     [
         ("tmd", "rcm", "for rCM, .* this checkpoint has a flow head with inner steps: choose among tmd"),
-        ("wan", "tmd", "for a TMD student, and this checkpoint has not .*: choose among wan, rcm, lightx2v"),
+        (
+            "wan",
+            "tmd",
+            "for a TMD student, and this checkpoint is a Wan .*: choose among wan, rcm, lightx2v",
+        ),
         ("wan", "magic", "no preset 'magic': choose one of tmd, wan, rcm"),
     ],
 )

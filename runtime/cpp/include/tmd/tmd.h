@@ -249,13 +249,13 @@ typedef struct tmd_run_options {
   int32_t inner_steps;   /* inner steps of each, or TMD_DEFAULT */
   int32_t frames;        /* or TMD_DEFAULT */
   int32_t width, height; /* pixels; both or neither TMD_DEFAULT */
-  double guidance;       /* families "wan", "tim": weight of classifier-free guidance, 1: none; below 0: the bundle's */
-  double shift;          /* family "wan" with a free time grid: its warp, 1 or more; below 0: the bundle's */
-  const char* negative_prompt; /* families "wan", "tim" with guidance; NULL: the bundle's */
+  double guidance;       /* but for "tmd": weight of classifier-free guidance, 1: none; below 0: the bundle's */
+  double shift;          /* "anyflow", and "wan" with a free time grid: its warp, 1 or more; below 0: the bundle's */
+  const char* negative_prompt; /* with guidance; NULL: the bundle's */
   tmd_progress_fn on_progress; /* NULL: none */
   tmd_frames_fn on_frames;     /* NULL: none; called by tmd_generate and tmd_decode */
   void* user;                  /* handed to all three */
-  /* for family "tim" only */
+  /* schedule and deadline for families "tim" and "anyflow", the others for "tim" only */
   int32_t label;               /* the class to draw, of a model of classes; else TMD_DEFAULT */
   int32_t schedule_count;      /* of schedule */
   const double* schedule;      /* times that fall from 1 (or strength) to 0, in the place of steps; NULL: equal steps */

@@ -41,8 +41,8 @@ class AnyFlowLoop : public WanLoop {
     const bool planned = !settings.scheduled;
     const std::vector<double> grid = planned ? uniform_times(settings.steps) : settings.times;
     // The step that began at `began` is over when the next one is asked for.
-    return [&settings, &backbone, &flow_head, &costs, clock, end, planned, grid, at = grid.front(), done = std::int64_t{0},
-            began = 0.0](double& t, double& r) mutable {
+    return [&settings, &backbone, &flow_head, &costs, clock, end, planned, grid, at = grid.front(),
+            done = std::int64_t{0}, began = 0.0](double& t, double& r) mutable {
       if (done) costs.add(clock.seconds() - began);
       if (at <= 0) return false;
       const double cost = costs.cost(), left = end - clock.seconds();

@@ -1,4 +1,5 @@
-// Which steps a model takes that jumps from any time to any earlier one, when the time is limited; the twin of tmd_runtime/sampling/deadline.py.
+// Which steps a model takes that jumps from any time to any earlier one, when the time is limited; the twin of
+// tmd_runtime/sampling/deadline.py.
 #pragma once
 
 #include <algorithm>

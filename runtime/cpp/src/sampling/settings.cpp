@@ -121,8 +121,8 @@ void refuse_jumps(const tmd_run_options& options) {
 
 void refuse_pictures(const tmd_run_options& options) {
   if (options.strength >= 0 || options.init_latents)
-    refuse_usage("to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was "
-                 "made to hold one as its first frame too; here it makes videos of prompts alone.)");
+    refuse_usage("to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B "
+                 "was made to hold one as its first frame too; here it makes videos of prompts alone.)");
   if (options.rho >= 0) refuse_usage("rho is for Transition Models, and this is none: leave it out.");
 }
 

@@ -24,7 +24,8 @@ double choose_shift(const WanSampler& sampler, const tmd_run_options& options) {
 void resolve_model_guidance(const WanSampler& sampler, const tmd_run_options& options, Settings& settings) {
   resolve_guidance(options, sampler.guidance, sampler.negative_prompt, settings);
   if (sampler.guidance == 1 && settings.guidance != 1)
-    settings.warnings += "the model was distilled to do without guidance; it takes twice the time and may look worse.\n";
+    settings.warnings +=
+        "the model was distilled to do without guidance; it takes twice the time and may look worse.\n";
 }
 
 namespace {

@@ -108,7 +108,9 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
   return {bound_.x.read<float>(settings.latents_count()), times};
 }
 
-void WanLoop::tell(double t, double) { bound_.times["t"].fill(static_cast<float>(told_time(t, sampler_.time_rounding))); }
+void WanLoop::tell(double t, double) {
+  bound_.times["t"].fill(static_cast<float>(told_time(t, sampler_.time_rounding)));
+}
 
 WanLoop::Jumps WanLoop::jumps(const Settings& settings, Calls&, Calls&, Progress&, const std::function<void()>&) {
   return [&times = settings.times, done = std::size_t{0}](double& t, double& r) mutable {
