@@ -58,10 +58,16 @@ def named_models(folder: Path, experts: bool = False) -> tuple[str, ...]:
 def boundary_of(folder: Path) -> float | None:
     """The time below which the second of two transformers takes over, as `model_index.json` says; None if it does not.
 
-    Raises ExportError if it is no such time.
+    Raises ExportError if it is no such time, or if there is a second transformer and no time.
     """
     path = folder / MODEL_INDEX
-    ratio = read_document(path, _MAX_MODEL_INDEX).get("boundary_ratio") if path.is_file() else None
+    document = read_document(path, _MAX_MODEL_INDEX) if path.is_file() else {}
+    ratio = document.get("boundary_ratio")
+    if ratio is None and _means_something(document.get("transformer_2")):
+        raise ExportError(
+            f"{path} names transformer_2 and no boundary_ratio, which says when it takes over: copy it again, or put "
+            "the model's own there (0.875 for the text-to-video Wan2.2-A14B)."
+        )
     if ratio is not None and (type(ratio) not in (int, float) or not 0 < ratio <= 1):
         raise ExportError(
             f"{path} sets boundary_ratio to {quote(ratio)}: it is a time above 0, up to 1. Copy it again."

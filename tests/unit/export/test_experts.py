@@ -85,7 +85,7 @@ def test_the_boundary_is_the_folders_or_the_models_own(official: Path, tmp_path:
     for preset in (None, "wan2.2-a14b", "lightning"):
         assert sampling_of(source, preset).sampler["boundary"] == 0.9
     index = folder / "model_index.json"
-    for value in (0, 1.5, "0.9", True):
+    for value in (0, 1.5, "0.9", True, None):
         index.write_text(json.dumps(json.loads(index.read_text()) | {"boundary_ratio": value}))
         assert "boundary_ratio" in refusal(lambda: two(folder))
 
