@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <set>
 
+#include "base/saturating.hpp"
 #include "bundle/graph_shapes.hpp"
 
 namespace tmd::internal {
@@ -18,16 +19,6 @@ bool is_view(std::string_view op) { return is_one_of(op, {"Identity", "Reshape",
 // What these make of weights alone takes the place of the weights, and is counted with them.
 bool is_weight_form(std::string_view op) {
   return is_view(op) || is_one_of(op, {"Cast", "DequantizeLinear", "Transpose"});
-}
-
-std::uint64_t plus(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t sum;
-  return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
-}
-
-std::uint64_t times(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t product;
-  return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
 }
 
 // Which tensors are in memory after which node. A tensor belongs to a storage, named after its first tensor.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "autoencoder/tiles.hpp"
+#include "base/saturating.hpp"
 #include "bundle/graph_shapes.hpp"
 #include "engines/buffer.hpp"
 
@@ -13,17 +14,6 @@ namespace tmd::internal {
 namespace {
 
 constexpr std::uint64_t kProcess = 100'000'000;  // libraries before any graph
-
-// Sizes come from an untrusted manifest: what does not fit into 64 bits counts as very large.
-std::uint64_t plus(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t sum;
-  return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
-}
-
-std::uint64_t times(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t product;
-  return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
-}
 
 // Weights and buffers are known but for a factor of two; what lies between the nodes is counted.
 struct StageBytes {
