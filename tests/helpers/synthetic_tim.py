@@ -56,7 +56,8 @@ def flow_head(classes: bool) -> GraphBuilder:
     tokens = _add_time(g, _add_time(g, tokens, t), r)
     rotated = _rope(g, tokens, cos, sin)
     tokens = g.op("Add", tokens, g.attention(rotated, rotated, tokens))
-    tokens = g.op("Add", tokens, g.attention(tokens, context, context))
+    # A model of classes has one attention per block, and adds its single row.
+    tokens = g.op("Add", tokens, context if classes else g.attention(tokens, context, context))
     tokens = g.op("LayerNormalization", tokens, g.constant(np.ones(DIM)), axis=-1)
     volume = g.op("Reshape", g.op("Transpose", tokens, perm=[0, 2, 1]), grid)
     f = g.op("ConvTranspose", volume, g.weight(DIM, CHANNELS, 1, 2, 2), kernel_shape=[1, 2, 2], strides=[1, 2, 2])

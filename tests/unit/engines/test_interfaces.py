@@ -165,8 +165,8 @@ def test_patches_that_the_graphs_do_not_make_are_refused(name: str, patch: list[
     assert "model.patch_size" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tmd", "wan"])
-@pytest.mark.parametrize(("layers", "head"), [(0, 1), (1, 0), (2, 0), (1000, 0), (5, 5)])
+@pytest.mark.parametrize("name", ["tiny", "tim-tiny", "tmd", "wan", "tim", "classes"])
+@pytest.mark.parametrize(("layers", "head"), [(0, 1), (1, 0), (2, 0), (1000, 0), (5, 5), (8, 2), (8, 8), (-4, -1)])
 def test_shares_of_blocks_that_the_graphs_do_not_have_are_refused(
     name: str, layers: int, head: int, tmp_path: Path
 ) -> None:
