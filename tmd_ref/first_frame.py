@@ -9,6 +9,8 @@ of times per frame is enough.
 Letters in shapes as in `tmd_ref.wan`; `held` `[T]` is 1 for a held latent frame and 0 for the others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,11 @@ from tmd_ref.wan import WanTransformer, embed_time, time_sinusoid
 def embed_frames(module: nn.Module, t: Tensor, held: Tensor, freq_dim: int) -> tuple[Tensor, Tensor]:
     """The embeddings of 0 where a frame is held and of t elsewhere, by the layers of `module`.
 
-    t `[B]` in 0..1, held `[T]`. Returns e `[B, T, D]` and e0 `[B, T, 6, D]`. Both embeddings are selected and not mixed:
-    a factor is exactly 0 or 1.
+    t `[B]` in 0..1, held `[T]`. Returns e `[B, T, D]` and e0 `[B, T, 6, D]`. They are selected and not mixed: a factor
+    is exactly 0 or 1.
     """
-    layers = module.get_submodule("time_embedding"), module.get_submodule("time_projection")
+    layers: Any = module
+    layers = layers.time_embedding, layers.time_projection
     moving = embed_time(time_sinusoid(t, freq_dim), *layers)
     still = embed_time(_sinusoid_of_0(freq_dim, moving[0]), *layers)
     e, e0 = (

@@ -46,8 +46,8 @@ class Graph:
         return {**dims, "tokens": tokens}
 
     def random_inputs(self, seed: int, **dims: int) -> dict[str, Tensor]:
-        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, bytes, a ragged mask, the first
-        frame held."""
+        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, bytes, a ragged mask; the
+        first frame is held."""
         generator = torch.Generator().manual_seed(seed)
         sizes = self.sizes(**dims)
         angles: Tensor | None = None
