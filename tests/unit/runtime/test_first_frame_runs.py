@@ -105,7 +105,7 @@ def test_the_first_frame_is_held_and_the_next_run_holds_none(bundles: dict[str, 
             np.testing.assert_array_equal(video[0], expected)
         again = pipeline(PROMPT, init_latents=first, **wishes)
         np.testing.assert_array_equal(again.frames, made.frames)
-        assert made.stage_seconds["encode"] > 0 and again.stage_seconds["encode"] == 0
+        assert made.stage_seconds["encode"] > 0 and "encode" not in again.stage_seconds
 
 
 def test_without_a_picture_the_video_is_that_of_graphs_that_hold_none(bundles: dict[str, Path]) -> None:

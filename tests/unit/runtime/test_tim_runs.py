@@ -142,7 +142,7 @@ def test_a_run_from_a_picture_begins_at_its_strength(
         (
             "euler",
             {"strength": 0.5},
-            "start from a picture is for Transition Models.*first frame of a video for Wan2.2-TI2V-5B. This model does neith",
+            "start from a picture is for Transition Models.*first frame.*Wan2.2-TI2V-5B. This model does neither",
         ),
         ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
         ("text", {"label": 1}, "no numbered classes"),
