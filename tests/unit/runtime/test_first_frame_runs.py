@@ -154,7 +154,7 @@ def test_what_cannot_be_is_said_in_a_sentence(pipeline: Pipeline, bundles: dict[
 
 
 def test_an_estimate_counts_the_encoder_where_there_is_a_picture(pipeline: Pipeline) -> None:
-    sizes = {"width": 64, "height": 64, "frames": 5}
+    sizes: Any = {"width": 64, "height": 64, "frames": 5}
     assert "encoder" not in estimate(pipeline.bundle, **sizes).stages
     assert estimate(pipeline.bundle, **sizes, from_picture=True).stages["encoder"].calls == 1
     settings = pipeline.settings(frames=5, size=(64, 64))
