@@ -19,6 +19,7 @@ import tmd_runtime
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.bundle_tools import edit_manifest
 from tests.helpers.cpp_tools import in_cpp
+from tests.helpers.nvidia_builder import CANONICAL, PRIMITIVES, build_graph, figures_of, nvidia_builder
 from tmd_engines import Bundle
 from tmd_engines.command.verify import verify
 from tmd_engines.cost.sizing import estimate
@@ -233,6 +234,17 @@ def test_a_bundle_says_that_it_takes_a_picture(bundle: Bundle, folder: Path) -> 
     found = inspect(WanSource([folder], "small", **made.SIZES22), None, None)
     assert "encoder" in found["parts"] and not found["absent"]
     assert all(check.problem is None for check in verify(bundle, "onnxruntime", threads=1))
+
+
+def test_nvidias_builder_takes_the_graphs_of_a_held_frame(bundle: Bundle) -> None:
+    """TensorRT for RTX, in both lowerings, for one size and for a range."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install '.[rtx]'")
+    sizes = ((32, 32, 1), (64, 32, 5), (64, 64, 9))
+    with nvidia_builder():
+        for graph in bundle.manifest.graphs:
+            for version, some in ((CANONICAL, sizes[1:2]), (PRIMITIVES, sizes)):
+                model, ranges = build_graph(bundle, graph, version, some)
+                assert figures_of(model, ranges, str(bundle.graph_path(graph)))["plan"] > 1000
 
 
 def counted(run: Callable[[], object]) -> int:

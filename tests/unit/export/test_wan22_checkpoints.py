@@ -13,7 +13,7 @@ from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal, saved, small
 from tmd_export import WithLoras
 from tmd_export.families import FAMILIES, sampling_of
-from tmd_export.parts import VIDEO_PARTS
+from tmd_export.parts import PARTS, VIDEO_PARTS
 from tmd_export.presets.wan import PRESETS
 from tmd_export.sources.random_wan import RandomSource
 from tmd_export.sources.wan import WanSource
@@ -40,8 +40,8 @@ def small22(*paths: Path) -> WanSource:
 
 def test_both_layouts_give_the_same_weights(folder: Path) -> None:
     source = small22(folder)
-    source.check(VIDEO_PARTS)
-    assert source.default_parts == VIDEO_PARTS and source.model_entry()["architecture"] == "wan2.2-ti2v"
+    source.check(PARTS)
+    assert source.default_parts == PARTS and source.model_entry()["architecture"] == "wan2.2-ti2v"
     latents = source.latents_entry()
     assert (latents["channels"], latents["spatial_stride"], latents["mean"][0]) == (48, 16, -0.2289)
     for which, part in (("vae", "vae"), ("text_encoder", "text_encoder")):

@@ -63,7 +63,13 @@ class Plain:
         _, _, frames, height, width = x.shape
         cos, sin = rope_tables(frames, height // 2, width // 2, 16)
         held = np.eye(1, frames, dtype=np.float32)[0]
-        given: Any = {"x": x.astype(np.float32), "t": np.float32([t]), "rope_cos": cos, "rope_sin": sin, "held": held}
+        given: Any = {
+            "x": x.astype(np.float32),
+            "t": np.array([t], np.float32),
+            "rope_cos": cos,
+            "rope_sin": sin,
+            "held": held,
+        }
         features, context = self.graphs["backbone"].run(None, {**given, "prompt_embeds": prompt_embeds})
         (found,) = self.graphs["flow_head"].run(None, {**given, "features": features, "context": context})
         return np.asarray(found)
@@ -113,7 +119,7 @@ def test_without_a_picture_the_video_is_that_of_graphs_that_hold_none(bundles: d
     for name in ("unipc", "plain"):
         with tmd_runtime.load(bundles[name], engine="onnxruntime", threads=1) as pipeline:
             videos.append(pipeline(PROMPT, seed=3, frames=FRAMES, size=SIZE).frames)
-    np.testing.assert_array_equal(*videos)
+    np.testing.assert_array_equal(videos[0], videos[1])
 
 
 def test_nan_is_not_covered_up_by_the_picture(pipeline: Pipeline) -> None:
@@ -128,7 +134,7 @@ def test_nan_is_not_covered_up_by_the_picture(pipeline: Pipeline) -> None:
 def test_what_cannot_be_is_said_in_a_sentence(pipeline: Pipeline, bundles: dict[str, Path], tmp_path: Path) -> None:
     first = pipeline.encode_image(PICTURE, SIZE)
     clip = np.zeros(SHAPE, np.float32)
-    for given, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"image": PICTURE, "strength": 0.5}, "first frame, unchanged: leave the strength out"),
         ({"strength": 0.5}, "first frame, unchanged: leave the strength out"),
         ({"image": PICTURE, "frames": 1}, "choose more frames"),
@@ -138,11 +144,13 @@ def test_what_cannot_be_is_said_in_a_sentence(pipeline: Pipeline, bundles: dict[
         ({"init_latents": clip}, r"latents are \[1, 16, 3, 4, 6\], and this run takes \[1, 16, 1, 4, 6\]"),
         ({"init_latents": first, "size": (64, 64)}, r"this run takes \[1, 16, 1, 8, 8\]"),
         ({"image": PICTURE, "rho": 0.5}, "rho is for Transition Models"),
-    ):
+    ]
+    for given, message in cases:
         with pytest.raises(UsageFailure, match=message):
             pipeline(PROMPT, **{"frames": FRAMES, **given})
     with tmd_runtime.load(bundles["plain"], threads=1) as plain:
-        for given in ({"image": PICTURE}, {"init_latents": first}, {"strength": 0.5}):
+        some: list[dict[str, Any]] = [{"image": PICTURE}, {"init_latents": first}, {"strength": 0.5}]
+        for given in some:
             with pytest.raises(UsageFailure, match="This model does neither"):
                 plain(PROMPT, frames=FRAMES, **given)
     blind = write_synthetic_bundle(tmp_path / "blind", GRAPHS, SAMPLERS["euler"], holds=True)
