@@ -157,7 +157,11 @@ def picture() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pictured(folder: Path, embeds: list[torch.Tensor], picture: np.ndarray) -> np.ndarray:
-    """Latents of `WanImageToVideoPipeline` as it is, with its own times, noise, guidance and encoder."""
+    return image_to_video(folder, embeds, picture, "latent")
+
+
+def image_to_video(folder: Path, embeds: list[torch.Tensor], picture: np.ndarray, kind: str) -> np.ndarray:
+    """What `WanImageToVideoPipeline` gives as it is, with its own times, noise, guidance, encoder and decoder."""
     theirs = made.models(wan22=True).theirs
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
     pipeline = diffusers.WanImageToVideoPipeline(
@@ -173,9 +177,9 @@ def pictured(folder: Path, embeds: list[torch.Tensor], picture: np.ndarray) -> n
         num_frames=LONGER,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
-        output_type="latent",
+        output_type=kind,
     ).frames
-    return found.numpy()
+    return np.asarray(found)
 
 
 def wishes(embeds: list[torch.Tensor], **more: Any) -> Any:
@@ -284,4 +288,22 @@ def test_frames_are_those_of_diffusers_and_in_cpp_the_same(
         estimate(whole, width=SIZE[0], height=SIZE[1], frames=FRAMES).stages["decoder"].flops == exact + 2 * 2 * 48**2
     )
     in_c = in_cpp(tmp_path / "v.rgb", PROMPT, engine, *options, bundle=whole.folder)
+    np.testing.assert_array_equal(in_c.reshape(found.frames.shape), found.frames)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frames_behind_a_picture_are_those_of_diffusers_and_in_cpp_the_same(
+    engine: str, whole: Bundle, folder: Path, embeds: list[torch.Tensor], picture: np.ndarray, tmp_path: Path
+) -> None:
+    pytest.importorskip(engine)
+    frames = 255 * image_to_video(folder, embeds, picture, "np")[0]
+    with tmd_runtime.load(whole.folder, engine=engine, threads=1) as pipeline:
+        found = pipeline(PROMPT, seed=SEED, steps=STEPS, frames=LONGER, size=WIDER, image=picture)
+    assert found.frames.shape == frames.shape == (LONGER, WIDER[1], WIDER[0], 3)
+    assert np.abs(found.frames - frames).max() <= 0.51  # rounded
+    (tmp_path / "first.ppm").write_bytes(b"P6\n%d %d\n255\n" % WIDER + picture.tobytes())
+    options = ("--seed", SEED, "--steps", STEPS, "--frames", LONGER, "--size", f"{WIDER[0]}x{WIDER[1]}")
+    words = (*options, "--image", tmp_path / "first.ppm")
+    in_c = in_cpp(tmp_path / "v.rgb", PROMPT, engine, *words, bundle=whole.folder)
     np.testing.assert_array_equal(in_c.reshape(found.frames.shape), found.frames)

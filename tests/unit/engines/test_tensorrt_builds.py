@@ -3,8 +3,8 @@
 Built are all graphs of the built-in models in fp32, fp16 and bf16, their backbones and flow heads in int8, fp8 and
 nvfp4, and the same of a small model of kind wan; in both lowerings, for one size and for a range of sizes. Of these
 four combinations the small model is built in all (nvfp4 in the two that there are), and the built-in ones in one or two
-per precision, the rest by hand (slow), with a small Wan2.2-TI2V-5B and its encoder of pictures. Graphs are those that tmd-export writes. Ranges of activations are made up, and
-one layer of each graph is kept from its precision.
+per precision, the rest by hand (slow), with a small Wan2.2-TI2V-5B and its encoder of pictures. Graphs are
+those that tmd-export writes. Ranges of activations are made up, and one layer of each graph is kept from its precision.
 Full sizes, and the memory that shows whether attention is fused, are left to `test_tensorrt_full_size.py` (slow).
 
 A query and a key that are the same tensor end the builder of 1.7.1 with a segmentation fault. No model has that, but
