@@ -134,7 +134,7 @@ class Pipeline:
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label and rho (`Wishes`).
+        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label, rho and fps (`Wishes`).
         `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
         model of classes takes a label and no prompt. `image` uint8 `[H, W, 3]`, or latents of one, `init_latents`
         `[1, C, 1, h, w]`, is the picture that a run with a strength starts from; without a `size`, in its own shape.

@@ -20,6 +20,7 @@ from tmd_engines.registry import engine_names
 from tmd_engines.utf8 import json_text
 
 from ..memory import MODES
+from ..settings import MAX_FPS
 from .failures import INTERRUPTED, check_address_space, failures
 from .job import Job
 from .options import Number, Output, Schedule, Whole
@@ -137,6 +138,12 @@ A file appears under its name only when it is complete.""",
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option(
     "--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16, for Wan2.2-TI2V-5B of 32."
+)
+@click.option(
+    "--fps",
+    type=Whole(1, MAX_FPS),
+    metavar="N",
+    help="Frames per second of the file, with --latents too. Changes no frame.  [default: the model's]",
 )
 @click.option(
     "--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="What computes the graphs."
@@ -311,7 +318,9 @@ def _check_sources(
             "takes a picture as the first frame of its video yet."
         )
     if latents is not None:
-        decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
+        decided = [
+            f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None and name != "fps"
+        ]
         decided += [f"--{name}" for name, value in written.items() if value]
         if decided:
             raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")
