@@ -73,8 +73,15 @@ class QueueFull(Exception):
     """No job more may wait."""
 
 
+class StoreFailure(Exception):
+    """The store does not answer, or cannot keep anything: nothing has happened, and it may be tried again."""
+
+
 class JobStore(Protocol):
-    """Keeps jobs. Every method is one transaction, may be called from any thread, and has happened when it returns."""
+    """Keeps jobs. Every method is one transaction, may be called from any thread, and has happened when it returns.
+
+    Each may raise StoreFailure.
+    """
 
     def add(self, job: Job, most_waiting: int) -> Job:
         """Accepts a job, or returns the one that its owner gave the same idempotency key.
@@ -98,17 +105,17 @@ class JobStore(Protocol):
 
     def counts(self) -> dict[Status, int]: ...
 
-    def claim(self, worker: str, lease_seconds: float, group: str | None, patience: float) -> Job | None:
-        """A job for `worker`, in progress from now on: the oldest one, or an older one of `group` while the oldest has
-        waited for less than `patience` seconds."""
+    def claim(self, worker: str, lease_seconds: float, group: str | None, overtaking: int) -> Job | None:
+        """A job for `worker`, in progress from now on: the oldest one, or the oldest one of `group` while fewer than
+        `overtaking` jobs have gone before the oldest."""
 
     def beat(self, job_id: str, worker: str, lease_seconds: float, progress: Progress) -> bool:
         """Renews a lease. False: the worker has the job no more, or it shall be cancelled."""
 
-    def complete(self, job_id: str, worker: str, result: dict[str, Any], keep_seconds: float) -> bool:
+    def complete(self, job_id: str, worker: str, result: dict[str, Any]) -> bool:
         """Ends a job well. False: the worker has it no more, and its result is void."""
 
-    def fail(self, job_id: str, worker: str, code: str, message: str, keep_seconds: float) -> bool:
+    def fail(self, job_id: str, worker: str, code: str, message: str) -> bool:
         """Ends a job badly. False as in `complete`."""
 
     def give_back(self, job_id: str, worker: str) -> bool:

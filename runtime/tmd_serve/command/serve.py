@@ -6,6 +6,7 @@ import fcntl
 import ipaddress
 import logging
 import os
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..files import DataFolder
 from ..http.app import create_app
 from ..local.executor import LocalExecutor
 from ..local.model import EngineOptions, open_models
+from ..local.worker import Pace
 from ..logs import set_up
 from ..meters import RunMeters
 from ..settings import Limits, Retention, ServeSettings
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("tmd_serve")
 _HEADER_BYTES = 1 << 15
-_LAST_ANSWERS = 2.0  # seconds that open connections have when the server ends
+_IDLE_SECONDS, _CONNECTIONS = 15, 1000
+_LAST_ANSWERS = 2  # seconds that open connections have when the server ends
 _STRANGE_SECONDS = 86400.0  # on a folder that others use too, a folder without a job may be of one that comes
 
 
@@ -122,9 +125,10 @@ def serve(data: Path, database: str | None, **options: Any) -> None:
             store,
             files,
             open_models(bundles, engines, limits),
-            retention,
+            retention.bytes,
             budget=options["memory_budget"] or available_bytes(),
             most_loaded=options["max_loaded"],
+            pace=Pace(most=limits.seconds),
             meters=RunMeters(registry),
         )
         recover(store, files, store_of.is_private)
@@ -166,29 +170,36 @@ def recover(store: SqlJobs, files: DataFolder, alone: bool) -> None:
 
 
 def _run(app: FastAPI, executor: LocalExecutor, options: dict[str, Any]) -> None:
+    """Listens, runs jobs and answers requests until a signal comes."""
+    listener = _listen(options["host"], options["port"])
     config = uvicorn.Config(
         app,
-        host=options["host"],
-        port=options["port"],
         http="h11",
         ws="none",
         lifespan="off",
         access_log=False,
         log_config=None,
         server_header=False,
-        date_header=True,
         h11_max_incomplete_event_size=_HEADER_BYTES,
-        timeout_graceful_shutdown=int(_LAST_ANSWERS),
-        timeout_keep_alive=15,
-        limit_concurrency=1000,
+        timeout_graceful_shutdown=_LAST_ANSWERS,
+        timeout_keep_alive=_IDLE_SECONDS,
+        limit_concurrency=_CONNECTIONS,
     )
-    socket = config.bind_socket()
-    host, port = socket.getsockname()[:2]
-    executor.start()
-    shown = f"[{host}]" if ":" in host else host
-    tell(f"tmd-serve: listening on http://{shown}:{port}")
+    host, port = listener.getsockname()[:2]
     try:
-        Server(config, executor.board).run(sockets=[socket])
+        executor.start()
+        tell(f"tmd-serve: listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        Server(config, executor.board).run(sockets=[listener])
     finally:
         executor.stop(options["grace"])
-    _LOG.info("ended")
+    _LOG.info("the server has ended")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+    except OSError as error:
+        raise RuntimeFailure(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another --port, or another --host."
+        ) from None

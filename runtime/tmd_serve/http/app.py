@@ -17,7 +17,7 @@ from tmd_runtime import RuntimeFailure, UsageFailure
 from ..errors import Refusal
 from ..executor import Executor
 from ..files import DataFolder
-from ..jobs import JobStore
+from ..jobs import JobStore, StoreFailure
 from ..meters import RequestMeters
 from ..settings import ServeSettings
 from . import images, models, operations, videos
@@ -54,6 +54,7 @@ def create_app(
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RuntimeFailure, _not_granted)
+    app.add_exception_handler(StoreFailure, _not_kept)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _fault)
@@ -87,6 +88,13 @@ async def _not_granted(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, UsageFailure):
         _LOG.error("a request failed", exc_info=error, extra={"request_id": request.state.request_id})
     return _answer(Refusal(str(error)))
+
+
+async def _not_kept(request: Request, error: Exception) -> JSONResponse:
+    _LOG.error("the store fails", exc_info=error, extra={"request_id": request.state.request_id})
+    return _answer(
+        Refusal("the server's database does not answer; nothing has happened.", 503, "store_failed", retry_after=5)
+    )
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:

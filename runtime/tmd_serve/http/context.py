@@ -81,7 +81,12 @@ class Context:
             fingerprint=_fingerprint(model, wanted),
         )
         if wanted.picture is not None:
-            self.files.write(job.id, PICTURE, wanted.picture)
+            try:
+                self.files.write(job.id, PICTURE, wanted.picture)
+            except OSError as error:
+                self.files.remove(job.id)
+                why = f"the server cannot keep the picture ({error.strerror})."
+                raise Refusal(why, 503, "storage_failed", retry_after=60) from error
         kept: Job | None = None
         try:
             kept = self.store.add(job, most)

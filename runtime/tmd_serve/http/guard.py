@@ -7,6 +7,7 @@ Host).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("tmd_serve.requests")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _OPEN = ("/healthz", "/readyz", "/openapi.json")
+_BODY_SECONDS = 30.0
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -97,6 +99,8 @@ class Guard:
         settings = self._settings
         self._check_host(headers.get("host", ""))
         self._check_origin(scope, headers)
+        if self._is_preflight(scope, headers):
+            return None
         if settings.needs_key and (scope["path"].startswith("/v1/") or scope["path"] in ("/v1", "/metrics")):
             scope["state"]["owner"] = await self._owner(headers.get("authorization", ""))
         length, most = headers.get("content-length", ""), settings.limits.body_bytes
@@ -130,6 +134,10 @@ class Guard:
                 "origin_not_allowed",
             )
 
+    def _is_preflight(self, scope: Scope, headers: Headers) -> bool:
+        """Whether a browser asks what a page of an allowed origin may do; it sends no key then."""
+        return scope["method"] == "OPTIONS" and headers.get("origin") in self._settings.origins
+
     async def _owner(self, authorization: str) -> str:
         kind, _, key = authorization.partition(" ")
         owner = None
@@ -158,14 +166,23 @@ def _too_long(most: int) -> Refusal:
 
 
 def _bounded(receive: Receive, most: int) -> Receive:
-    """What gives a body of at most so many bytes, whatever its header says. Raises Refusal, which the application
-    answers."""
-    seen = 0
+    """What gives a body of at most so many bytes, whatever its header says, from a client that goes on sending.
+
+    Raises Refusal, which the application answers.
+    """
+    seen, is_whole = 0, False
 
     async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, is_whole
+        if is_whole:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), _BODY_SECONDS)
+        except TimeoutError:
+            why = f"nothing of the request's body came for {_BODY_SECONDS:g} s: send it again."
+            raise Refusal(why, 408, "timeout") from None
         seen += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
         if seen > most:
             raise _too_long(most)
         return message

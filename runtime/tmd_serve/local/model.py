@@ -53,6 +53,8 @@ class Model:
         self._chooser, self._lock = MemoryChooser(self.bundle), threading.Lock()
         self._estimates: OrderedDict[object, Estimate] = OrderedDict()
         self._check()
+        classes = self.manifest.family.classes(self.manifest.model)
+        self.estimate(self._scout.settings(label=None if classes is None else 0))  # an unsizable graph fails here
         created = int((self.bundle.folder / "manifest.json").stat().st_mtime)
         self.card = ModelCard(name, created, options_of(self._scout, limits))
 

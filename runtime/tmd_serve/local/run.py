@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 VIDEO, STILL = "video.mp4", "picture.png"
 TYPES = {VIDEO: "video/mp4", STILL: "image/png"}
-_THUMBNAIL_WIDTH = 320
+_THUMBNAIL_WIDTH, _PREVIEW_WIDTH = 320, 480
 _LEFT_OUT = "previews were left out: they need the decoder beside the model, and only one stage after the other fits."
 
 
@@ -87,7 +87,7 @@ class Runner:
         elif fresh:
             spoken = tuple(warning for warning in result.warnings if warning not in settings.warnings)
             self.embeds.put(key, Embedded(fresh[0].positive, fresh[0].negative, spoken))
-        self._thumbnail(job.id, result.frames)
+        self._files.write(job.id, THUMBNAIL, png(_middle(result.frames, _THUMBNAIL_WIDTH)))
         return self._record(job, result, name, warnings, perf_counter() - start)
 
     def _write(self, pipeline: Pipeline, settings: Settings, job: Job, path: Path, **hooks: Any) -> Result:
@@ -112,15 +112,7 @@ class Runner:
             return None, []
         if pipeline.choose_memory(settings, () if pictured else ENCODER) == "low":
             return None, [_LEFT_OUT]
-        return lambda frames: show(png(frames[len(frames) // 2])), []
-
-    def _thumbnail(self, job_id: str, frames: NDArray[np.uint8]) -> None:
-        """The middle frame, scaled down."""
-        frame = frames[len(frames) // 2]
-        height, width = frame.shape[:2]
-        if width > _THUMBNAIL_WIDTH:
-            frame = fit(frame, _THUMBNAIL_WIDTH, max(round(height * _THUMBNAIL_WIDTH / width), 1))
-        self._files.write(job_id, THUMBNAIL, png(frame))
+        return lambda frames: show(png(_middle(frames, _PREVIEW_WIDTH))), []
 
     def _record(self, job: Job, result: Result, name: str, warnings: list[str], seconds: float) -> dict[str, Any]:
         path = self._files.folder(job.id) / name
@@ -141,3 +133,15 @@ class Runner:
             "total_seconds": round(seconds, 6),
             "warnings": warnings,
         }
+
+    def close(self) -> None:
+        """Gives what is loaded back."""
+        self._library.close()
+
+
+def _middle(frames: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The middle one of frames `[F, H, W, 3]`, scaled down to at most this width."""
+    frame = frames[len(frames) // 2]
+    if frame.shape[1] <= width:
+        return frame
+    return fit(frame, width, max(round(frame.shape[0] * width / frame.shape[1]), 1))

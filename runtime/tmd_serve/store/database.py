@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
+from ..jobs import StoreFailure
 from .tables import META, METADATA, SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -51,9 +53,8 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         try:
             self._create()
-        except SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise DatabaseFailure(f"the database cannot be used ({reason}): check its URL and its server.") from error
+        except (SQLAlchemyError, StoreFailure) as error:
+            raise DatabaseFailure(f"{str(error).splitlines()[0]} Check its URL, its server and its rights.") from error
 
     @classmethod
     def of_file(cls, path: Path) -> Database:
@@ -79,12 +80,16 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that changes something; SQLite lets one go on at a time."""
-        with self._engine.connect().execution_options(tmd_writes=True) as connection, connection.begin():
+        with (
+            _answering(),
+            self._engine.connect().execution_options(tmd_writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        with self._engine.connect() as connection, connection.begin():
+        with _answering(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     def now(self, connection: Connection) -> float:
@@ -95,6 +100,16 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What a database does not do for reasons of its own is a StoreFailure: it is gone, locked or full."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise StoreFailure(f"the database does not answer ({reason}).") from error
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:

@@ -45,6 +45,7 @@ class SqlJobs:
                     raise QueueFull
                 row = {field.name: getattr(job, field.name) for field in fields(Job)}
                 row |= {"progress": asdict(job.progress), "created_at": self._database.now(connection), "bytes": 0}
+                row["overtaken"] = 0
                 connection.execute(insert(JOBS).values(row))
                 return _one(connection, job.id) or job
         except IntegrityError:
@@ -99,13 +100,13 @@ class SqlJobs:
         found = {status: int(count) for status, count in rows}
         return {status: found.get(status, 0) for status in STATUSES}
 
-    def claim(self, worker: str, lease_seconds: float, group: str | None, patience: float) -> Job | None:
+    def claim(self, worker: str, lease_seconds: float, group: str | None, overtaking: int) -> Job | None:
         """See `JobStore.claim`."""
         with self._database.write() as connection:
             now = self._database.now(connection)
             self._end_lost(connection, now)
             free = or_(JOBS.c.status == "queued", _lost(now))
-            number = self._choose(connection, free, now, group, patience)
+            number = _choose(connection, free, group, overtaking)
             if number is None:
                 return None
             taken = update(JOBS).where(JOBS.c.number == number)
@@ -121,20 +122,6 @@ class SqlJobs:
                 )
             )
             return _job(connection.execute(select(*_COLUMNS).where(JOBS.c.number == number)).one())
-
-    def _choose(
-        self, connection: Connection, free: ColumnElement[bool], now: float, group: str | None, patience: float
-    ) -> int | None:
-        query = select(JOBS.c.number, JOBS.c.group, JOBS.c.created_at).where(free).order_by(JOBS.c.number).limit(1)
-        query = query.with_for_update(skip_locked=True)
-        oldest = connection.execute(query).first()
-        if oldest is None:
-            return None
-        if group is not None and oldest.group != group and now - oldest.created_at < patience:
-            same = connection.execute(query.where(JOBS.c.group == group)).first()
-            if same is not None:
-                return int(same.number)
-        return int(oldest.number)
 
     def _end_lost(self, connection: Connection, now: float) -> None:
         """Ends jobs that lost their worker too often, or while they were being cancelled."""
@@ -158,17 +145,17 @@ class SqlJobs:
             row = update(JOBS).where(_held(job_id, worker), JOBS.c.cancelling.is_(False))
             return connection.execute(row.values(lease_until=lease, progress=asdict(progress))).rowcount == 1
 
-    def complete(self, job_id: str, worker: str, result: dict[str, Any], keep_seconds: float) -> bool:
+    def complete(self, job_id: str, worker: str, result: dict[str, Any]) -> bool:
         """See `JobStore.complete`."""
         with self._database.write() as connection:
-            values = _ended("completed", self._database.now(connection), keep_seconds)
+            values = _ended("completed", self._database.now(connection), self._keep)
             row = update(JOBS).where(_held(job_id, worker))
             return connection.execute(row.values(**values, result=result, bytes=result["all_bytes"])).rowcount == 1
 
-    def fail(self, job_id: str, worker: str, code: str, message: str, keep_seconds: float) -> bool:
+    def fail(self, job_id: str, worker: str, code: str, message: str) -> bool:
         """See `JobStore.fail`."""
         with self._database.write() as connection:
-            values = _ended("failed", self._database.now(connection), keep_seconds, code, message)
+            values = _ended("failed", self._database.now(connection), self._keep, code, message)
             return connection.execute(update(JOBS).where(_held(job_id, worker)).values(**values)).rowcount == 1
 
     def give_back(self, job_id: str, worker: str) -> bool:
@@ -239,6 +226,22 @@ def _ended(
         "status": status, "completed_at": now, "expires_at": now + keep_seconds, "error_code": code,
         "error_message": message, "worker": None, "lease_until": None, "revision": JOBS.c.revision + 1,
     }  # fmt: skip
+
+
+def _choose(connection: Connection, free: ColumnElement[bool], group: str | None, overtaking: int) -> int | None:
+    """The number of the job that comes next; see `JobStore.claim`. Nobody else gets it in this transaction."""
+    query = select(JOBS.c.number, JOBS.c.group, JOBS.c.overtaken).where(free).order_by(JOBS.c.number).limit(1)
+    query = query.with_for_update(skip_locked=True)
+    oldest = connection.execute(query).first()
+    if oldest is None:
+        return None
+    if group is not None and oldest.group != group and oldest.overtaken < overtaking:
+        same = connection.execute(query.where(JOBS.c.group == group)).first()
+        if same is not None:
+            passed = update(JOBS).where(JOBS.c.number == oldest.number)
+            connection.execute(passed.values(overtaken=JOBS.c.overtaken + 1))
+            return int(same.number)
+    return int(oldest.number)
 
 
 def _one(connection: Connection, job_id: str) -> Job | None:

@@ -44,6 +44,7 @@ JOBS = Table(
     Column("completed_at", Float),
     Column("expires_at", Float),
     Column("attempts", Integer, nullable=False),
+    Column("overtaken", Integer, nullable=False),
     Column("cancelling", Boolean, nullable=False),
     Column("revision", Integer, nullable=False),
     Column("error_code", String(64)),
