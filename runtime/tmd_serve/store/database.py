@@ -33,6 +33,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """Raises DatabaseFailure if it cannot be opened, or is of a newer version."""
+        self.url = url
         options: dict[str, Any] = {}
         if url.startswith("sqlite"):
             options = {"connect_args": {"timeout": _BUSY_SECONDS}, "poolclass": QueuePool, "pool_size": 8}
