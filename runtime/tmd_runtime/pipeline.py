@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from .autoencoder.frames import FrameDecoder
 from .autoencoder.picture import encode_picture, start_size
 from .built_in import locate
-from .checks import check_arrays, check_embeds, check_hooks, check_preview, check_prompt, check_start, memory_failure
+from .checks import (
+    check_arrays,
+    check_condition,
+    check_embeds,
+    check_hooks,
+    check_preview,
+    check_prompt,
+    check_start,
+    memory_failure,
+)
 from .clock import Callback, Timings, no_seconds
 from .errors import UsageFailure
 from .graphs import Engines, Graphs, LastStage, last_stage
@@ -189,8 +198,7 @@ class Pipeline:
         check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
         check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._family, settings, init_latents, image)
-        if settings.label is not None and (prompt or prompt_embeds is not None):
-            raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
+        check_condition(settings, prompt, prompt_embeds is not None)
         unused = () if prompt_embeds is None else READER
         self.choose_memory(settings, unused if image is not None else (*unused, *ENCODER))
         if on_preview is not None:
