@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,15 +131,19 @@ class Served:
         raise AssertionError(self.log.read_text())
 
     def ask(self, path: str, body: object = None, method: str | None = None, **headers: str) -> Any:
-        """The JSON answer to a request; raises urllib's HTTPError for an error."""
+        """The JSON answer to a request; raises urllib's HTTPError, with the server's sentence, for an error."""
         data = None if body is None else json.dumps(body).encode()
         wanted = {
             "Content-Type": "application/json",
             **{name.replace("_", "-"): text for name, text in headers.items()},
         }
         request = urllib.request.Request(self.url + path, data, wanted, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            error.msg += f": {error.read().decode()}"
+            raise
 
     def until(self, video: str, done: Callable[[Any], bool], seconds: float = 60.0) -> Any:
         """The video, once `done` holds for it."""
