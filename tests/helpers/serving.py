@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -163,25 +162,18 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+def served(folder: Path, *options: str, log: str = "log") -> Iterator[Served]:
     """`tmd-serve` on a free port, with its data in `folder`; nothing of it is left behind the block."""
-    log = folder.parent / f"{folder.name}.log"
-    with open(log, "wb") as out:
-        process = start(folder, out, *options, **environment)
+    with open(folder.parent / log, "wb") as out:
+        process = start(folder, out, *options)
     try:
-        yield Served(process, log)
+        yield Served(process, folder.parent / log)
     finally:
         process.kill()
         process.wait()
 
 
-def start(folder: Path, out: IO[bytes], *options: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
     command = [*SERVE, "--data", str(folder), "--port", "0", *options]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=out,
-        env={**os.environ, **environment},
-        preexec_fn=with_default_signals,
-    )
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+    return subprocess.Popen(command, preexec_fn=with_default_signals, **pipes)
