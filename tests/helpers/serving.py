@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,15 +130,19 @@ class Served:
         raise AssertionError(self.log.read_text())
 
     def ask(self, path: str, body: object = None, method: str | None = None, **headers: str) -> Any:
-        """The JSON answer to a request; raises urllib's HTTPError for an error."""
+        """The JSON answer to a request; raises urllib's HTTPError, with the server's sentence, for an error."""
         data = None if body is None else json.dumps(body).encode()
         wanted = {
             "Content-Type": "application/json",
             **{name.replace("_", "-"): text for name, text in headers.items()},
         }
         request = urllib.request.Request(self.url + path, data, wanted, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            error.msg += f": {error.read().decode()}"
+            raise
 
     def until(self, video: str, done: Callable[[Any], bool], seconds: float = 60.0) -> Any:
         """The video, once `done` holds for it."""
@@ -158,25 +162,18 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+def served(folder: Path, *options: str, log: str = "log") -> Iterator[Served]:
     """`tmd-serve` on a free port, with its data in `folder`; nothing of it is left behind the block."""
-    log = folder.parent / f"{folder.name}.log"
-    with open(log, "wb") as out:
-        process = start(folder, out, *options, **environment)
+    with open(folder.parent / log, "wb") as out:
+        process = start(folder, out, *options)
     try:
-        yield Served(process, log)
+        yield Served(process, folder.parent / log)
     finally:
         process.kill()
         process.wait()
 
 
-def start(folder: Path, out: IO[bytes], *options: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
     command = [*SERVE, "--data", str(folder), "--port", "0", *options]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=out,
-        env={**os.environ, **environment},
-        preexec_fn=with_default_signals,
-    )
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+    return subprocess.Popen(command, preexec_fn=with_default_signals, **pipes)

@@ -137,6 +137,14 @@ ends the process at once, and nothing that was accepted is lost.""",
     "--attempts", type=Whole(1, 1000), default=3, show_default=True, metavar="N", help="How often a job is begun."
 )
 @click.option(
+    "--lease",
+    type=Number(1, 3600),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="After so long without a sign of life another server of the same database takes a job over.",
+)
+@click.option(
     "--grace",
     type=Number(0, 86400),
     default=30.0,

@@ -128,7 +128,7 @@ def serve(data: Path, database: str | None, **options: Any) -> None:
             retention.bytes,
             budget=options["memory_budget"] or available_bytes(),
             most_loaded=options["max_loaded"],
-            pace=Pace(most=limits.seconds),
+            pace=Pace(lease=options["lease"], beat=min(2.0, options["lease"] / 4), most=limits.seconds),
             meters=RunMeters(registry),
         )
         recover(store, files, store_of.is_private)

@@ -25,6 +25,7 @@ from .context import Context
 from .guard import Guard, Keys
 from .page import add_page
 from .schema import document
+from .sentences import refusal_of
 
 _LOG = logging.getLogger("tmd_serve.requests")
 _DESCRIPTION = """\
@@ -99,9 +100,7 @@ async def _not_kept(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    name = str(first["loc"][-1]) if first["loc"] else None
-    return _answer(Refusal(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}.", param=name))
+    return _answer(refusal_of(error.errors()))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

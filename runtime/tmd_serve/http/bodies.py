@@ -14,7 +14,10 @@ def _listed(value: Any) -> Any:
     """A list out of a form's text: JSON, or numbers with commas between them."""
     if isinstance(value, str):
         text = value.strip()
-        return json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(",")]
+        try:
+            return json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(",")]
+        except ValueError:
+            raise ValueError("must be a list of numbers") from None
     return value
 
 
@@ -35,7 +38,8 @@ class ImageReference(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image_url: str = Field(description="data:image/png;base64,...")
+    image_url: str | None = Field(None, description="data:image/png;base64,...")
+    file_id: str | None = Field(None, description="Not known here.")
 
 
 class Wishes(BaseModel):

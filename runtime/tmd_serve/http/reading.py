@@ -14,12 +14,13 @@ from starlette.formparsers import MultiPartException
 
 from ..errors import Refusal
 from ..settings import Limits
+from .bodies import ImageReference
+from .sentences import refusal_of, short
 
 Body = TypeVar("Body", bound=BaseModel)
 
 _FIELDS = 40
 _FIELD_BYTES = 1 << 17
-_SHOWN = 60
 
 
 async def read_body(request: Request, kind: type[Body], limits: Limits) -> tuple[Body, bytes | None]:
@@ -29,7 +30,7 @@ async def read_body(request: Request, kind: type[Body], limits: Limits) -> tuple
         try:
             return kind.model_validate_json(await request.body()), None
         except ValidationError as error:
-            raise explained(error) from None
+            raise _explained(error) from None
     if media in ("multipart/form-data", "application/x-www-form-urlencoded"):
         return await _read_form(request, kind, limits)
     raise Refusal(
@@ -46,13 +47,13 @@ async def _read_form(request: Request, kind: type[Body], limits: Limits) -> tupl
         async with request.form(max_files=1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES) as form:
             for name, value in form.multi_items():
                 if name in fields or (name == "input_reference" and upload is not None):
-                    raise Refusal(f"the field {_short(name)} comes twice: give it once.", param=_short(name))
+                    raise Refusal(f"the field {short(name)} comes twice: give it once.", param=short(name))
                 if not isinstance(value, UploadFile):
                     fields[name] = value
                 elif name == "input_reference":
                     upload = await value.read(limits.upload_bytes + 1)
                 else:
-                    raise Refusal(f"the field {_short(name)} takes no file.", param=_short(name))
+                    raise Refusal(f"the field {short(name)} takes no file.", param=short(name))
     except (MultiPartException, HTTPException, UnicodeDecodeError) as error:
         reason = getattr(error, "detail", None) or getattr(error, "message", None) or "it is not UTF-8"
         raise Refusal(f"the form cannot be read ({reason}): send multipart/form-data.", code="invalid_form") from None
@@ -63,14 +64,14 @@ async def _read_form(request: Request, kind: type[Body], limits: Limits) -> tupl
     try:
         return kind.model_validate(fields), upload
     except ValidationError as error:
-        raise explained(error) from None
+        raise _explained(error) from None
 
 
-def picture_in(reference: Any, limits: Limits) -> bytes | None:
+def picture_in(reference: ImageReference | str | None, limits: Limits) -> bytes | None:
     """The bytes of a picture that lies in the request as a data URL. Raises Refusal."""
-    url = getattr(reference, "image_url", reference)
-    if url is None:
+    if reference is None:
         return None
+    url = (reference.image_url or "") if isinstance(reference, ImageReference) else str(reference)
     head, comma, data = url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         raise Refusal(
@@ -98,19 +99,5 @@ def too_large(most: int) -> Refusal:
     )
 
 
-def explained(error: ValidationError) -> Refusal:
-    """The first thing that is wrong, as a sentence."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = [str(part) for part in first["loc"] if isinstance(part, str) and "[" not in part and "-" not in part]
-    name = _short(where[0]) if where else None
-    if first["type"] == "json_invalid":
-        return Refusal("the body is no JSON: " + first["msg"].removeprefix("Invalid JSON: ") + ".", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        return Refusal(f"there is no field {name}: see /openapi.json.", param=name, code="unknown_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    subject = "the request" if name is None else name
-    return Refusal(f"{subject}: {message[:1].lower()}{message[1:]}.", param=name)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
+def _explained(error: ValidationError) -> Refusal:
+    return refusal_of(error.errors(include_url=False, include_input=False))

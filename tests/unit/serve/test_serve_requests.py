@@ -68,6 +68,7 @@ def test_a_new_video_is_queued_and_looks_like_openai_s(place: Place) -> None:
         ({"prompt": "x", "colour": "red"}, "colour"),
         ({"prompt": "x", "input_reference": "https://example.org/cat.png"}, "input_reference"),
         ({"prompt": "x", "input_reference": "file:///etc/passwd"}, "input_reference"),
+        ({"prompt": "x", "input_reference": {"file_id": "file_1"}}, "input_reference"),
         ({"prompt": "x", "input_reference": "data:image/png;base64,###"}, "input_reference"),
     ],
 )
