@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from tmd_engines.command.help import SETTINGS, Grouped
+from tmd_engines.command.options import offered_list
 from tmd_engines.command.program import FAILED, INTERRUPTED, run_program, sweep, verdict
 from tmd_engines.utf8 import json_text
 
 from .console import Line, print_table, record, reporter
 from .families import FAMILIES, GRIDS, built_in, models, presets
 from .hub.name import is_hub_name
-from .loras import LoraFile, parse_lora
-from .parts import PARTS, QUANTIZED, ordered, parse_precision
+from .loras import LoraFile
+from .options import Lora, Parts, Precision
+from .parts import PARTS, QUANTIZED, parse_precision
 
 if TYPE_CHECKING:
     from .export import ExportResult
@@ -42,51 +45,73 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     ctx.exit()
 
 
-class Parts(click.ParamType["tuple[str, ...]"]):
-    """Names of graphs, separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return ordered(part.strip() for part in value.split(",") if part.strip())
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class Precision(click.ParamType[str]):
-    """A precision for all graphs, or one by one."""
-
-    name = "precision"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            parse_precision(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
-
-
-class Lora(click.ParamType[LoraFile]):
-    """A file, and behind the last "=" its strength."""
-
-    name = "lora"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoraFile:
-        if isinstance(value, LoraFile):
-            return value
-        try:
-            return parse_lora(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+_GROUPS = {
+    "Where the weights come from": ("model", "checkpoint", "random_weights", "decoder", "text_encoder", "loras"),
+    "How the model is sampled": ("preset", "grid"),
+    "The bundle": ("out", "parts", "overwrite", "inspect"),
+    "Precision": ("precision", "text_encoder_weights", "calibration", "keep_no_layers", "no_verify"),
+    "Reports": ("as_json", "quiet"),
+}
 
 
 @click.command(
     "tmd-export",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=Grouped,
+    groups=_GROUPS,
+    context_settings=SETTINGS,
     epilog=f"""\
+\b
+Parts: {", ".join(PARTS)}.
+
+\b
+Checkpoints:
+A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
+the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
+text-to-video or Wan2.2-TI2V-5B folder as its authors publish it, the same in the layout of
+diffusers, or a single .safetensors, .gguf, .pt or .pth file of one part. Its
+format and size are recognised from the tensors; weights in scaled fp8, int8,
+mxfp8, nvfp4, GGUF or MLX are dequantised to bfloat16. With several, a file
+given by itself replaces that part of a folder, in any order. Parts that no checkpoint has are
+left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
+bidirectional ones and do not work. For the tim models: a folder with the
+released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
+tmd-distill pack leaves.
+
+\b
+Names on the hub:
+hf:ORG/NAME is downloaded through huggingface_hub into its cache: of a repository
+the files that are needed, with hf:ORG/NAME/path/to/file that one. HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE and the token of hf auth login are heeded. A branch,
+tag or commit goes behind an @: hf:ORG/NAME@v1/file.safetensors.
+
+\b
+LoRAs:
+A LoRA is added to the weights before they are rounded: strength*(alpha/rank)*
+up*down, and whole differences of weights and biases. Several are added one after
+the other. One that does not fit in every layer is an error that lists them. The
+strength is the number behind the last "=" (default 1; a path that itself ends in
+"=" and a number needs one behind it). DoRA, LoHa and LoKr are refused.
+
+\b
+Precisions:
+A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
+what would feel the rounding stay fp32. For single graphs:
+--precision bf16,decoder=fp16,text_encoder=fp32
+backbone and flow_head can also be int8 (for CPUs), fp8 (E4M3, for GPUs) or nvfp4
+(linear layers in 4 bits, attention in fp8, for GPUs from Blackwell on); the
+others are bf16 then. All are calibrated by sampling a few prompts in fp32; what
+was measured is calibration.json in the bundle, good for the same checkpoint.
+
+\b
+Checks:
+Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
+error above 1e-4 is a failure, in units of an output's RMS where that is above 1
+(in fp16 and bf16: a cosine below 0.9999; with 8 or 4 bits: below 0.99).
+
+\b
+Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
+The bundle appears under its name only when it is complete.
+
 \b
 Examples:
   tmd-export --model tiny --out my-bundle
@@ -101,52 +126,7 @@ Examples:
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
   tmd-export --checkpoint FastWan2.2-TI2V-5B-FullAttn-Diffusers --precision bf16 --out fastwan
   tmd-export --model wan14b --checkpoint Wan2.1-T2V-14B --lora 4steps.safetensors \\
-      --lora style.safetensors=0.7 --preset lightx2v --precision bf16 --out fast
-
-\b
-The parts are {", ".join(PARTS)}.
-A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
-the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
-text-to-video or Wan2.2-TI2V-5B folder as its authors publish it, the same in the layout of
-diffusers, or a single .safetensors, .gguf, .pt or .pth file of one part. Its
-format and size are recognised from the tensors; weights in scaled fp8, int8,
-mxfp8, nvfp4, GGUF or MLX are dequantised to bfloat16. With several, a file
-given by itself replaces that part of a folder, in any order. Parts that no checkpoint has are
-left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
-bidirectional ones and do not work. For the tim models: a folder with the
-released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
-tmd-distill pack leaves.
-
-\b
-hf:ORG/NAME is downloaded through huggingface_hub into its cache: of a repository
-the files that are needed, with hf:ORG/NAME/path/to/file that one. HF_HOME,
-HF_ENDPOINT, HF_HUB_OFFLINE and the token of hf auth login are heeded. A branch,
-tag or commit goes behind an @: hf:ORG/NAME@v1/file.safetensors.
-
-\b
-A LoRA is added to the weights before they are rounded: strength*(alpha/rank)*
-up*down, and whole differences of weights and biases. Several are added one after
-the other. One that does not fit in every layer is an error that lists them. The
-strength is the number behind the last "=" (default 1; a path that itself ends in
-"=" and a number needs one behind it). DoRA, LoHa and LoKr are refused.
-
-\b
-A precision is fp32, fp16 or bf16, of the large products; inputs, outputs and
-what would feel the rounding stay fp32. For single graphs:
---precision bf16,decoder=fp16,text_encoder=fp32
-backbone and flow_head can also be int8 (for CPUs), fp8 (E4M3, for GPUs) or nvfp4
-(linear layers in 4 bits, attention in fp8, for GPUs from Blackwell on); the
-others are bf16 then. All are calibrated by sampling a few prompts in fp32; what
-was measured is calibration.json in the bundle, good for the same checkpoint.
-
-\b
-Every graph is compared with the PyTorch reference in fp32 on ONNX Runtime: an
-error above 1e-4 is a failure, in units of an output's RMS where that is above 1
-(in fp16 and bf16: a cosine below 0.9999; with 8 or 4 bits: below 0.99).
-
-\b
-Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
-The bundle appears under its name only when it is complete.""",
+      --lora style.safetensors=0.7 --preset lightx2v --precision bf16 --out fast""",
 )
 @click.option(
     "--model",
@@ -193,7 +173,13 @@ The bundle appears under its name only when it is complete.""",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle to write.")
 @click.option("--inspect", is_flag=True, help="Say what the checkpoint is and what would be exported; write nothing.")
-@click.option("--parts", type=Parts(), metavar="A,B,...", help="Graphs to export.  [default: all]")
+@click.option(
+    "--parts",
+    type=Parts(),
+    shell_complete=offered_list(*PARTS),
+    metavar="A,B,...",
+    help="Graphs to export.  [default: all]",
+)
 @click.option(
     "--precision",
     type=Precision(),
@@ -210,8 +196,9 @@ The bundle appears under its name only when it is complete.""",
 @click.option(
     "--preset",
     type=click.Choice(tuple(presets())),
-    help="How a checkpoint is sampled: times, update rule, guidance.  [default: what its folder says, else that of the "
-    "model it was made from; --inspect shows it]",
+    metavar="NAME",
+    help=f"How a checkpoint is sampled, its times, rule and guidance: {', '.join(presets())}.  [default: what its "
+    "folder says, else that of the model it was made from; --inspect shows it]",
 )
 @click.option(
     "--grid",

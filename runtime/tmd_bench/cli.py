@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from tmd_engines import unfinished
-from tmd_engines.command.options import Size
+from tmd_engines.command.help import SETTINGS, Grouped
+from tmd_engines.command.options import BundleFolder, Size, offered_list
 from tmd_engines.command.program import run_program, sweep, verdict
 from tmd_engines.command.screen import tell
 from tmd_engines.registry import engine_names
@@ -43,19 +44,24 @@ def _rivals(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     return names
 
 
+_GROUPS = {
+    "What is measured": ("bundle", "size", "frames", "steps", "inner_steps"),
+    "A bundle to export first": (
+        *("model", "checkpoint", "random_weights", "blocks", "kind", "parts", "precision", "keep"),
+    ),
+    "How it is measured": ("engine", "threads", "rounds", "compare"),
+    "Reports": ("json_file",),
+}
+
+
 @click.command(
     "tmd-bench",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=Grouped,
+    groups=_GROUPS,
+    context_settings=SETTINGS,
     epilog="""\
 \b
-Examples:
-  tmd-bench                                     the built-in model, stage by stage
-  tmd-bench --bundle my-bundle --compare openvino
-  tmd-bench --model wan1.3b --random-weights 0 --size 256x256 --frames 17 --compare torch,diffusers
-  tmd-bench --model wan1.3b --random-weights 0 --blocks 6 --precision int8 --compare torch-compile
-  tmd-bench --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --kind wan --steps 4 --json bench.json
-
-\b
+Output:
 Every contender has its own process; they are loaded one after the other, run
 once (cold), and then in turn (--rounds). Only what the bundle holds is run;
 rivals in torch run the denoising loop alone. diffusers has no flow head: its
@@ -74,10 +80,18 @@ time.
 
 \b
 Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
-(129 by SIGHUP, 143 by SIGTERM).""",
+(129 by SIGHUP, 143 by SIGTERM).
+
+\b
+Examples:
+  tmd-bench                                     # the built-in model, stage by stage
+  tmd-bench --bundle my-bundle --compare openvino
+  tmd-bench --model wan1.3b --random-weights 0 --size 256x256 --compare torch,diffusers
+  tmd-bench --model wan1.3b --random-weights 0 --blocks 6 --precision int8 --compare torch-compile
+  tmd-bench --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --kind wan --steps 4 --json bench.json""",
 )
-@click.version_option(package_name="tmd-runtime", message="tmd-bench %(version)s")
-@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Measure this bundle.")
+@click.version_option(package_name="tmd-runtime", message="tmd-bench %(version)s", help="Print the version.")
+@click.option("--bundle", type=BundleFolder(path_type=Path), metavar="DIR", help="Measure this bundle.")
 @click.option("--model", type=click.Choice(MODELS), help="Export a bundle of this model first (and give rivals it).")
 @click.option("--checkpoint", multiple=True, metavar="PATH", help="Weights of --model, as in tmd-export.")
 @click.option("--random-weights", type=Whole(0), metavar="SEED", help="Random weights for --model.")
@@ -85,7 +99,14 @@ Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
               help="With --random-weights: a model of so many blocks, the share of its flow head kept.")  # fmt: skip
 @click.option("--kind", type=click.Choice(tuple(REFERENCE)), default="tmd", show_default=True,
               help="With --random-weights: a TMD student, or Wan itself.")  # fmt: skip
-@click.option("--parts", default=PARTS, show_default=True, metavar="LIST", help="Graphs that --model exports.")
+@click.option(
+    "--parts",
+    shell_complete=offered_list(*PARTS.split(",")),
+    default=PARTS,
+    show_default=True,
+    metavar="LIST",
+    help="Graphs that --model exports.",
+)
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the bundle that --model makes.")
 @click.option("--size", type=Size(), metavar="WxH", help="Pixels.  [default: the bundle's]")
 @click.option("--frames", type=Whole(1), metavar="F", help="Frames.  [default: the bundle's]")
@@ -95,7 +116,13 @@ Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
 @click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
 @click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")
-@click.option("--compare", callback=_rivals, metavar="LIST", help=f"Rivals: some of {','.join(RIVALS)}.")
+@click.option(
+    "--compare",
+    callback=_rivals,
+    shell_complete=offered_list(*RIVALS),
+    metavar="LIST",
+    help=f"Rivals: some of {','.join(RIVALS)}.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write everything.")
 def command(
     bundle: Path | None,

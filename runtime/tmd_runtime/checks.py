@@ -126,6 +126,12 @@ def check_start(
         )
 
 
+def check_condition(settings: Settings, prompt: str, has_embeds: bool = False) -> None:
+    """Raises UsageFailure for a prompt, or its embeddings, beside a class."""
+    if settings.label is not None and (prompt or has_embeds):
+        raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
+
+
 def check_preview(settings: Settings, memory: str) -> None:
     """Raises a failure if a run cannot show what it would give at once."""
     if settings.deadline is not None:

@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from .autoencoder.frames import FrameDecoder
 from .autoencoder.picture import encode_picture, start_size
 from .built_in import locate
-from .checks import check_arrays, check_embeds, check_hooks, check_preview, check_prompt, check_start, memory_failure
+from .checks import (
+    check_arrays,
+    check_condition,
+    check_embeds,
+    check_hooks,
+    check_preview,
+    check_prompt,
+    check_start,
+    memory_failure,
+)
 from .clock import Callback, Timings, no_seconds
 from .errors import UsageFailure
 from .graphs import Engines, Graphs, LastStage, last_stage
@@ -135,7 +144,7 @@ class Pipeline:
     ) -> Result:
         """Make one video. What is None comes from the bundle, the seed at random; `size` is (width, height) in pixels.
 
-        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label and rho (`Wishes`).
+        `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label, rho and fps (`Wishes`).
         `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
         model of classes takes a label and no prompt. `image` uint8 `[H, W, 3]`, or latents of one, `init_latents`
         `[1, C, 1, h, w]`, is the picture that a run with a strength starts from, or the first frame of the video of a
@@ -191,8 +200,7 @@ class Pipeline:
         check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
         check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._takes_picture, settings, init_latents, image)
-        if settings.label is not None and (prompt or prompt_embeds is not None):
-            raise UsageFailure("this model draws numbered classes and takes no prompt: leave the prompt out.")
+        check_condition(settings, prompt, prompt_embeds is not None)
         unused = () if prompt_embeds is None else READER
         self.choose_memory(settings, unused if image is not None else (*unused, *ENCODER))
         if on_preview is not None:

@@ -17,6 +17,7 @@ from .errors import UsageFailure
 
 MAX_STEPS = 1000
 MAX_SEED = 2**32 - 1
+MAX_FPS = 1000
 WIDE_SEED = (
     f"give a whole number from 0 to {MAX_SEED} (2^32-1). The noise is that of torch's CPU generator, which reads 32 "
     "bits of a seed, so a larger one would give the video of another."
@@ -24,7 +25,7 @@ WIDE_SEED = (
 
 
 class MoreWishes(TypedDict, total=False):
-    """The wishes that only some families grant, for keyword arguments; see `Wishes`."""
+    """The wishes of which most are granted by some families only, for keyword arguments; see `Wishes`."""
 
     guidance: float | None
     negative_prompt: str | None
@@ -34,18 +35,19 @@ class MoreWishes(TypedDict, total=False):
     strength: float | None
     label: int | None
     rho: float | None
+    fps: int | None
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What a caller asks for. None leaves it to the bundle, and the seed to chance.
 
-    `size` is (width, height) in pixels. `guidance` 1 switches guidance off; `negative_prompt` is what it steers away
-    from. `shift` warps the time grid of a model without fixed times. For Transition Models and flow maps: `schedule`
-    is a list of times that falls from 1 to 0, in the place of `steps`; `deadline` is how many seconds the steps may
-    take, and makes `steps` the most of them. For Transition Models: `strength` is the time in (0, 1] at which a run
-    from a picture starts, in the place of 1; `label` is the class to draw, for a model of numbered classes; `rho` puts
-    fresh noise into the steps between the first and the last.
+    `size` is (width, height) in pixels. `fps` is how fast the frames are shown, and changes none of them. `guidance` 1
+    switches guidance off; `negative_prompt` is what it steers away from. `shift` warps the time grid of a model without
+    fixed times. For Transition Models and flow maps: `schedule` is a list of times that falls from 1 to 0, in the place
+    of `steps`; `deadline` is how many seconds the steps may take, and makes `steps` the most of them. For Transition
+    Models: `strength` is the time in (0, 1] at which a run from a picture starts, in the place of 1; `label` is the
+    class to draw, for a model of numbered classes; `rho` puts fresh noise into the steps between the first and last.
     """
 
     seed: int | None = None
@@ -61,11 +63,12 @@ class Wishes:
     strength: float | None = None
     label: int | None = None
     rho: float | None = None
+    fps: int | None = None
 
 
 def check_types(wishes: Wishes) -> None:
     """Raises UsageFailure for a wish that is of another type than it should be, or not finite."""
-    for name in ("seed", "steps", "inner_steps", "frames", "label"):
+    for name in ("seed", "steps", "inner_steps", "frames", "label", "fps"):
         _check(name, getattr(wishes, name), "a whole number", _is_whole)
     for name in ("guidance", "shift", "deadline", "strength", "rho"):
         _check(name, getattr(wishes, name), "a finite number", _is_finite)

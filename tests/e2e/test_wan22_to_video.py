@@ -29,6 +29,7 @@ from tmd_export.presets.wan import PRESETS, WAN_NEGATIVE_PROMPT
 from tmd_export.sources.wan import WanSource
 from tmd_ref.text import Tokenizer
 from tmd_runtime import NoiseStream
+from tmd_runtime.compat.diffusers import TmdPipeline
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -307,3 +308,22 @@ def test_frames_behind_a_picture_are_those_of_diffusers_and_in_cpp_the_same(
     words = (*options, "--image", tmp_path / "first.ppm")
     in_c = in_cpp(tmp_path / "v.rgb", PROMPT, engine, *words, bundle=whole.folder)
     np.testing.assert_array_equal(in_c.reshape(found.frames.shape), found.frames)
+
+
+def test_a_call_written_for_diffusers_gives_its_latents(
+    bundle: Bundle, embeds: list[torch.Tensor], expected: tuple
+) -> None:
+    """The same words that `expected` was made with, but for the length of prompts, which is in the bundle."""
+    pipe = TmdPipeline.from_pretrained(bundle.folder, engine="onnxruntime", threads=1)
+    found = pipe(
+        prompt_embeds=embeds[0],
+        negative_prompt_embeds=embeds[1],
+        guidance_scale=5.0,
+        height=SIZE[1],
+        width=SIZE[0],
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).frames
+    check_latents(found, expected[0])

@@ -19,6 +19,7 @@ FOLDERS = {
     "tmd_engines": ROOT / "engines" / "tmd_engines",
     "tmd_runtime": ROOT / "runtime" / "tmd_runtime",
     "tmd_bench": ROOT / "runtime" / "tmd_bench",
+    "tmd_serve": ROOT / "runtime" / "tmd_serve",
 }
 # Models are calibrated on what their users will run: the loops and the tokenizer of the runtime.
 ALLOWED_ROOMS = {ROOT / "export" / "tmd_export" / "quantization": {"tmd_runtime"}}
@@ -28,8 +29,20 @@ ALLOWED: dict[str, set[str]] = {
     "tmd_export": {"tmd_ref", "tmd_engines"},
     "tmd_runtime": {"tmd_engines"},
     "tmd_bench": {"tmd_ref", "tmd_engines", "tmd_export", "tmd_runtime"},  # stands outside and measures
+    "tmd_serve": {"tmd_engines", "tmd_runtime"},
 }
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "av", "transformers", "diffusers")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "av",
+    "transformers",
+    "diffusers",
+    "fastapi",
+)
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -134,7 +147,7 @@ def test_imports_point_one_way(package: str) -> None:
         assert others <= allowed, f"{file} imports {others - allowed}"
 
 
-@pytest.mark.parametrize("package", ["tmd_engines", "tmd_runtime"])
+@pytest.mark.parametrize("package", ["tmd_engines", "tmd_runtime", "tmd_serve"])
 def test_the_lean_parts_never_import_torch(package: str) -> None:
     for file in FOLDERS[package].rglob("*.py"):
         assert "torch" not in imported(file), file
@@ -154,7 +167,14 @@ def test_importing_a_package_loads_no_heavy_library(package: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["tmd_runtime.command.cli", "tmd_engines.command.cli", "tmd_export.cli", "tmd_ref.distill.cli", "tmd_bench.cli"],
+    [
+        "tmd_runtime.command.cli",
+        "tmd_engines.command.cli",
+        "tmd_export.cli",
+        "tmd_ref.distill.cli",
+        "tmd_bench.cli",
+        "tmd_serve.command.cli",
+    ],
 )
 def test_asking_a_command_for_help_loads_no_heavy_library(module: str) -> None:
     help_text = f"""
@@ -176,6 +196,7 @@ except SystemExit as stop:
         ("tmd_export.cli", "tmd-export"),
         ("tmd_ref.distill.cli", "tmd-distill"),
         ("tmd_bench.cli", "tmd-bench"),
+        ("tmd_serve.command.cli", "tmd-serve"),
     ],
 )
 def test_every_command_prints_its_version(module: str, name: str) -> None:

@@ -22,7 +22,27 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     ctx.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_EXIT_CODES = """\
+\b
+Exit codes: 0 done, 1 failed, 2 bad usage or settings, 130 stopped by Ctrl-C (129
+by SIGHUP, 143 by SIGTERM). A run that was stopped goes on from its checkpoint.
+
+\b
+Examples:
+"""
+
+
+@click.group(
+    context_settings=_SETTINGS,
+    epilog=f"""{_EXIT_CODES}\
+  tmd-distill tiny all
+  tmd-distill plan --config wan14b --gpus 64
+  tmd-distill prepare --config wan1.3b --videos clips.jsonl --run runs/wan
+  tmd-distill stage1 --config wan1.3b --run runs/wan --device cuda
+  tmd-distill stage2 --config wan1.3b --run runs/wan --device cuda --set stage2.steps=100
+  tmd-distill evaluate --config wan1.3b --run runs/wan --device cuda""",
+)
 @click.option(
     "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
 )
@@ -60,16 +80,26 @@ def _guarded(run: Path, action: Callable[[], None]) -> None:
         sys.exit(stop.code if isinstance(stop, Stopped) else 130)
 
 
+def _configs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """What a shell offers for `--config`: files, and the packaged ones."""
+    from click.shell_completion import CompletionItem
+
+    packaged = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.yaml"))
+    names = [CompletionItem(name) for name in packaged if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *names]
+
+
 _RUN = click.option("--run", type=click.Path(path_type=Path), default=Path("runs/tiny"), show_default=True,
-                    help="Folder for checkpoints, data and results.")  # fmt: skip
-_THREADS = click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads; default: all cores.")
-_CONFIG = click.option("--config", "config_name", required=True, metavar="FILE|tiny|tim-tiny|wan1.3b|wan14b",
-                       help="Settings: a YAML file or a packaged one.")  # fmt: skip
+                    metavar="DIR", help="Folder for checkpoints, data and results.")  # fmt: skip
+_THREADS = click.option("--threads", type=click.IntRange(1), default=None, metavar="T",
+                        help="CPU threads.  [default: all cores]")  # fmt: skip
+_CONFIG = click.option("--config", "config_name", required=True, metavar="NAME|FILE", shell_complete=_configs,
+                       help="Settings: tiny, tim-tiny, wan1.3b, wan14b, or a YAML file.")  # fmt: skip
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                     help="Change one setting, such as stage2.steps=100; may be repeated.")  # fmt: skip
 
 
-def _command(name: str, text: str, *extra: Callable) -> None:
+def _command(name: str, text: str, short: str, config: str, *extra: Callable, more: str = "") -> None:
     def command(config_name: str, overrides: tuple[str, ...], run: Path, inputs: Path | None, device: str,
                 threads: int | None, **options: Any) -> None:  # fmt: skip
         def action() -> None:
@@ -102,13 +132,15 @@ def _command(name: str, text: str, *extra: Callable) -> None:
     for option in (
         *extra,
         _THREADS,
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-        click.option("--inputs", type=click.Path(path_type=Path, file_okay=False), default=None,
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+                     help="Where it computes."),
+        click.option("--inputs", type=click.Path(path_type=Path, file_okay=False), default=None, metavar="DIR",
                      help="Another run's folder, where data and weights are looked for that --run has not."),
         _RUN, _SET, _CONFIG,
     ):  # fmt: skip
         decorated = option(decorated)
-    main.command(name, help=text)(decorated)
+    example = f"  tmd-distill {name} --config {config}{more} --run runs/{config}"
+    main.command(name, help=text, short_help=short, context_settings=_SETTINGS, epilog=_EXIT_CODES + example)(decorated)
 
 
 def _silent(line: str) -> None:
@@ -116,20 +148,30 @@ def _silent(line: str) -> None:
 
 
 _command("prepare", "Encode videos and captions, or rendered scenes, into shards of latents.",
-         click.option("--videos", type=click.Path(path_type=Path, dir_okay=False), default=None,
-                      help="JSON lines of {video, caption}; without it, scenes are rendered."))  # fmt: skip
-_command("teacher", "Train a flow-matching teacher from scratch.")
-_command("stage1", "Pre-train the generator: TM-MeanFlow, plain TM, or the baseline's warm-up.")
-_command("stage2", "Distil by DMD2-v, the flow head unrolled.")
-_command("tim", "Train a Transition Model, or the same network by flow matching or MeanFlow.")
-_command("pack", "Write a trained Transition Model and its helpers in float16, ready for tmd-export --checkpoint.")
-_command("evaluate", "Measure what was trained on held-out captions; write a table and a contact sheet.")
+         "Encode videos or rendered scenes into shards of latents.", "wan1.3b",
+         click.option("--videos", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
+                      help="JSON lines of {video, caption}; without it, scenes are rendered."),
+         more=" --videos clips.jsonl")  # fmt: skip
+_command("teacher", "Train a flow-matching teacher from scratch.", "Train a flow-matching teacher.", "tiny")
+_command("stage1", "Pre-train the generator: TM-MeanFlow, plain TM, or the baseline's warm-up.",
+         "Pre-train the generator by TM-MeanFlow.", "wan1.3b")  # fmt: skip
+_command("stage2", "Distil by DMD2-v, the flow head unrolled.", "Distil by DMD2-v.", "wan1.3b")
+_command("tim", "Train a Transition Model, or the same network by flow matching or MeanFlow.",
+         "Train a Transition Model.", "tim-tiny")  # fmt: skip
+_command("pack", "Write a trained Transition Model and its helpers in float16, ready for tmd-export --checkpoint.",
+         "Write a trained Transition Model for tmd-export.", "tim-tiny")  # fmt: skip
+_command("evaluate", "Measure what was trained on held-out captions; write a table and a contact sheet.",
+         "Measure what was trained on held-out captions.", "tiny")  # fmt: skip
 
 
-@main.command()
+@main.command(
+    context_settings=_SETTINGS,
+    short_help="Print the memory and the work of each stage.",
+    epilog=f"{_EXIT_CODES}  tmd-distill plan --config wan14b --gpus 64",
+)
 @_CONFIG
 @_SET
-@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="GPUs to plan with.")
 def plan(config_name: str, overrides: tuple[str, ...], gpus: int) -> None:
     """Print the memory per GPU and the work of each stage, without running anything."""
 
@@ -142,7 +184,11 @@ def plan(config_name: str, overrides: tuple[str, ...], gpus: int) -> None:
     _guarded(Path(), action)
 
 
-@main.group()
+@main.group(
+    context_settings=_SETTINGS,
+    short_help="The built-in model, from rendered scenes to a student.",
+    epilog=f"{_EXIT_CODES}  tmd-distill tiny all\n  tmd-distill tiny stage2 --run runs/mine --threads 8",
+)
 def tiny() -> None:
     """The built-in model, from rendered scenes to a packed TMD student.
 
@@ -151,7 +197,10 @@ def tiny() -> None:
 
 
 def _stage(name: str, text: str) -> None:
-    @tiny.command(name, help=text)
+    short = text.partition(":")[0].partition(";")[0].rstrip(".") + "."
+    epilog = f"{_EXIT_CODES}  tmd-distill tiny {name} --run runs/mine"
+
+    @tiny.command(name, help=text, short_help=short, context_settings=_SETTINGS, epilog=epilog)
     @_THREADS
     @_RUN
     def command(run: Path, threads: int | None) -> None:

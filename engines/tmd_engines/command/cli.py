@@ -15,17 +15,35 @@ import click
 from ..errors import BundleError, EngineError
 from ..registry import engine_names
 from ..utf8 import json_text
-from .options import Size
+from .help import SETTINGS, Grouped
+from .options import BundleFolder, Size, offered
 
 if TYPE_CHECKING:
     from ..bundle.manifest import GraphInfo, TensorSpec
     from ..bundle.reader import Bundle
 
-_ENGINES = f"{', '.join(engine_names()[:-1])} or {engine_names()[-1]}."
+_NAMES = f"{', '.join(engine_names()[:-1])} or {engine_names()[-1]}"
+_ENGINES = f"What computes: {_NAMES}."
+_OFFERED = offered(*engine_names())
+_EXIT_CODES = """\
+\b
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped by Ctrl-C (129 by SIGHUP,
+143 by SIGTERM).
+
+\b
+Examples:
+"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tmd-runtime", message="tmd-engine %(version)s")
+@click.group(
+    context_settings=SETTINGS,
+    epilog=f"""{_EXIT_CODES}\
+  tmd-engine doctor
+  tmd-engine inspect builtin:tiny
+  tmd-engine verify my-bundle --engine openvino
+  tmd-engine build --help                      # what one of the commands takes""",
+)
+@click.version_option(package_name="tmd-runtime", message="tmd-engine %(version)s", help="Print the version.")
 def main() -> None:
     """Inspect and build bundles, and see which engines this machine has."""
 
@@ -47,13 +65,27 @@ def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@main.command()
-@click.argument("bundle", type=click.Path())
+@main.command(
+    context_settings=SETTINGS,
+    short_help="What is in a bundle, and what a run of it needs.",
+    epilog=f"""{_EXIT_CODES}\
+  tmd-engine inspect builtin:tiny
+  tmd-engine inspect my-bundle --size 832x480 --frames 81 --steps 4
+  tmd-engine inspect my-bundle --json | jq .run""",
+)
+@click.argument("bundle", type=BundleFolder())
 @click.option("--size", type=Size(), metavar="WxH", help="Size of the video to calculate with, in pixels.")
-@click.option("--frames", type=click.IntRange(1, 100_000), help="Its number of frames.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Outer steps to calculate with.")
-@click.option("--inner-steps", type=click.IntRange(1, 1000), help="Inner steps per outer step.")
-@click.option("--engine", default="auto", show_default=True, help=f"Whose memory to tell. {_ENGINES}")
+@click.option("--frames", type=click.IntRange(1, 100_000), metavar="F", help="Its number of frames.")
+@click.option("--steps", type=click.IntRange(1, 1000), metavar="M", help="Outer steps to calculate with.")
+@click.option("--inner-steps", type=click.IntRange(1, 1000), metavar="N", help="Inner steps per outer step.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    metavar="E",
+    shell_complete=_OFFERED,
+    help=f"Whose memory to tell: {_NAMES}.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 @_errors_as_messages
 def inspect(
@@ -93,11 +125,17 @@ def inspect(
         click.echo(f"a run      {problem}")
 
 
-@main.command()
-@click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs.")
+@main.command(
+    context_settings=SETTINGS,
+    short_help="Compare every graph on an engine with ONNX Runtime.",
+    epilog=f"""{_EXIT_CODES}\
+  tmd-engine verify builtin:tiny
+  tmd-engine verify my-bundle --engine openvino --threads 8""",
+)
+@click.argument("bundle", type=BundleFolder())
+@click.option("--engine", default="auto", show_default=True, metavar="E", shell_complete=_OFFERED, help=_ENGINES)
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
+@click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 @_errors_as_messages
 def verify(bundle: str, engine: str, threads: int | None, seed: int, as_json: bool) -> None:
@@ -156,17 +194,38 @@ class _Counts(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
-@main.command()
-@click.argument("bundle", type=click.Path())
-@click.option("--engine", default="auto", show_default=True, help=_ENGINES)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@main.command(
+    cls=Grouped,
+    groups={
+        "Which videos to compile for": ("size", "frames"),
+        "What compiles": ("engine", "device", "threads"),
+        "For other machines": ("out", "targets", "trtexec", "tensorrt_version"),
+    },
+    context_settings=SETTINGS,
+    short_help="Compile every graph ahead, for one size of video or a range.",
+    epilog=f"""{_EXIT_CODES}\
+  tmd-engine build my-bundle --size 832x480 --frames 81
+  tmd-engine build my-bundle --engine tensorrt-rtx --out plans --for 8.9,12.0
+  tmd-engine build my-bundle --size 256x256..1280x720 --frames 17..81
+  tmd-engine build my-bundle --trtexec graphs --tensorrt-version 10.13""",
+)
+@click.argument("bundle", type=BundleFolder())
+@click.option("--engine", default="auto", show_default=True, metavar="E", shell_complete=_OFFERED, help=_ENGINES)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="D",
+    shell_complete=offered("auto", "cpu", "cuda"),
+    help="Where: auto, cpu, cuda or cuda:N.",
+)
 @click.option(
     "--size",
     type=_Sizes(),
     metavar="WxH[..WxH]",
-    help="Size of the videos to come, in pixels, or a range of them for one plan. Default: the bundle's.",
+    help="Size of the videos to come, in pixels, or a range of them for one plan.  [default: the bundle's]",
 )
-@click.option("--frames", type=_Counts(), metavar="N[..N]", help="Their number of frames. Default: the bundle's.")
+@click.option("--frames", type=_Counts(), metavar="N[..N]", help="Their number of frames.  [default: the bundle's]")
 @click.option(
     "--out",
     type=click.Path(),
@@ -177,9 +236,9 @@ class _Counts(click.ParamType):
     "--for",
     "targets",
     metavar="GPUS",
-    help="With --out: rtx for every RTX card from compute capability 8.0 on (default), or some, as 8.9,12.0.",
+    help="With --out: rtx for every RTX card from compute capability 8.0 on, or some, as 8.9,12.0.  [default: rtx]",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: all cores.")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="T", help="CPU threads.  [default: all cores]")
 @click.option(
     "--trtexec",
     type=click.Path(),
@@ -187,7 +246,9 @@ class _Counts(click.ParamType):
     help="Build nothing: write the graphs as TensorRT gets them into DIR, and print NVIDIA's command lines for each: "
     "trtexec, and polygraphy to compare with ONNX Runtime.",
 )
-@click.option("--tensorrt-version", metavar="M.N", help="With --trtexec: for this version. Default: the one installed.")
+@click.option(
+    "--tensorrt-version", metavar="M.N", help="With --trtexec: for this version.  [default: the one installed]"
+)
 @_errors_as_messages
 def build(
     bundle: str,
@@ -237,7 +298,13 @@ def build(
         raise click.UsageError(str(error)) from None
 
 
-@main.command()
+@main.command(
+    context_settings=SETTINGS,
+    short_help="What this machine can run, and what to install for the rest.",
+    epilog=f"""{_EXIT_CODES}\
+  tmd-engine doctor
+  tmd-engine doctor --json | jq .engines""",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def doctor(as_json: bool) -> None:
     """Print what this machine has for running graphs, and what to install for the rest."""

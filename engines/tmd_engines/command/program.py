@@ -27,6 +27,10 @@ def run_program(command: click.Command, name: str, arguments: Sequence[str] | No
     removed.
     """
     repair_streams()
+    if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:
+        from .completion import install
+
+        install()
     ending = Ending(lambda: tell(f"{name}: stopped."))
     try:
         command.main(arguments, prog_name=name, standalone_mode=False, obj=ending)

@@ -50,8 +50,6 @@ _STRIP = 256  # rows that are put over white at once
 def read_picture(path: str | Path) -> NDArray[np.uint8]:
     """The picture in a file, uint8 `[H, W, 3]`: PNG, JPEG, WebP, BMP or TIFF, turned as a camera says, over white where
     it is transparent. Raises RuntimeFailure if it cannot be read."""
-    import av
-
     path = Path(path)
     if not path.is_file():
         raise RuntimeFailure(f"{path} {'is no file' if path.exists() else 'does not exist'}: name a picture.")
@@ -62,10 +60,20 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         raise RuntimeFailure(f"{path} cannot be read ({error.strerror}): name a picture.") from error
     if len(data) > _MOST_BYTES:
         raise RuntimeFailure(f"{path} is larger than {_MOST_BYTES >> 30} GB: make it smaller.")
+    return decode_picture(data, str(path))
+
+
+def decode_picture(data: bytes, called: str, most_pixels: int = _MOST_PIXELS) -> NDArray[np.uint8]:
+    """The picture in the bytes of a file, as `read_picture`; messages call it `called`.
+
+    More than `most_pixels` are refused before memory for them is taken. Raises RuntimeFailure.
+    """
+    import av
+
     name = next((name for start, name in _DECODERS.items() if data.startswith(start)), None)
     if name is None:
-        raise RuntimeFailure(f"{path} is no picture that can be read here: save it as PNG, JPEG, WebP, BMP or TIFF.")
-    most = _most_pixels(len(data))
+        raise RuntimeFailure(f"{called} is no picture that can be read here: save it as PNG, JPEG, WebP, BMP or TIFF.")
+    most = min(_most_pixels(len(data)), most_pixels)
     try:
         decoder: Any = av.CodecContext.create(name, "r")
         # Compared with the size in the picture's header, before memory for it is taken.
@@ -75,11 +83,11 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         rgba = np.rot90(frame.to_ndarray(format="rgba", threads=1), frame.rotation // 90)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise RuntimeFailure(
-            f"{path} is damaged, or no {name} picture of at most {most / 1e6:.4g} megapixels, which is what its "
+            f"{called} is damaged, or no {name} picture of at most {most / 1e6:.4g} megapixels, which is what its "
             f"{len(data)} bytes and the free memory allow ({one_line(error)}): save it again, or smaller."
         ) from error
     except MemoryError as error:
-        raise RuntimeFailure(f"there is not enough memory for the picture {path}: save it smaller.") from error
+        raise RuntimeFailure(f"there is not enough memory for the picture {called}: save it smaller.") from error
     del frame
     return _over_white(rgba)
 

@@ -13,13 +13,15 @@ from typing import Any, NoReturn
 
 import click
 
-from tmd_engines.command.options import Size
+from tmd_engines.command.help import SETTINGS, Grouped
+from tmd_engines.command.options import BundleFolder, Size, offered
 from tmd_engines.command.program import ending_of_program, run_program, verdict
 from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
 from tmd_engines.utf8 import json_text
 
 from ..memory import MODES
+from ..settings import MAX_FPS
 from .failures import INTERRUPTED, check_address_space, failures
 from .job import Job
 from .options import Number, Output, Schedule, Whole
@@ -38,20 +40,25 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     ctx.exit()
 
 
+_GROUPS = {
+    "What to show": ("prompts", "prompt_file", "negative_prompt", "label"),
+    "Starting from a picture": ("image", "init_latents", "strength"),
+    "How it is made": ("seed", "steps", "inner_steps", "guidance", "shift", "schedule", "deadline", "rho"),
+    "The file": ("out", "frames", "size", "fps", "preview"),
+    "Model and machine": ("bundle", "engine", "device", "threads", "memory", "plans"),
+    "Stage by stage": ("save_embeds", "embeds", "save_latents", "latents"),
+    "Reports": ("as_json", "quiet"),
+}
+
+
 @click.command(
     "tmd-run",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=Grouped,
+    groups=_GROUPS,
+    context_settings=SETTINGS,
     epilog="""\
 \b
-Examples:
-  tmd-run --prompt "a red circle moving right on a black background"
-  tmd-run --prompt "a blue star spinning" --seed 7 --steps 2 --out star.gif
-  tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.jsonl
-  tmd-run --embeds cat.safetensors --bundle edge-bundle --save-latents cat-latents.safetensors
-  tmd-run --latents cat-latents.safetensors --bundle my-bundle --out cat.mp4
-  tmd-run                              a prompt loop that keeps the model loaded
-
-\b
+Output:
 --json prints one document with the keys seed, prompt, steps, inner_steps, nfe,
 frames, width, height, fps, stage_seconds, total_seconds, out, warnings, rule,
 guidance, memory (all or low), embeds, latents and preview (files written, or
@@ -66,7 +73,16 @@ beside decode.
 \b
 Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 stopped by Ctrl-C (129 by
 SIGHUP, 143 by SIGTERM). A second Ctrl-C ends the process at once.
-A file appears under its name only when it is complete.""",
+A file appears under its name only when it is complete.
+
+\b
+Examples:
+  tmd-run --prompt "a red circle moving right on a black background"
+  tmd-run --prompt "a blue star spinning" --seed 7 --steps 2 --out star.gif
+  tmd-run --prompt-file prompts.txt --bundle my-bundle --json > runs.jsonl
+  tmd-run --embeds cat.safetensors --bundle edge-bundle --save-latents cat-latents.safetensors
+  tmd-run --latents cat-latents.safetensors --bundle my-bundle --fps 16 --out cat.mp4
+  tmd-run                              # asks for prompts and keeps the model loaded""",
 )
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to show. May be given several times.")
 @click.option(
@@ -77,7 +93,7 @@ A file appears under its name only when it is complete.""",
 )
 @click.option(
     "--bundle",
-    type=click.Path(path_type=Path),
+    type=BundleFolder(path_type=Path),
     metavar="DIR",
     help="Exported model; builtin:tim-tiny is one of stills.  [default: builtin:tiny]",
 )
@@ -145,6 +161,12 @@ A file appears under its name only when it is complete.""",
     "--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16, for Wan2.2-TI2V-5B of 32."
 )
 @click.option(
+    "--fps",
+    type=Whole(1, MAX_FPS),
+    metavar="N",
+    help="Frames per second of the file, with --latents too. Changes no frame.  [default: the model's]",
+)
+@click.option(
     "--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="What computes the graphs."
 )
 @click.option(
@@ -152,6 +174,7 @@ A file appears under its name only when it is complete.""",
     default="auto",
     show_default=True,
     metavar="D",
+    shell_complete=offered("auto", "cpu", "cuda"),
     help="Where: cpu, cuda, or cuda:N for one of several GPUs; auto: a GPU where there is one.",
 )
 @click.option(
@@ -313,7 +336,9 @@ def _check_sources(
     if wishes["strength"] is not None and wishes["image"] is None and wishes["init_latents"] is None:
         raise click.UsageError("--strength says how much of a picture changes: give --image or --init-latents as well.")
     if latents is not None:
-        decided = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
+        decided = [
+            f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None and name != "fps"
+        ]
         decided += [f"--{name}" for name, value in written.items() if value]
         if decided:
             raise click.UsageError(f"--latents only decodes, the file has settled the rest: leave {decided[0]} out.")

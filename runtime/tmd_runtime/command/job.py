@@ -118,7 +118,7 @@ class Job:
         frames = (saved.latents.shape[2] - 1) * pipeline.manifest.latents.temporal_stride + 1
         # No class is drawn any more, but a model of classes has no settings without one.
         label = None if pipeline.manifest.family.classes(pipeline.manifest.model) is None else 0
-        settings = pipeline.settings(frames=frames, size=saved.size, label=label)
+        settings = pipeline.settings(frames=frames, size=saved.size, label=label, fps=self.wishes.get("fps"))
         memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER, *ENCODER))
         self.stills = pipeline.manifest.family.makes_stills
         target = self.target(saved.prompt, saved.seed, self.done + 1)

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tmd_engines.device.paths import utf8_name
 
 from ..errors import RuntimeFailure, UsageFailure
+from ..settings import MAX_FPS
 from .png import png
+from .tags import tags, with_comment
 from .target import FRAME_NAME, FolderPath, Target, cannot_write, named
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _SHEET_GAP = 2
 _SHEET_SHADE = 255
 _QUEUED_PIECES = 2
+_GIF_FPS = 50
 # FFmpeg's numbers for BT.709 and for limited range ("MPEG"). Untagged files are read with BT.601 by some players:
 # shifted colours.
 _BT709, _LIMITED = 1, 1
@@ -57,10 +60,13 @@ def check_target(path: str | Path) -> None:
 def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = None) -> VideoFile:
     """A video file to write into, as a context manager.
 
-    `texts`, by keyword, go into PNG files as they are when the first frame comes; other formats leave them out.
-    Raises UsageFailure for an unknown ending, RuntimeFailure if `path` cannot be written or PyAV is not installed.
+    `fps` is a whole number of frames per second, 1 to 1000; a GIF takes at most 50. `texts`, by keyword, go into the
+    file as they are when the first frame comes: into a PNG by themselves, into the others as `tags` says.
+    Raises UsageFailure for an unknown ending or another `fps`, RuntimeFailure if `path` cannot be written or PyAV is
+    not installed.
     """
     path = named(path)
+    _check_fps(fps, _ending(path))
     target = _open_target(path)
     try:
         return VideoFile(target, _ENCODERS[_ending(path)](target.temporary, fps, {} if texts is None else texts))
@@ -79,6 +85,16 @@ def _open_target(path: Path) -> Target:
             "sheet), or a name without an ending for a folder of PNG frames."
         )
     return Target(path, is_folder=not ending)
+
+
+def _check_fps(fps: int, ending: str) -> None:
+    if fps != int(fps) or not 1 <= fps <= MAX_FPS:
+        raise UsageFailure(f"{fps} frames per second cannot be written: choose a whole number from 1 to {MAX_FPS}.")
+    if ending == ".gif" and fps > _GIF_FPS:
+        raise UsageFailure(
+            f"a GIF of {fps} frames per second cannot be written: it counts in hundredths of a second, and programs "
+            f"show a frame for 2 of them at least. Choose at most {_GIF_FPS}, or another format."
+        )
 
 
 def _ending(path: Path) -> str:
@@ -208,6 +224,7 @@ class _StreamEncoder(_Encoder):
         import av
 
         self._output = av.open(utf8_name(self._file), "w", format=self.container, options=self.container_options)
+        self._output.metadata.update(tags(self._texts))
         self._stream = self._output.add_stream(self._codec, rate=Fraction(self._fps), options=self.options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         context = self._stream.codec_context
@@ -265,6 +282,8 @@ class _Gif(_Encoder):
             for picture in self._with_palette(width, height):
                 output.mux(stream.encode(picture))
             output.mux(stream.encode(None))
+        if self._texts:
+            self._file.write_bytes(with_comment(self._file.read_bytes(), self._texts))
 
     def _with_palette(self, width: int, height: int) -> list[Any]:
         import av

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageFailure
-from ..settings import MAX_SEED, WIDE_SEED
+from ..settings import MAX_FPS, MAX_SEED, WIDE_SEED
 from .schedule import ROPE_POSITIONS
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def common_settings(
         "frames": frames,
         "width": width,
         "height": height,
-        "fps": video.fps,
+        "fps": _fps(wishes.fps, video.fps, family.makes_stills),
         "nfe": family.nfe(model, steps, inner_steps, passes),
         "latent_shape": _latent_shape(manifest, frames, width, height),
         "warnings": warnings,
@@ -175,6 +175,16 @@ def _check_label(classes: int | None, label: int | None) -> None:
         )
     if classes is not None and label is not None and not 0 <= label < classes:
         raise UsageFailure(f"there is no class {label}: choose one from 0 to {classes - 1}.")
+
+
+def _fps(fps: int | None, default: int, makes_stills: bool) -> int:
+    if fps is None:
+        return default
+    if makes_stills:
+        raise UsageFailure("this model makes stills, which have no frames per second: leave them out.")
+    if not 1 <= fps <= MAX_FPS:
+        raise UsageFailure(f"{fps} frames per second are out of range: choose 1 to {MAX_FPS} (default {default}).")
+    return int(fps)
 
 
 def _listed(values: Sequence[int]) -> str:

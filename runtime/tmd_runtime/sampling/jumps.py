@@ -61,7 +61,8 @@ def jump_times(
     if count > MAX_STEPS or (count < 1 and schedule is None):
         raise UsageFailure(f"{count} steps cannot be done: choose 1 to {MAX_STEPS} (default {default}).")
     times = tuple(map(float, grid(count) if schedule is None else schedule))
-    if len(times) < 2 or times[0] != start or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
+    falls = all(later < earlier for earlier, later in pairwise(times))
+    if len(times) < 2 or times[0] != start or times[-1] != 0 or not falls:
         where = "1 (noise)" if wishes.strength is None else f"{start:g} (the strength)"
         example = ",".join(f"{start * share:g}" for share in (1, 0.6, 0.2, 0))
         raise UsageFailure(f"the times of a schedule must fall from {where} to 0 ({ends}), such as {example}.")

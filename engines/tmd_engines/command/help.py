@@ -1,0 +1,42 @@
+"""What `--help` looks like in every command: options under headings, in the order in which questions come up.
+
+Behind them stands the epilog: what is printed, exit codes, and examples at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+WIDTH = 100
+"""Columns of a help text at most."""
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
+"""`context_settings` of every command."""
+OTHERS = "Other options"
+
+
+class Grouped(click.Command):
+    """A command whose help has its options under headings.
+
+    `groups` maps a heading to names of parameters, as the function has them. What none of them names stands under
+    `OTHERS`, at the end, with `--help`.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.groups = groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options, each under its heading."""
+        heading = {name: title for title, names in self.groups.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, OTHERS)}
+        for param in self.get_params(ctx):
+            row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if row is not None:
+                rows[heading.get(param.name or "", OTHERS)].append(row)
+        for title, found in rows.items():
+            if found:
+                with formatter.section(title):
+                    formatter.write_dl(found)

@@ -1,0 +1,1 @@
+"""`tmd-serve`: the server, and its API keys."""

@@ -1,0 +1,50 @@
+"""The kinds of values that options of `tmd-serve` have."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Amount(click.ParamType):
+    """Bytes: a whole number, with K, M, G or T behind it."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,12})([KMGT]?)B?", str(value).upper())
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a number of bytes: write 20M or 10G, say.", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]
+
+
+class Named(click.ParamType):
+    """`NAME=DIR`, a folder, or `builtin:NAME`; without a name the folder's own, or the one behind `builtin:`."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        head, equals, tail = str(value).partition("=")
+        if equals and _NAME.fullmatch(head):
+            name, place = head, tail
+        else:
+            place = str(value)
+            name = place.rstrip("/").replace("\\", "/").rpartition("/")[2].removeprefix("builtin:")
+        if not place or "\0" in place:
+            self.fail("a bundle needs a folder, or builtin:NAME.", param, ctx)
+        if not _NAME.fullmatch(name):
+            self.fail(
+                f"{name!r} cannot be the name of a model: write NAME={place} with letters, digits, '.', '_' or '-'.",
+                param,
+                ctx,
+            )
+        return name, place

@@ -1,0 +1,205 @@
+"""Puts a server together, and takes it apart again when a signal says so."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import logging
+import os
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from tmd_engines.command.screen import tell
+from tmd_engines.cost.system_memory import available_bytes
+from tmd_runtime import RuntimeFailure
+
+from ..files import DataFolder
+from ..http.app import create_app
+from ..local.executor import LocalExecutor
+from ..local.model import EngineOptions, open_models
+from ..local.worker import Pace
+from ..logs import set_up
+from ..meters import RunMeters
+from ..settings import Limits, Retention, ServeSettings
+from ..store.database import Database
+from ..store.sql_jobs import SqlJobs
+from ..store.sql_keys import SqlKeys
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ..board import Board
+
+_LOG = logging.getLogger("tmd_serve")
+_HEADER_BYTES = 1 << 15
+_IDLE_SECONDS, _CONNECTIONS = 15, 1000
+_LAST_ANSWERS = 2  # seconds that open connections have when the server ends
+_STRANGE_SECONDS = 86400.0  # on a folder that others use too, a folder without a job may be of one that comes
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server. At the first signal event streams end, so that no connection keeps it."""
+
+    def __init__(self, config: uvicorn.Config, board: Board) -> None:
+        super().__init__(config)
+        self._board = board
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own: it would raise the signal again at its end, before the running job has been given back. The
+        # watch over signals of every command (`run_program`) ends the process at a second one.
+        self._board.close()
+        self.should_exit = True
+
+
+def open_database(data: Path, url: str | None) -> Database:
+    """The database of a server, by default in its data folder. Raises DatabaseFailure."""
+    _make_folder(data)
+    return Database.of_file(data / "jobs.sqlite3") if url is None else Database(url)
+
+
+def _make_folder(data: Path) -> None:
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeFailure(
+            f"the data folder {data} cannot be made ({error.strerror}): name another, --data DIR."
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(data: Path, database: str | None, **options: Any) -> None:
+    """Serves until a signal comes. `options` are those of the command."""
+    set_up(options["log_level"].upper())
+    width, height = options["max_size"]
+    limits = Limits(
+        pixels=width * height,
+        frames=options["max_frames"],
+        steps=options["max_steps"],
+        seconds=options["max_seconds"],
+        upload_bytes=options["max_upload"],
+        waiting=options["max_waiting"],
+    )
+    local = is_loopback(options["host"])
+    settings = ServeSettings(
+        data=data,
+        limits=limits,
+        needs_key=options["require_key"] or not local,
+        hosts=_hosts(options["hosts"], local),
+        origins=frozenset(origin.rstrip("/") for origin in options["origins"]),
+    )
+    retention = Retention(options["keep"] * 86400, options["keep_bytes"])
+    with ExitStack() as stack:
+        store_of = open_database(data, database)
+        stack.callback(store_of.close)
+        if store_of.is_private:
+            _lock(data, stack)
+        keys = SqlKeys(store_of)
+        if settings.needs_key and not keys.list():
+            raise click.UsageError(
+                f"on {options['host']} every request needs an API key, and there is none: make one with tmd-serve keys "
+                "add NAME, or listen on 127.0.0.1."
+            )
+        store = SqlJobs(store_of, options["attempts"], retention.seconds)
+        files = DataFolder(data)
+        registry = CollectorRegistry()
+        engines = EngineOptions(options["engine"], options["device"], options["threads"], options["memory"])
+        bundles = dict(options["bundles"] or [("tiny", "builtin:tiny")])
+        if len(bundles) < len(options["bundles"]):
+            raise click.UsageError("two bundles have one name: give each its own, --bundle NAME=DIR.")
+        executor = LocalExecutor(
+            store,
+            files,
+            open_models(bundles, engines, limits),
+            retention.bytes,
+            budget=options["memory_budget"] or available_bytes(),
+            most_loaded=options["max_loaded"],
+            pace=Pace(lease=options["lease"], beat=min(2.0, options["lease"] / 4), most=limits.seconds),
+            meters=RunMeters(registry),
+        )
+        recover(store, files, store_of.is_private)
+        _run(create_app(store, executor, settings, keys, registry), executor, options)
+
+
+def _hosts(more: tuple[str, ...], local: bool) -> frozenset[str] | None:
+    """Accepted names in the header Host. Where keys guard the server, a foreign name does no harm."""
+    if not local and not more:
+        return None
+    return frozenset({"127.0.0.1", "localhost", "::1", *(name.lower() for name in more)})
+
+
+def _lock(data: Path, stack: ExitStack) -> None:
+    """Keeps a second server off the data folder, whose jobs it would take for those of a dead one."""
+    descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RuntimeFailure(
+            f"another tmd-serve uses the data folder {data}: end that one, name another folder (--data DIR), or share "
+            "a PostgreSQL database (--database URL)."
+        ) from None
+
+
+def recover(store: SqlJobs, files: DataFolder, alone: bool) -> None:
+    """What a server that was killed has left: unfinished jobs run again, and so do finished ones without their file."""
+    if alone:
+        again = store.recover()
+        for job in store.completed():
+            path = files.folder(job.id) / job.result["file"]
+            if not path.is_file() or path.stat().st_size != job.result["bytes"]:
+                store.restart(job.id)
+                again += 1
+        if again:
+            _LOG.info("jobs run again", extra={"jobs": again})
+    files.sweep(store.ids(), time.time() - (0 if alone else _STRANGE_SECONDS))
+
+
+def _run(app: FastAPI, executor: LocalExecutor, options: dict[str, Any]) -> None:
+    """Listens, runs jobs and answers requests until a signal comes."""
+    listener = _listen(options["host"], options["port"])
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=_LAST_ANSWERS,
+        timeout_keep_alive=_IDLE_SECONDS,
+        limit_concurrency=_CONNECTIONS,
+    )
+    host, port = listener.getsockname()[:2]
+    try:
+        executor.start()
+        tell(f"tmd-serve: listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        Server(config, executor.board).run(sockets=[listener])
+    finally:
+        executor.stop(options["grace"])
+    _LOG.info("the server has ended")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+    except OSError as error:
+        raise RuntimeFailure(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another --port, or another --host."
+        ) from None

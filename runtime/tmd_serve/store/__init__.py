@@ -1,0 +1,1 @@
+"""Jobs and API keys in a database: SQLite for one machine, PostgreSQL for several."""
