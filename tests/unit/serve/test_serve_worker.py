@@ -11,12 +11,12 @@ import pytest
 
 from tests.helpers.processes import wait_for
 from tests.helpers.serving import a_job
-from tmd_engines.device.running import RUNNING
+from tmd_engines.device.running import RUNNING, stop_step
 from tmd_runtime import RuntimeFailure
 from tmd_serve.board import Board
 from tmd_serve.files import DataFolder
 from tmd_serve.jobs import Job, Progress
-from tmd_serve.local.worker import Pace, Worker
+from tmd_serve.local.worker import Pace, RunFailed, RunLost, Worker
 from tmd_serve.store.database import Database
 from tmd_serve.store.sql_jobs import SqlJobs
 
@@ -56,6 +56,9 @@ class Waiting:
         finally:
             del RUNNING[threading.get_ident()]
         return {"file": "video.mp4", "bytes": 5, "all_bytes": 5, "stage_seconds": {}}
+
+    def interrupt(self, thread: int) -> None:
+        stop_step(thread)
 
     def close(self) -> None:
         self.is_closed = True
