@@ -153,6 +153,19 @@ def test_a_run_that_failed_says_why_and_the_next_one_runs(line: Line) -> None:
     wait_for(lambda: line.status(job) == ("completed", None))
 
 
+def test_a_run_that_failed_elsewhere_keeps_its_code(line: Line) -> None:
+    line.runner.failure = RunFailed("out_of_memory", "there is not enough memory.")
+    job = line.add()
+    wait_for(lambda: line.status(job) == ("failed", "out_of_memory"))
+
+
+def test_a_run_that_is_lost_elsewhere_is_begun_again_three_times_at_most(line: Line) -> None:
+    line.runner.failure = RunLost("the replica died")
+    job = line.add()
+    wait_for(lambda: line.status(job) == ("failed", "attempts_exhausted"))
+    assert line.runner.runs == [job] * 3
+
+
 def test_a_server_that_ends_lets_the_run_end_in_its_time(tmp_path: Path) -> None:
     line = Line(tmp_path)
     line.worker.start()
