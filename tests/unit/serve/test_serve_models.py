@@ -46,7 +46,7 @@ def test_a_card_offers_what_the_family_grants_and_nothing_else(tiny: Model, stil
     for option in ("negative_prompt", "schedule", "deadline", "rho", "image"):
         assert (video[option], image[option]) == (False, True), option
     assert video["frames"] == {"default": 17, "multiple": 4, "plus": 1, "max": 161}
-    assert image["frames"]["max"] == 1
+    assert (image["frames"]["max"], image["fps"], video["fps"]["default"]) == (1, None, 8)
     for model in (tiny, stills):
         for side in ("width", "height"):
             option = model.card.options[side]
@@ -71,7 +71,7 @@ def test_a_plan_holds_its_seed_and_size_so_that_a_second_run_is_the_same(tiny: M
 
 @pytest.mark.parametrize(("seconds", "fps", "frames"), [(2, None, 17), (4, None, 33), (0.01, None, 1), (1, 16, 17)])
 def test_seconds_are_the_nearest_number_of_frames(tiny: Model, seconds: float, fps: int | None, frames: int) -> None:
-    resolved = tiny.plan(Wanted(RED, seconds=seconds, fps=fps), None).resolved
+    resolved = tiny.plan(Wanted(RED, {} if fps is None else {"fps": fps}, seconds=seconds), None).resolved
     assert (resolved["frames"], resolved["fps"]) == (frames, fps or 8)
 
 
@@ -83,7 +83,7 @@ def test_seconds_are_the_nearest_number_of_frames(tiny: Model, seconds: float, f
         ({"steps": 7}, "does not do 7 steps"),
         ({"size": (63, 64)}, "cannot be made"),
         ({"deadline": 1.0}, "none: choose the number"),
-        ({"strength": 0.5}, "this is none"),
+        ({"strength": 0.5}, "does neither"),
     ],
 )
 def test_what_a_model_or_the_server_does_not_do_is_refused(tiny: Model, wishes: dict[str, Any], error: str) -> None:
@@ -233,7 +233,7 @@ def test_fps_and_previews_do_what_they_say(tiny: Model, tmp_path: Path) -> None:
 
     files, previews = DataFolder(tmp_path), list[bytes]()
     runner = Runner({"tiny": tiny}, Library(None), files, EmbedsCache())
-    job = job_of(tiny, Wanted(RED, {"seed": 3, "frames": 5, "steps": 3}, fps=24, preview=True))
+    job = job_of(tiny, Wanted(RED, {"seed": 3, "frames": 5, "steps": 3, "fps": 24}, preview=True))
     result = runner.make(job, lambda _: True, previews.append)
     runner.close()
     assert len(previews) == 2 and all(preview.startswith(b"\x89PNG") for preview in previews)
