@@ -31,14 +31,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Retention:
-    """How long finished jobs stay: `seconds` after they ended, and `bytes` of files altogether (oldest out first)."""
-
-    seconds: float = 7 * 86400.0
-    bytes: int = 10 << 30
-
-
-@dataclass(frozen=True)
 class ServeSettings:
     """One server. `needs_key` asks every request under /v1 for an API key; `hosts` are the accepted names in the header
     Host (None: any); `origins` are the web pages of other places that may use it (CORS)."""

@@ -73,7 +73,7 @@ def test_a_result_whose_file_is_gone_is_made_again_and_a_job_that_kills_its_serv
     with served(data, "--attempts", "1") as server:
         server.finished(video)
         assert content(data, video) == before
-        long = server.ask("/v1/videos", {**short(2), "frames": 161, "size": "512x512"})["id"]
+        long = server.ask("/v1/videos", {**short(2), "frames": 81, "size": "384x384"})["id"]
         server.until(long, lambda video: video["tmd"]["stage"] is not None)
     with served(data, "--attempts", "1") as server:
         ended = server.until(long, lambda video: video["status"] == "failed")
@@ -91,7 +91,7 @@ def test_a_server_that_is_told_to_end_gives_its_job_back_in_the_stated_time(tmp_
     with served(data, "--grace", "0") as server:
         second = subprocess.run([*SERVE, "--data", str(data), "--port", "0"], capture_output=True, text=True)
         assert second.returncode == 1 and "another tmd-serve uses the data folder" in second.stderr
-        long = server.ask("/v1/videos", {**short(1), "frames": 161, "size": "512x512"})["id"]
+        long = server.ask("/v1/videos", {**short(1), "frames": 81, "size": "384x384"})["id"]
         server.until(long, lambda video: video["tmd"]["stage"] is not None)
         begin = time.monotonic()
         stop(server, signal.SIGTERM, 0)

@@ -74,9 +74,13 @@ def test_the_image_s_commands_make_a_server_that_is_healthy(tmp_path: Path) -> N
     key = subprocess.run([*entry, "keys", "add", "laptop"], env=environment, capture_output=True, text=True, check=True)
     log = tmp_path / "log"
     with open(log, "wb") as out:
-        command = [*entry, *commands["CMD"], "--port", "0"]
         process = subprocess.Popen(
-            command, cwd="/", env=environment, stdout=out, stderr=out, preexec_fn=with_default_signals
+            [*entry, *commands["CMD"], "--port", "0"],
+            cwd="/",
+            env=environment,
+            stdout=out,
+            stderr=out,
+            preexec_fn=with_default_signals,
         )
     try:
         server = Served(process, log)

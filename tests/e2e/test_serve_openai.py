@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from tests.helpers.serving import Served, served
 from tmd_runtime.command.cli import command as tmd_run
 from tmd_runtime.files.png import png
+from tmd_serve.command.cli import command as tmd_serve
 
 # OpenAI's own service for videos is to end; its client, and what others built on it, still speak this API.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -126,6 +128,22 @@ def test_a_client_that_goes_away_stops_nothing_and_a_cancel_stops_within_a_step(
     assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
     assert time.monotonic() - begin < 10
     server.finished(after)
+
+
+def test_the_documented_client_works_and_documented_options_exist(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert example is not None and "http://127.0.0.1:8000" in example[1]
+    monkeypatch.chdir(tmp_path)
+    exec(example[1].replace("http://127.0.0.1:8000", server.url), {})
+    assert capsys.readouterr().out == "completed 2.125\n"
+    assert (tmp_path / "star.mp4").read_bytes()[4:8] == b"ftyp"
+    known = {name for parameter in tmd_serve.params for name in parameter.opts}
+    tables = [line for line in text.splitlines() if line.startswith("| `--") or "tmd-serve" in line]
+    named = {name for line in tables for name in re.findall(r"(?<![\w-])--[a-z-]+", line.split("tmd-serve")[-1])}
+    assert named >= {"--max-size", "--host", "--keep"} and named <= known | {"--read-only", "--tmpfs", "--build-arg"}
 
 
 def test_what_a_server_says_of_itself(server: Served) -> None:

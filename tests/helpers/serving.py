@@ -54,7 +54,7 @@ class IdleExecutor:
         size = wanted.wishes.get("size", (64, 64))
         frames = wanted.wishes.get("frames", 17)
         resolved = {"width": size[0], "height": size[1], "frames": frames, "fps": wanted.fps or 8, "seed": 1}
-        request = {
+        request: dict[str, Any] = {
             "prompt": wanted.prompt,
             "wishes": {},
             "fps": wanted.fps,
@@ -107,7 +107,7 @@ class Place:
 
 def a_job(group: str = "group", **fields: Any) -> Job:
     """A job as the application makes it."""
-    request = {"prompt": "a red circle", "wishes": {}, "fps": None, "preview": False, "picture": False}
+    request: dict[str, Any] = {"prompt": "a red circle", "wishes": {}, "fps": None, "preview": False, "picture": False}
     resolved = {"width": 64, "height": 64, "frames": 17, "fps": 8, "seed": 1}
     return Job(new_id(), "clips", request, resolved, group=group, estimated_seconds=2.0, **fields)
 

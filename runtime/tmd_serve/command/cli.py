@@ -45,7 +45,7 @@ def _place(command: Any) -> Any:
         "--database",
         envvar="TMD_DATABASE",
         metavar="URL",
-        help="postgresql+psycopg://USER@HOST/NAME for several machines.  [default: a SQLite file in --data]",
+        help="postgresql://USER@HOST/NAME for several machines.  [default: a SQLite file in --data]",
     )(command)
     return click.option(
         "--data",

@@ -28,7 +28,7 @@ from ..local.model import EngineOptions, open_models
 from ..local.worker import Pace
 from ..logs import set_up
 from ..meters import RunMeters
-from ..settings import Limits, Retention, ServeSettings
+from ..settings import Limits, ServeSettings
 from ..store.database import Database
 from ..store.sql_jobs import SqlJobs
 from ..store.sql_keys import SqlKeys
@@ -42,6 +42,7 @@ _LOG = logging.getLogger("tmd_serve")
 _HEADER_BYTES = 1 << 15
 _IDLE_SECONDS, _CONNECTIONS = 15, 1000
 _LAST_ANSWERS = 2  # seconds that open connections have when the server ends
+_ALONE_SECONDS = 5.0  # between looks for jobs that nobody announced, where nobody else accepts any
 _STRANGE_SECONDS = 86400.0  # on a folder that others use too, a folder without a job may be of one that comes
 
 
@@ -85,54 +86,68 @@ def is_loopback(host: str) -> bool:
 def serve(data: Path, database: str | None, **options: Any) -> None:
     """Serves until a signal comes. `options` are those of the command."""
     set_up(options["log_level"].upper())
-    width, height = options["max_size"]
-    limits = Limits(
-        pixels=width * height,
-        frames=options["max_frames"],
-        steps=options["max_steps"],
-        seconds=options["max_seconds"],
-        upload_bytes=options["max_upload"],
-        waiting=options["max_waiting"],
-    )
-    local = is_loopback(options["host"])
-    settings = ServeSettings(
-        data=data,
-        limits=limits,
-        needs_key=options["require_key"] or not local,
-        hosts=_hosts(options["hosts"], local),
-        origins=frozenset(origin.rstrip("/") for origin in options["origins"]),
-    )
-    retention = Retention(options["keep"] * 86400, options["keep_bytes"])
+    settings = _settings(data, options)
     with ExitStack() as stack:
-        store_of = open_database(data, database)
-        stack.callback(store_of.close)
-        if store_of.is_private:
+        opened = open_database(data, database)
+        stack.callback(opened.close)
+        if opened.is_private:
             _lock(data, stack)
-        keys = SqlKeys(store_of)
+        keys = SqlKeys(opened)
         if settings.needs_key and not keys.list():
             raise click.UsageError(
                 f"on {options['host']} every request needs an API key, and there is none: make one with tmd-serve keys "
                 "add NAME, or listen on 127.0.0.1."
             )
-        store = SqlJobs(store_of, options["attempts"], retention.seconds)
-        files = DataFolder(data)
-        registry = CollectorRegistry()
-        engines = EngineOptions(options["engine"], options["device"], options["threads"], options["memory"])
-        bundles = dict(options["bundles"] or [("tiny", "builtin:tiny")])
-        if len(bundles) < len(options["bundles"]):
-            raise click.UsageError("two bundles have one name: give each its own, --bundle NAME=DIR.")
-        executor = LocalExecutor(
-            store,
-            files,
-            open_models(bundles, engines, limits),
-            retention.bytes,
-            budget=options["memory_budget"] or available_bytes(),
-            most_loaded=options["max_loaded"],
-            pace=Pace(lease=options["lease"], beat=min(2.0, options["lease"] / 4), most=limits.seconds),
-            meters=RunMeters(registry),
-        )
-        recover(store, files, store_of.is_private)
+        store = SqlJobs(opened, options["attempts"], options["keep"] * 86400)
+        files, registry = DataFolder(data), CollectorRegistry()
+        executor = _executor(store, files, settings.limits, opened.is_private, registry, options)
+        recover(store, files, opened.is_private)
         _run(create_app(store, executor, settings, keys, registry), executor, options)
+
+
+def _settings(data: Path, options: dict[str, Any]) -> ServeSettings:
+    width, height = options["max_size"]
+    local = is_loopback(options["host"])
+    return ServeSettings(
+        data=data,
+        limits=Limits(
+            pixels=width * height,
+            frames=options["max_frames"],
+            steps=options["max_steps"],
+            seconds=options["max_seconds"],
+            upload_bytes=options["max_upload"],
+            waiting=options["max_waiting"],
+        ),
+        needs_key=options["require_key"] or not local,
+        hosts=_hosts(options["hosts"], local),
+        origins=frozenset(origin.rstrip("/") for origin in options["origins"]),
+    )
+
+
+def _executor(
+    store: SqlJobs,
+    files: DataFolder,
+    limits: Limits,
+    alone: bool,
+    registry: CollectorRegistry,
+    options: dict[str, Any],
+) -> LocalExecutor:
+    """Opens the models. Raises as `open_models` does."""
+    bundles = dict(options["bundles"] or [("tiny", "builtin:tiny")])
+    if len(bundles) < len(options["bundles"]):
+        raise click.UsageError("two bundles have one name: give each its own, --bundle NAME=DIR.")
+    engines = EngineOptions(options["engine"], options["device"], options["threads"], options["memory"])
+    lease = options["lease"]
+    return LocalExecutor(
+        store,
+        files,
+        open_models(bundles, engines, limits),
+        options["keep_bytes"],
+        budget=options["memory_budget"] or available_bytes(),
+        most_loaded=options["max_loaded"],
+        pace=Pace(lease, min(2.0, lease / 4), _ALONE_SECONDS if alone else Pace.poll, most=limits.seconds),
+        meters=RunMeters(registry),
+    )
 
 
 def _hosts(more: tuple[str, ...], local: bool) -> frozenset[str] | None:

@@ -12,7 +12,7 @@ from ..errors import Refusal, not_found
 from ..executor import Wanted
 from ..files import THUMBNAIL
 from ..jobs import CANCELLED
-from .answers import ErrorBody, Video, VideoDeleted, VideoList, poll_after_ms
+from .answers import Video, VideoDeleted, VideoList, poll_after_ms
 from .bodies import VideoRequest
 from .content import send_file
 from .context import Context, context_of, owner_of
@@ -162,6 +162,3 @@ async def get_events(
         )
     stream = event_stream(context, video_id, last_event_id)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-
-
-__all__ = ["ErrorBody", "router"]

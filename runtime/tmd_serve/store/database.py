@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, make_url, select, text
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -31,21 +31,16 @@ class Database:
     `is_private` says whether this machine alone uses it. SQLite runs in WAL mode, and a commit is on the disk.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """Raises DatabaseFailure if it cannot be opened, or is of a newer version."""
-        self.url = url
-        options: dict[str, Any] = {}
-        if url.startswith("sqlite"):
-            options = {"connect_args": {"timeout": _BUSY_SECONDS}, "poolclass": QueuePool, "pool_size": 8}
-        elif url.startswith("postgresql"):
-            options = {"pool_pre_ping": True, "pool_size": 8}
-        else:
-            raise DatabaseFailure("a database is sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME: name one.")
         try:
-            self._engine: Engine = create_engine(url, **options)
-        except (ArgumentError, ImportError) as error:
+            self.url = make_url(url)
+            if self.url.drivername in ("postgres", "postgresql"):  # the driver that we install, not SQLAlchemy's own
+                self.url = self.url.set(drivername="postgresql+psycopg")
+            self._engine: Engine = create_engine(self.url, **_options(self.url.get_backend_name()))
+        except (ArgumentError, ImportError, NoSuchModuleError) as error:
             raise DatabaseFailure(
-                f"this database cannot be opened ({error}): check the URL, and pip install psycopg[binary] for "
+                f"this database cannot be opened ({error}): check the URL, and pip install 'psycopg[binary]' for "
                 "PostgreSQL."
             ) from error
         self.is_private = self._engine.dialect.name == "sqlite"
@@ -60,9 +55,7 @@ class Database:
     @classmethod
     def of_file(cls, path: Path) -> Database:
         """A SQLite file."""
-        from sqlalchemy import URL
-
-        return cls(URL.create("sqlite", database=str(path)).render_as_string(hide_password=False))
+        return cls(URL.create("sqlite", database=str(path)))
 
     def _create(self) -> None:
         with self.write() as connection:
@@ -101,6 +94,15 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _options(kind: str) -> dict[str, Any]:
+    """What an engine of this kind of database is made with. Raises DatabaseFailure for one that we do not know."""
+    if kind == "sqlite":
+        return {"connect_args": {"timeout": _BUSY_SECONDS}, "poolclass": QueuePool, "pool_size": 8}
+    if kind == "postgresql":
+        return {"pool_pre_ping": True, "pool_size": 8}
+    raise DatabaseFailure("a database is sqlite:///FILE or postgresql://USER@HOST/NAME: name one.")
 
 
 @contextmanager

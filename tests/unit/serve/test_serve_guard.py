@@ -24,12 +24,12 @@ def test_other_names_for_this_machine_are_refused(place: Place) -> None:
 
 
 def test_pages_of_other_places_are_refused_even_where_no_script_reads_the_answer(place: Place) -> None:
-    form = {"data": {"prompt": "x"}}
+    form = {"prompt": "x"}
     for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
-        answer = place.client.post("/v1/videos", headers=headers, **form)
+        answer = place.client.post("/v1/videos", headers=headers, data=form)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_not_allowed")
     same = {"Origin": "http://localhost:8000", "Sec-Fetch-Site": "same-origin"}
-    assert place.client.post("/v1/videos", headers=same, **form).status_code == 200
+    assert place.client.post("/v1/videos", headers=same, data=form).status_code == 200
     assert place.store.counts()["queued"] == 1
 
 
@@ -48,7 +48,7 @@ def test_a_key_opens_and_is_kept_as_a_hash_alone(tmp_path: Path) -> None:
     key = keys.add("laptop")
     place = Place(tmp_path, keys, needs_key=True, hosts=None)
     for authorization in ("", "Bearer", "Bearer ", f"Basic {key}", f"Bearer {key}x", "Bearer \u00e4"):
-        answer = place.client.get("/v1/models", headers={"Authorization": authorization.encode("latin-1")})
+        answer = place.client.get("/v1/models", headers={b"Authorization": authorization.encode("latin-1")})
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), authorization
         assert answer.headers["www-authenticate"] == "Bearer"
     right = {"Authorization": f"Bearer {key}"}
@@ -86,7 +86,7 @@ def test_answers_carry_the_request_id_and_are_not_sniffed(place: Place) -> None:
     given = place.client.get("/healthz", headers={"X-Request-ID": "abc-1"})
     assert given.headers["x-request-id"] == "abc-1"
     for strange in ("a b", "x" * 65, "\u00e4"):
-        made = place.client.get("/nothing", headers={"X-Request-ID": strange.encode("latin-1")})
+        made = place.client.get("/nothing", headers={b"X-Request-ID": strange.encode("latin-1")})
         assert made.headers["x-request-id"] != strange and len(made.headers["x-request-id"]) == 16
         assert made.headers["x-content-type-options"] == "nosniff"
 

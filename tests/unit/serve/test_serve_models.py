@@ -246,7 +246,12 @@ def test_a_meter_goes_from_nothing_to_all_and_never_back() -> None:
     from tmd_runtime import StepInfo
 
     seen: list[Progress] = []
-    meter = Meter({"backbone": 2, "decode": 2}, {"backbone": 3.0, "decode": 1.0}, 8.0, lambda p: not seen.append(p))
+
+    def show(progress: Progress) -> bool:
+        seen.append(progress)
+        return True
+
+    meter = Meter({"backbone": 2, "decode": 2}, {"backbone": 3.0, "decode": 1.0}, 8.0, show)
     for step in (("load", 1, 6), ("backbone", 1, 2), ("backbone", 2, 2), ("decode", 1, 2), ("decode", 2, 2)):
         assert meter(StepInfo(*step, 0.1))
     assert [progress.fraction for progress in seen] == [0, 0.375, 0.75, 0.875, 1]

@@ -119,9 +119,9 @@ def test_the_same_idempotency_key_gives_one_job_and_another_request_a_conflict(p
     refused(other, 409, "idempotency_conflict")
     refused(place.client.post("/v1/videos", json={"prompt": "x"}, headers={"Idempotency-Key": "a b"}))
     assert place.store.counts()["queued"] == 1
-    picture = {"files": {"input_reference": b"\x89PNG"}, "headers": {"Idempotency-Key": "k2"}}
+    files, key = {"input_reference": b"\x89PNG"}, {"Idempotency-Key": "k2"}
     for _ in range(2):
-        place.client.post("/v1/videos", data={"prompt": "x"}, **picture)
+        place.client.post("/v1/videos", data={"prompt": "x"}, files=files, headers=key)
     assert len(list((place.settings.data / "videos").iterdir())) == 1
 
 
