@@ -227,6 +227,11 @@ def test_what_the_server_refuses_stands_at_the_form_in_its_words(browser: Any, s
     page.fill("#width", "70")
     page.locator("#send").click()
     expect(page.locator("#problem")).to_contain_text("A width of 70 pixels cannot be made: choose a multiple of 16")
+    page.fill("#width", "64")
+    page.locator("#frames").evaluate("element => { element.type = 'number'; element.value = 6; }")
+    page.locator("#send").click()
+    expect(page.locator("#problem")).to_contain_text("6 frames cannot be made")
+    expect(page.locator("#problem")).to_be_in_viewport()
     expect(page.locator("#prompt")).to_have_value(PROMPT)
     page.close()
 

@@ -183,7 +183,7 @@ function askKey(error) {
     at("key").close();
     form = null;
     jobs.online = null;
-    jobs.start();
+    jobs.refresh();
   };
   openDialog(
     "key",
@@ -270,4 +270,4 @@ at("bar-clear").onclick = () => {
   drawChosen();
 };
 document.addEventListener("keydown", pressed);
-jobs.start();
+jobs.refresh();
