@@ -1,4 +1,5 @@
-"""Wan's text-to-video transformer (Wan2.1, Wan2.2-TI2V-5B), written for reading, small training and clean export.
+"""Wan's text-to-video transformer (Wan2.1, Wan2.2-TI2V-5B), written for reading, small training and clean export. How
+the second one holds a picture as its first frame is in `tmd_ref.first_frame`.
 
 Parameter names are those of the official checkpoints, so their weights load with `load_state_dict`. What it is not: the
 image-to-video and VACE variants, sequence parallelism, padding of batches with mixed sizes.
@@ -99,8 +100,26 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """AdaLN: LayerNorm(x)·(1 + scale) + shift in at least float32. x `[B, N, D]`, shift and scale `[B, 1, D]`."""
-    return torch.addcmul(shift, F.layer_norm(at_least_float32(x), (x.shape[-1],), eps=eps), 1 + scale)
+    """AdaLN: LayerNorm(x)·(1 + scale) + shift in at least float32.
+
+    x `[B, N, D]`; shift and scale `[B, 1, D]`, or `[B, T, 1, D]` where each latent frame has its own time.
+    """
+    normed = F.layer_norm(at_least_float32(x), (x.shape[-1],), eps=eps)
+    if shift.ndim == 3:
+        return torch.addcmul(shift, normed, 1 + scale)
+    return torch.addcmul(shift, by_frame(normed, shift), 1 + scale).flatten(1, 2)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y·gate. x and y `[B, N, D]`, gate as `shift` of `modulate`."""
+    if gate.ndim == 3:
+        return torch.addcmul(x, y, gate)
+    return torch.addcmul(by_frame(x, gate), by_frame(y, gate), gate).flatten(1, 2)
+
+
+def by_frame(x: Tensor, times: Tensor) -> Tensor:
+    """Tokens `[B, N, D]` apart by latent frame, `[B, T, N/T, D]`, for `times` of `[B, T, 1, D]`."""
+    return x.unflatten(1, (times.shape[1], -1))
 
 
 def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
@@ -145,14 +164,14 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, e0: Tensor, context: Tensor, rope: RopeOperands) -> Tensor:
-        """x `[B, N, D]`, e0 `[B, 6, D]` from `embed_time`, context `[B, S, D]` from `embed_text`, rope from
-        `rotary_operands`. Returns `[B, N, D]`."""
-        m = (at_least_float32(self.modulation) + e0).chunk(6, dim=1)
+        """x `[B, N, D]`, e0 `[B, 6, D]` from `embed_time` (`[B, T, 6, D]`: a time for each latent frame), context
+        `[B, S, D]` from `embed_text`, rope from `rotary_operands`. Returns `[B, N, D]`."""
+        m = (at_least_float32(self.modulation) + e0).chunk(6, dim=e0.ndim - 2)
         h = cast_for(self.self_attn, modulate(x, m[0], m[1], self.eps))
-        x = torch.addcmul(x, at_least_float32(self.self_attn(h, h, rope)), m[2])
+        x = add_gated(x, at_least_float32(self.self_attn(h, h, rope)), m[2])
         x = x + at_least_float32(self.cross_attn(cast_for(self.cross_attn, self.norm3(x)), context))
         h = cast_for(self.ffn, modulate(x, m[3], m[4], self.eps))
-        return torch.addcmul(x, at_least_float32(self.ffn(h)), m[5])
+        return add_gated(x, at_least_float32(self.ffn(h)), m[5])
 
 
 class Head(nn.Module):
@@ -166,8 +185,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x `[B, N, D]`, e `[B, D]` from `embed_time` (not its projection e0). Returns `[B, N, 4·C]`."""
-        shift, scale = (at_least_float32(self.modulation) + e.unsqueeze(1)).chunk(2, dim=1)
+        """x `[B, N, D]`, e `[B, D]` from `embed_time` (not its projection e0; `[B, T, D]`: a time for each latent
+        frame). Returns `[B, N, 4·C]`."""
+        axis = e.ndim - 1
+        shift, scale = (at_least_float32(self.modulation) + e.unsqueeze(axis)).chunk(2, dim=axis)
         with without_autocast(x):
             return self.head(cast_for(self.head, modulate(x, shift, scale, self.eps)))
 

@@ -264,7 +264,7 @@ def command(
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
-            _inspect(_local(means, None, None, False), grid, as_json)
+            _inspect(_local(means, None, None, False), as_json, grid, parts, precision, text_encoder_weights)
             return
         options = {
             "precision": precision,
@@ -333,13 +333,13 @@ def _export(
         return export_bundle(source, out, parts, **options, report=line or reporter(quiet))
 
 
-def _inspect(means: tuple[Any, ...], grid: str | None, as_json: bool) -> None:
-    """`means` are the arguments of `open_source`."""
+def _inspect(means: tuple[Any, ...], as_json: bool, *wishes: Any) -> None:
+    """`means` are the arguments of `open_source`, `wishes` those of `inspect` behind the preset."""
     from .families.open import open_source
     from .inspection import inspect, print_inspection
 
     source = open_source(*means)
-    found = inspect(source, means[4], grid)
+    found = inspect(source, means[4], *wishes)
     if as_json:
         click.echo(json_text(found))
     else:

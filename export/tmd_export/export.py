@@ -16,9 +16,10 @@ from tmd_engines.bundle.reader import format_size
 
 from .errors import ExportError
 from .families import FAMILIES, sampling_of
-from .families.build import build, sections
+from .families.build import build
 from .graph_export import GraphReport, Tell, export_graph
-from .parts import QUANTIZED, SECOND_PARTS, UPDATE, ordered, parse_precision
+from .parts import QUANTIZED, UPDATE
+from .plan import planned
 from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
 from .quantization.quantizer import Quantizer
@@ -79,29 +80,9 @@ def export_bundle(
     Raises ExportError if the source lacks something, a graph breaks a rule or a gate, or the disk is too small;
     BundleError if `out` cannot be written; ValueError for an unknown part or precision.
     """
-    chosen = ordered(source.default_parts if parts is None else parts)
-    family, model = FAMILIES[source.family], sections(source).model
-    precisions = {part: parse_precision(precision)[part] for part in chosen}
-    for part, wanted in precisions.items():
-        if wanted in QUANTIZED and not family.has_products(part, model):
-            precisions[part] = "bf16"
-    if text_encoder_weights not in (None, "int8"):
-        raise ValueError(f"weights of the text encoder cannot be stored as {text_encoder_weights!r}: choose int8.")
-    if text_encoder_weights and "text_encoder" in precisions:
-        precisions["text_encoder"] = f"{text_encoder_weights}-weights"
     sampling = sampling_of(source, preset, grid)
-    foreign = [part for part in chosen if part not in source.parts]
-    if foreign:
-        raise ExportError(
-            f"{source.model} has no graph {foreign[0]} (a model of videos starts from noise alone, one of stills has "
-            f"no later frame): choose among {', '.join(source.parts)}."
-        )
-    if set(SECOND_PARTS) & set(source.parts) and set(QUANTIZED) & {precisions[part] for part in chosen}:
-        raise ExportError(
-            f"{source.model} has two transformers, which cannot be calibrated yet: choose --precision bf16, fp16 "
-            "or fp32."
-        )
-    source.check(chosen)
+    precisions = planned(source, parts, precision, text_encoder_weights)
+    chosen = tuple(precisions)
     graphs = [graph for part in chosen for graph in ((part, UPDATE) if part == "flow_head" else (part,))]
     if UPDATE in graphs:
         precisions[UPDATE] = "fp32"

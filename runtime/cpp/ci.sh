@@ -81,18 +81,25 @@ if [ -n "$clang" ]; then
     -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_TENSORRT_RTX=OFF \
     -DTMD_BUILD_TESTS=OFF -DTMD_BUILD_EXAMPLES=OFF -DTMD_SANITIZE=address,undefined
   cmake --build "$build/fuzz" -j "$jobs"
-  time=(-runs=0)
-  [ "${FUZZ_SECONDS:-5}" = 0 ] || time=(-max_total_time="${FUZZ_SECONDS:-5}")
-  # Larger than the inputs, which would be cut otherwise.
-  for target in "manifest 40000 manifest.json" "graph 70000 *.onnx" "tokenizer 300000 tokenizer.model" "prompt 40000 manifest.json"; do
-    read -r name length inputs <<<"$target"
-    corpus=${FUZZ_CORPUS:-$build/corpus}/$name
+  fuzz() {  # NAME LENGTH INPUTS: as large as the inputs, which would be cut otherwise
+    local corpus=${FUZZ_CORPUS:-$build/corpus}/$1 time=-max_total_time=${FUZZ_SECONDS:-5}
+    [ "${FUZZ_SECONDS:-5}" != 0 ] || time=-runs=0
     mkdir -p "$corpus"
-    # shellcheck disable=SC2086  # the inputs are a pattern
-    (cd "$bundle" && find . -maxdepth 1 -name "$inputs" -size -"$((length / 1000))"k -exec cp {} "$corpus" \;)
-    (cd "$build" && "fuzz/fuzz/tmd_fuzz_$name" "${time[@]}" -rss_limit_mb=2000 -max_len="$length" "$corpus" \
-      >"fuzz-$name.log" 2>&1) || { tail -n 40 "$build/fuzz-$name.log"; exit 1; }
+    find "$bundle" -maxdepth 1 -name "$3" -size -"$(($2 / 1000))"k -exec cp {} "$corpus" \;
+    (cd "$build" && "fuzz/fuzz/tmd_fuzz_$1" "$time" -print_final_stats=1 -rss_limit_mb=2000 -max_len="$2" "$corpus") \
+      >"$build/fuzz-$1.log" 2>&1 || { tail -n 40 "$build/fuzz-$1.log"; return 1; }
+    echo "$1: $(grep -c . <(ls "$corpus")) inputs kept, $(sed -n 's/stat::number_of_executed_units: *//p' "$build/fuzz-$1.log") tried"
+  }
+  running=()
+  for target in "graph 70000 *.onnx" "manifest 40000 manifest.json" "tokenizer 300000 tokenizer.model" "prompt 40000 manifest.json"; do
+    read -r name length inputs <<<"$target"
+    fuzz "$name" "$length" "$inputs" & running+=($!)
+    if [ ${#running[@]} -ge "$jobs" ]; then
+      wait "${running[0]}"
+      running=("${running[@]:1}")
+    fi
   done
+  for one in "${running[@]}"; do wait "$one"; done
 else
   say "no clang: the fuzzers are not built"
 fi

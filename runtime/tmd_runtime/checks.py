@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tmd_engines.utf8 import NOT_UTF_8, is_utf8
 
 from .errors import RuntimeFailure, UsageFailure
-from .sampling.family import NO_PICTURE
+from .sampling.family import FIRST_FRAME, NO_PICTURE
 from .text.encoder import EMBEDS_INSTEAD
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .sampling import RuntimeFamily
     from .settings import Settings
 
 _NEEDED_FOR = {
@@ -101,9 +100,10 @@ def check_latents(latents: NDArray[Any], channels: int) -> None:
 
 
 def check_start(
-    family: RuntimeFamily, settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None
+    use: str | None, settings: Settings, init: NDArray[Any] | None, image: NDArray[Any] | None = None
 ) -> None:
-    """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings."""
+    """Raises UsageFailure unless a picture, as latents or as an image (None: no picture), goes with the settings and
+    with what the model makes of pictures, `use` (`RuntimeFamily.takes_picture`)."""
     check_arrays(init_latents=init)
     if init is not None and image is not None:
         raise UsageFailure("a run starts from one picture: give the image or its latents, not both.")
@@ -112,14 +112,17 @@ def check_start(
         raise UsageFailure(
             "a strength says how much of a picture changes, and there is none: give its latents, or the image."
         )
-    if pictured and settings.strength is None:
-        if not family.starts_from_picture:
-            raise UsageFailure(NO_PICTURE)
+    if pictured and use is None:
+        raise UsageFailure(NO_PICTURE)
+    if pictured and use == FIRST_FRAME and settings.frames == 1:
+        raise UsageFailure("a video of one frame would be the picture itself: choose more frames, such as 81.")
+    if pictured and use != FIRST_FRAME and settings.strength is None:
         raise UsageFailure("to start from a picture, choose a strength: 0.3 changes little of it, 1 everything.")
-    if init is not None and init.shape != settings.latent_shape:
+    batch, channels, _, height, width = settings.latent_shape
+    if init is not None and init.shape != (batch, channels, 1, height, width):
         raise UsageFailure(
-            f"the picture's latents are {list(init.shape)}, and this run makes {list(settings.latent_shape)}: leave "
-            "the size out, or choose the picture's."
+            f"the picture's latents are {list(init.shape)}, and this run takes {[batch, channels, 1, height, width]}: "
+            "leave the size out, or choose the picture's."
         )
 
 

@@ -66,15 +66,15 @@ class MemoryChooser:
         )
 
     def estimate(self, settings: Settings) -> Estimate:
-        """Of a run with the bundle's own steps. Raises BundleError if a graph cannot be sized."""
+        """Of a run with the bundle's own steps, from a picture where the bundle can read one. Raises BundleError if a
+        graph cannot be sized."""
         from tmd_engines.cost.sizing import estimate
 
-        pictured = settings.strength is not None
-        key = settings.frames, settings.width, settings.height, settings.passes, pictured
+        key = settings.frames, settings.width, settings.height, settings.passes
         if self._latest[0] != key:
             found = estimate(
                 self._bundle, width=settings.width, height=settings.height, frames=settings.frames,
-                guidance_passes=settings.passes, from_picture=pictured,
+                guidance_passes=settings.passes, from_picture=True,
             )  # fmt: skip
             self._latest = key, found  # steps take time, not memory
         assert self._latest[1] is not None

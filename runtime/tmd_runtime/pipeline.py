@@ -87,6 +87,7 @@ class Pipeline:
         engines: Engines | None = None,
     ) -> None:
         self.bundle, self._family = bundle, family_of(bundle.manifest)
+        self._takes_picture = self._family.takes_picture(bundle.manifest)
         self._graphs = Graphs(bundle, engine, threads, device, memory, self._forget, engines, plans)
         self.turns, self.threads, self.forecast = Turns(), self._graphs.threads, self._graphs.forecast
         self._conditions = Conditions(bundle)
@@ -146,7 +147,8 @@ class Pipeline:
         `more` are guidance, negative_prompt, shift, schedule, deadline, strength, label, rho and fps (`Wishes`).
         `prompt_embeds` (and `negative_embeds`, where guidance is not 1) `[1, text, E]` take the place of the prompts; a
         model of classes takes a label and no prompt. `image` uint8 `[H, W, 3]`, or latents of one, `init_latents`
-        `[1, C, 1, h, w]`, is the picture that a run with a strength starts from; without a `size`, in its own shape.
+        `[1, C, 1, h, w]`, is the picture that a run with a strength starts from, or the first frame of the video of a
+        model that holds one (Wan2.2-TI2V-5B, without a strength); without a `size`, in its own shape.
         `callback(StepInfo)` is called after every step; returning False stops the run. `on_embeds` gets the embeddings
         before denoising, `on_latents` the latents before decoding, `on_frames(uint8 [f, H, W, 3])` each piece of the
         video while the next one decodes, `on_preview(uint8 [F, H, W, 3])` before each step but the last what the run
@@ -197,7 +199,7 @@ class Pipeline:
         check_prompt(prompt)
         check_hooks(callback, on_embeds, on_denoised, on_frames, on_preview)
         check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
-        check_start(self._family, settings, init_latents, image)
+        check_start(self._takes_picture, settings, init_latents, image)
         check_condition(settings, prompt, prompt_embeds is not None)
         unused = () if prompt_embeds is None else READER
         self.choose_memory(settings, unused if image is not None else (*unused, *ENCODER))
@@ -304,7 +306,7 @@ class Pipeline:
         """
         size = start_size(self.manifest, size, None, init_latents)
         settings = self.settings(seed, steps, inner_steps, frames, size, **more)
-        check_start(self._family, settings, init_latents)
+        check_start(self._takes_picture, settings, init_latents)
         if settings.label is not None:
             prompt_embeds, negative_embeds = self._embed("", None, None, settings, Timings(), [])
         elif prompt_embeds is None:

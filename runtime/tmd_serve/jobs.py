@@ -118,8 +118,11 @@ class JobStore(Protocol):
     def fail(self, job_id: str, worker: str, code: str, message: str) -> bool:
         """Ends a job badly. False as in `complete`."""
 
-    def give_back(self, job_id: str, worker: str) -> bool:
-        """Queues a job again whose run was interrupted by its worker's own end; the attempt does not count."""
+    def give_back(self, job_id: str, worker: str, counted: bool = False) -> bool:
+        """Queues a job again whose run was interrupted by its worker's own end; the attempt does not count.
+
+        With `counted` it does, and a job that was begun too often has failed instead.
+        """
 
     def cancel(self, job_id: str) -> Job | None:
         """Ends a queued job as cancelled, and asks for the end of one in progress; others stay as they are."""

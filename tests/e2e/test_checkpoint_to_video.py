@@ -29,7 +29,7 @@ from torch import Tensor
 from tests.helpers import expert_files, lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tmd_engines import Bundle
-from tmd_export import Source, graph_export
+from tmd_export import ExportError, Source, graph_export
 from tmd_export.checkpoints.experts import experts_of
 from tmd_export.checkpoints.names import converted
 from tmd_export.cli import command as tmd_export
@@ -38,6 +38,7 @@ from tmd_export.families import presets
 from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.graphs.graph import Graph
 from tmd_export.graphs.trace import trace
+from tmd_export.inspection import inspect
 from tmd_export.presets.wan import WAN21
 from tmd_export.sources.experts import TwoTransformers
 from tmd_export.sources.loras import with_loras
@@ -244,6 +245,19 @@ def test_lightning_with_a_lora_for_each_expert_gives_the_formula(tmp_path: Path)
 def test_an_a14b_in_precisions_that_need_a_calibration_is_refused(tmp_path: Path) -> None:
     done = export(expert_files.write_files(tmp_path / "A14B"), tmp_path / "b", "--precision", "int8", *ALL)
     assert done.exit_code == 1 and "cannot be calibrated yet" in done.output and not (tmp_path / "b").exists()
+
+
+def test_a_plan_that_an_export_refuses_is_refused_when_it_is_inspected(tmp_path: Path) -> None:
+    experts = experts_of(expert_files.write_files(tmp_path / "A14B"))
+    assert experts is not None
+    source = TwoTransformers(experts, "small", **made.SIZES)
+    for precision in ("int8", "bf16,flow_head=fp8"):
+        with pytest.raises(ExportError, match="cannot be calibrated yet"):
+            inspect(source, None, None, precision=precision)
+    with pytest.raises(ExportError, match="has no graph encoder"):
+        inspect(source, None, None, parts=("encoder",))
+    found = inspect(source, None, None, precision="bf16,backbone=fp16")
+    assert found["precision"]["backbone_2"] == "fp16" and found["precision"]["flow_head_2"] == "bf16"
 
 
 def test_a_student_with_an_official_folder_gives_the_latents_of_the_reference(tmp_path: Path) -> None:

@@ -112,6 +112,22 @@ def test_latents_of_another_geometry_are_bit_equal(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_video_that_begins_with_a_picture_is_bit_equal(tmp_path: Path, engine: str) -> None:
+    bundle = write_synthetic_bundle(tmp_path / "bundle", ("encoder", *GRAPHS), WAN_SAMPLERS["unipc"], holds=True)
+    picture = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
+    (tmp_path / "first.ppm").write_bytes(b"P6\n80 48\n255\n" + picture.tobytes())
+    engine_options(engine)
+    with tmd_runtime.load(bundle, engine=engine, threads=1) as pipeline:
+        expected = pipeline("a red circle", seed=5, frames=9, size=(80, 48), image=picture).frames
+    options = ("--seed", 5, "--frames", 9, "--size", "80x48", "--image", tmp_path / "first.ppm")
+    found = in_cpp(tmp_path / "v.rgb", "a red circle", engine, *options, bundle=bundle)
+    np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+    words = (program("tmd_generate"), bundle, "a red circle", tmp_path / "w.rgb", *options[:-3], "64x48", *options[-2:])
+    run = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "is no picture of 64x48" in run.stderr and not (tmp_path / "w.rgb").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("memory", ["all", "low"])
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_two_transformers_that_take_turns_are_bit_equal(

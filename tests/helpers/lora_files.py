@@ -57,9 +57,9 @@ class Made:
         return state | {f"{rename(layer)}.diff_b": diff for layer, diff in self.diff_b.items()}
 
 
-def weights() -> State:
-    """The transformer that all of them are for."""
-    return made.models().state("transformer")
+def weights(wan22: bool = False) -> State:
+    """The transformer that they are for."""
+    return made.models(wan22).state("transformer")
 
 
 def random_lora(
@@ -71,10 +71,11 @@ def random_lora(
     seed: int = 1,
     rank: int = RANK,
     dtype: torch.dtype = torch.float32,
+    wan22: bool = False,
 ) -> Made:
     """Differences about as large as the weights."""
     generator = torch.Generator().manual_seed(seed)
-    base = weights()
+    base = weights(wan22)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)

@@ -110,19 +110,28 @@ def _patchify(g: GraphBuilder, x: str) -> tuple[str, str]:
     return g.op("Transpose", flat, perm=[0, 2, 1]), g.op("Shape", patches)
 
 
-def _add_time(g: GraphBuilder, x: str, time: str) -> str:
+def _add_time(g: GraphBuilder, x: str, time: str, holds: bool = False) -> str:
+    """With `holds`, tokens of held frames are told 0: there the sine is 0."""
     embedded = g.op("Mul", g.op("Unsqueeze", time, g.constant([1, 2], np.int64)), g.weight(1, 1, DIM))
-    return g.op("Add", x, g.op("Sin", embedded))
+    told = g.op("Sin", embedded)
+    if not holds:
+        return g.op("Add", x, told)
+    held = g.input("held", ["frames"])
+    shape = (g.constant([0], np.int64), g.op("Shape", held), g.constant([-1, DIM], np.int64))
+    apart = g.op("Reshape", x, g.op("Concat", *shape, axis=0))
+    free = g.op("Sub", g.constant(1.0), g.op("Reshape", held, g.constant([-1, 1, 1], np.int64)))
+    told = g.op("Mul", g.op("Unsqueeze", told, g.constant([1], np.int64)), free)
+    return g.op("Reshape", g.op("Add", apart, told), g.constant([0, -1, DIM], np.int64))
 
 
-def backbone(flow_map: bool = False, name: str = "backbone") -> GraphBuilder:
-    """With `flow_map`, told the time to go to as well."""
+def backbone(flow_map: bool = False, name: str = "backbone", holds: bool = False) -> GraphBuilder:
+    """With `flow_map`, told the time to go to as well; with `holds`, which frames are held."""
     g = GraphBuilder(name)
     x, t = g.input("x", _LATENTS), g.input("t", ["batch"])
     prompt = g.input("prompt_embeds", ["batch", "text", TEXT_DIM])
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
     tokens, _ = _patchify(g, x)
-    tokens = _add_time(g, tokens, t)
+    tokens = _add_time(g, tokens, t, holds)
     if flow_map:
         tokens = _add_time(g, tokens, g.input("r", ["batch"]))
     query = _rope(g, g.op("MatMul", tokens, g.weight(DIM, DIM)), cos, sin)
@@ -158,7 +167,7 @@ def flow_head() -> GraphBuilder:
     return g
 
 
-def velocity_head(flow_map: bool = False, name: str = "flow_head") -> GraphBuilder:
+def velocity_head(flow_map: bool = False, name: str = "flow_head", holds: bool = False) -> GraphBuilder:
     """The second graph of families "wan" and "anyflow": the velocity straight from the features; of x it uses the
     shape."""
     g = GraphBuilder(name)
@@ -167,7 +176,7 @@ def velocity_head(flow_map: bool = False, name: str = "flow_head") -> GraphBuild
     context = g.input("context", ["batch", "text", DIM])
     cos, sin = g.input("rope_cos", _ROPE), g.input("rope_sin", _ROPE)
     _, grid = _patchify(g, x)
-    tokens = _add_time(g, features, t)
+    tokens = _add_time(g, features, t, holds)
     if flow_map:
         tokens = _add_time(g, tokens, g.input("r", ["batch"]))
     rotated = _rope(g, tokens, cos, sin)
@@ -181,8 +190,8 @@ def velocity_head(flow_map: bool = False, name: str = "flow_head") -> GraphBuild
     return g
 
 
-def update(latents: list | None = None) -> GraphBuilder:
-    """The next x of a velocity, as docs/bundle.md says."""
+def update(latents: list | None = None, holds: bool = False) -> GraphBuilder:
+    """The next x of a velocity, as docs/bundle.md says; with `holds` of a model that holds frames."""
     g = GraphBuilder("update")
     names = ("x", "velocity", "negative", "noise", "before_1", "before_2")
     x, velocity, negative, noise, before_1, before_2 = (g.input(name, latents or _LATENTS) for name in names)
@@ -192,8 +201,14 @@ def update(latents: list | None = None) -> GraphBuilder:
     terms = [g.op("Mul", factor, z) for factor, z in zip(factors, (x, v, noise, before_1, before_2), strict=True)]
     total = terms[0]
     for k, term in enumerate(terms[1:], 1):
-        total = g.op("Add", total, term, out="x_next" if k == 4 else None)
-    g.op("Sub", x, g.op("Mul", t, v), out="data")
+        total = g.op("Add", total, term, out="x_next" if k == 4 and not holds else None)
+    data = g.op("Sub", x, g.op("Mul", t, v), out=None if holds else "data")
+    if holds:
+        held = g.op("Reshape", g.input("held", ["frames"]), g.constant([-1, 1, 1], np.int64))
+        kept = g.op("Mul", g.input("picture", [*_LATENTS[:2], 1, *_LATENTS[3:]]), held)
+        free = g.op("Sub", g.constant(1.0), held)
+        g.op("Add", g.op("Mul", data, free), kept, out="data")
+        total = g.op("Add", g.op("Mul", total, free), kept, out="x_next")
     size = g.op("ReduceMean", g.op("Abs", total), keepdims=0)
     g.op("Reshape", size, g.constant([1], np.int64), out="magnitude")
     g.output("x_next", latents or _LATENTS)
@@ -245,6 +260,18 @@ def _decoder(name: str, frames: int) -> GraphBuilder:
     g.output("magnitude", [1])
     for k in range(CACHES):
         g.output(f"cache_{k:02d}_next" if old else f"cache_{k:02d}", cache_shape)
+    return g
+
+
+def encoder() -> GraphBuilder:
+    """Every square of pixels to one latent, each for itself."""
+    g = GraphBuilder("encoder")
+    frames = g.input("frames", ["batch", 1, f"{STRIDE}*height", f"{STRIDE}*width", 3], "uint8")
+    video = g.op("Transpose", g.op("Cast", frames, to=TensorProto.FLOAT), perm=[0, 4, 1, 2, 3])
+    kernel = [1, STRIDE, STRIDE]
+    pixels = g.op("Div", video, g.constant(128.0))
+    g.op("Conv", pixels, g.weight(CHANNELS, 3, *kernel), kernel_shape=kernel, strides=kernel, out="latents")
+    g.output("latents", [*_LATENTS[:2], 1, *_LATENTS[3:]])
     return g
 
 
@@ -396,10 +423,13 @@ def take_wan22_latents(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(globals(), name, value)
 
 
-def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None) -> Path:
+def write_synthetic_bundle(
+    folder: str | Path, graphs: tuple[str, ...] = GRAPHS, sampler: dict | None = None, holds: bool = False
+) -> Path:
     """Writes a complete, valid bundle under the new folder `folder` with the named graphs; returns its path.
 
-    With a `sampler` it is of another family, see `manifest_without_files`.
+    With a `sampler` it is of another family, see `manifest_without_files`; with `holds` one of family "wan" that can
+    hold a picture as the first frame.
     """
     from tmd_engines import BundleWriter
 
@@ -407,8 +437,9 @@ def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS,
     with BundleWriter(folder) as writer:
         builders = {
             **globals(),
-            "backbone": lambda: backbone(flow_map),
-            "flow_head": flow_head if sampler is None else lambda: velocity_head(flow_map),
+            "backbone": lambda: backbone(flow_map, holds=holds),
+            "flow_head": flow_head if sampler is None else lambda: velocity_head(flow_map, holds=holds),
+            "update": lambda: update(holds=holds),
         }
         builders |= {
             "backbone_2": lambda: backbone(name="backbone_2"),
@@ -416,4 +447,7 @@ def write_synthetic_bundle(folder: str | Path, graphs: tuple[str, ...] = GRAPHS,
         }
         entries = {name: write_graph(writer.folder, builders[name]()) for name in graphs}
         (writer.folder / "tokenizer.model").write_bytes(tokenizer_bytes())
-        return writer.commit(manifest_without_files(entries, sampler)).folder
+        document = manifest_without_files(entries, sampler)
+        if holds:
+            document["model"]["first_frame"] = True
+        return writer.commit(document).folder

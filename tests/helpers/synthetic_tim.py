@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
 
 from tests.helpers.synthetic import (
     _ROPE,
@@ -20,6 +19,7 @@ from tests.helpers.synthetic import (
     _rope,
     _student_manifest,
     decoder_first,
+    encoder,
     text_encoder,
     tokenizer_bytes,
     update,
@@ -56,7 +56,8 @@ def flow_head(classes: bool) -> GraphBuilder:
     tokens = _add_time(g, _add_time(g, tokens, t), r)
     rotated = _rope(g, tokens, cos, sin)
     tokens = g.op("Add", tokens, g.attention(rotated, rotated, tokens))
-    tokens = g.op("Add", tokens, g.attention(tokens, context, context))
+    # A model of classes has one attention per block, and adds its single row.
+    tokens = g.op("Add", tokens, context if classes else g.attention(tokens, context, context))
     tokens = g.op("LayerNormalization", tokens, g.constant(np.ones(DIM)), axis=-1)
     volume = g.op("Reshape", g.op("Transpose", tokens, perm=[0, 2, 1]), grid)
     f = g.op("ConvTranspose", volume, g.weight(DIM, CHANNELS, 1, 2, 2), kernel_shape=[1, 2, 2], strides=[1, 2, 2])
@@ -65,18 +66,6 @@ def flow_head(classes: bool) -> GraphBuilder:
     step = g.op("Unsqueeze", g.op("Sub", t, r), g.constant([1, 2, 3, 4], np.int64))
     g.op("Sub", x, g.op("Mul", step, mixed), out="x_next")
     g.output("x_next", _STILL)
-    return g
-
-
-def encoder() -> GraphBuilder:
-    """Every 8 x 8 pixels to one latent, each for itself."""
-    g = GraphBuilder("encoder")
-    frames = g.input("frames", ["batch", 1, "8*height", "8*width", 3], "uint8")
-    video = g.op("Transpose", g.op("Cast", frames, to=TensorProto.FLOAT), perm=[0, 4, 1, 2, 3])
-    kernel = [1, 8, 8]
-    pixels = g.op("Div", video, g.constant(128.0))
-    g.op("Conv", pixels, g.weight(CHANNELS, 3, *kernel), kernel_shape=kernel, strides=kernel, out="latents")
-    g.output("latents", _STILL)
     return g
 
 

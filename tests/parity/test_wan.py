@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tmd_export.checkpoints.names import converted
+from tmd_ref.first_frame import FirstFrameWan
 from tmd_ref.wan import WAN_CONFIGS, WanConfig, WanTransformer, rope_tables
 
 diffusers = pytest.importorskip("diffusers")
@@ -62,6 +63,21 @@ def test_velocity_equals_diffusers(models, batch, frames, height, width, text):
     assert velocity.shape == x.shape
     scale = expected.std()
     assert 0.3 < scale < 3, f"the comparison wants outputs of scale about 1, this is {scale:.2f}"
+    assert (velocity - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("held", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]], ids=str)
+@torch.no_grad()
+def test_times_per_frame_equal_times_per_token_of_diffusers(models, held):
+    """As WanImageToVideoPipeline tells them: 0 for every token of a held frame."""
+    ours, theirs = models
+    holding = FirstFrameWan(CONFIG).eval()
+    holding.load_state_dict(ours.state_dict())
+    x, t, prompt_embeds = torch.randn(2, 16, 4, 6, 8), torch.rand(2), torch.randn(2, 12, CONFIG.text_dim)
+    mask = 1 - torch.tensor(held, dtype=torch.float32)
+    velocity = holding(x, t, prompt_embeds, 1 - mask)
+    times = 1000 * t[:, None] * mask.repeat_interleave(3 * 4)
+    expected = theirs(x, times, prompt_embeds, return_dict=False)[0]
     assert (velocity - expected).abs().max() <= TOLERANCE
 
 

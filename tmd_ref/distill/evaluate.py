@@ -18,6 +18,7 @@ from tmd_ref.distill.data import encode_prompts
 from tmd_ref.distill.frechet import clip_features, diversity, frechet_distance
 from tmd_ref.distill.vae import to_frames, to_video
 from tmd_ref.oracle import ATTRIBUTES, read_clip
+from tmd_ref.partial import write_whole
 from tmd_ref.samplers import dmd_sample, effective_nfe, tmd_sample, unipc_sample
 from tmd_ref.scenes import Scene, caption, render, sample_scene
 from tmd_ref.student import TMDStudent
@@ -133,7 +134,7 @@ def measure(
         report(f"{name}: {json.dumps(rounded)} in {time.monotonic() - began:.0f} s")
     out.mkdir(parents=True, exist_ok=True)
     about = {"captions": count, "seed": seed, "rows": results}
-    (out / "evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_whole(out / "evaluation.json", f"{json.dumps(about, indent=1)}\n".encode())
     write_png(out / "evaluation.png", contact_sheet(sheet))
     return results
 
@@ -173,4 +174,4 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     packets = encoder.encode(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     ) + encoder.encode(None)
-    path.write_bytes(b"".join(bytes(packet) for packet in packets))
+    write_whole(path, b"".join(bytes(packet) for packet in packets))

@@ -21,6 +21,7 @@ from tmd_ref.distill.frechet import clip_features, frechet_distance
 from tmd_ref.distill.tim_config import Evaluation
 from tmd_ref.distill.vae import to_frames, to_video
 from tmd_ref.oracle import read_clip
+from tmd_ref.partial import write_whole
 from tmd_ref.scenes import Scene
 from tmd_ref.text import Tokenizer
 from tmd_ref.tim.model import TiM, rope_tables, token_grid
@@ -84,7 +85,7 @@ def measure(
         report(f"{name}: {json.dumps(rounded)} in {time.monotonic() - began:.0f} s")
     out.mkdir(parents=True, exist_ok=True)
     about = {"captions": count, "seed": seed, "guidance": settings.guidance, "rows": results}
-    (out / "evaluation.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_whole(out / "evaluation.json", f"{json.dumps(about, indent=1)}\n".encode())
     write_png(out / "evaluation.png", contact_sheet(sheet, shown=1))
     return results
 

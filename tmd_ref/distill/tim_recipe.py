@@ -26,6 +26,7 @@ from tmd_ref.distill.tim import tim_loss
 from tmd_ref.distill.tim_config import TiMRun
 from tmd_ref.distill.trainer import AveragedWeights, Run, train
 from tmd_ref.distill.weights import load_text_encoder, load_vae
+from tmd_ref.partial import write_whole
 from tmd_ref.text import Tokenizer
 from tmd_ref.tim.model import TiM
 
@@ -83,11 +84,12 @@ def pack(job: TiMJob) -> None:
     """All weights in float16 -> the folder `weights`, which `tmd-export --checkpoint` takes."""
     out, sources = job.run / "weights", job.config.sources
     out.mkdir(exist_ok=True)
-    (out / "tokenizer.model").write_bytes(job.find(sources.tokenizer).read_bytes())
+    write_whole(out / "tokenizer.model", job.find(sources.tokenizer).read_bytes())
     save_model(out / "umt5.safetensors", load_text_encoder(job.find(sources.text_encoder)).half())
     save_model(out / "vae.safetensors", load_vae(job.find(sources.vae)).half())
     save_model(out / WEIGHTS, load_model(job.find(WEIGHTS), TiM).half())
-    (out / "recipe.json").write_text(json.dumps(job.config.model_dump(mode="json"), indent=1) + "\n")
+    recipe = json.dumps(job.config.model_dump(mode="json"), indent=1)
+    write_whole(out / "recipe.json", f"{recipe}\n".encode())
     size = sum(file.stat().st_size for file in out.iterdir())
     job.report(f"{out}: {size / 1e6:.1f} MB")
 

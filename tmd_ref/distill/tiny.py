@@ -21,6 +21,7 @@ from tmd_ref.distill.data import channel_statistics
 from tmd_ref.distill.text import SceneReader, text_loss, train_tokenizer
 from tmd_ref.distill.trainer import Schedule, fit
 from tmd_ref.distill.vae import LONG_WINDOWS, SHORT_WINDOWS, decoder_loss, init_vae, vae_loss
+from tmd_ref.partial import write_whole
 from tmd_ref.student import load_student, save_student
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Encoder
@@ -103,13 +104,13 @@ def pack(run: Path, report: Report = print) -> None:
     if not student.exists():
         student = run / "student_stage1.safetensors"
     out.mkdir(exist_ok=True)
-    (out / "tokenizer.model").write_bytes((run / "tokenizer.model").read_bytes())
+    write_whole(out / "tokenizer.model", (run / "tokenizer.model").read_bytes())
     save_model(out / "umt5.safetensors", load_model(run / "umt5.safetensors", UMT5Encoder).half())
     save_model(out / "vae.safetensors", load_model(run / "vae_decoder.safetensors", WanVAE).half())
     save_model(out / "teacher.safetensors", load_model(run / "teacher.safetensors", WanTransformer).half())
     save_student(out / "student.safetensors", load_student(student).half())
     made = {"schedules": {k: dataclasses.asdict(v) for k, v in SCHEDULES.items()}, **load_config("tiny").model_dump()}
-    (out / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
+    write_whole(out / "recipe.json", f"{json.dumps(made, indent=1)}\n".encode())
     size = sum(file.stat().st_size for file in out.iterdir())
     report(f"{out}: {size / 1e6:.1f} MB")
 

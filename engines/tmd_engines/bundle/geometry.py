@@ -61,8 +61,8 @@ def facts(model: onnx.ModelProto, info: GraphInfo) -> Facts:
 def check_geometry(manifest: Manifest, known: Mapping[str, Facts], where: str) -> None:
     """Raises BundleError if the patches or the blocks of the manifest, `where`, are not those of its graphs.
 
-    A graph that divides no side says nothing of patches. Of blocks, which only the reported number of evaluations
-    depends on, the two graphs that they are in must have the manifest's shares.
+    A graph that divides no side says nothing of patches, and one without attention says nothing of blocks, which only
+    estimates and the reported number of evaluations depend on.
     """
     model = manifest.model
     for name, each in known.items():
@@ -73,13 +73,14 @@ def check_geometry(manifest: Manifest, known: Mapping[str, Facts], where: str) -
                 f"{where}: model.patch_size is {list(model.patch_size)}, and graph {quote(name)} divides latents by "
                 f"{seen}. {_REMEDY}"
             )
-    backbone, flow_head = (known[name].attentions if name in known else 0 for name in DENOISER)
-    both = backbone and flow_head
-    if both and backbone * model.head_blocks != flow_head * (model.num_layers - model.head_blocks):
-        raise BundleError(
-            f"{where}: model.head_blocks {model.head_blocks} of num_layers {model.num_layers} does not agree with the "
-            f"graphs, where 'backbone' has {backbone} attentions and 'flow_head' {flow_head}. {_REMEDY}"
-        )
+    each_block = manifest.family.attentions_per_block(model)
+    for name, blocks in zip(DENOISER, (model.num_layers - model.head_blocks, model.head_blocks), strict=True):
+        found = known[name].attentions if name in known else 0
+        if found and found != blocks * each_block:
+            raise BundleError(
+                f"{where}: model.head_blocks {model.head_blocks} of num_layers {model.num_layers} does not agree with "
+                f"graph {quote(name)}, which has {found} attentions where a block has {each_block}. {_REMEDY}"
+            )
 
 
 _REMEDY = "Copy the bundle again, or make it again with tmd-export."

@@ -133,7 +133,8 @@ def _dims(bundle: Bundle) -> dict[str, int]:
 
 
 def _inputs(bundle: Bundle, engine: Engine, seed: int) -> dict[str, np.ndarray]:
-    """Normal values; times in 0..1 with r below s (or t), a turn by random angles, ids, a mask with padding."""
+    """Normal values; times in 0..1 with r below s (or t), a turn by random angles, ids, a mask with padding, and the
+    first frame held."""
     rng = np.random.default_rng(seed)
     dims = _dims(bundle)
     arrays = {name: engine.empty(name, **dims) for name in engine.inputs}
@@ -150,6 +151,8 @@ def _inputs(bundle: Bundle, engine: Engine, seed: int) -> dict[str, np.ndarray]:
 def _values(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     if spec.name == "attention_mask":
         return np.broadcast_to(np.arange(shape[1]) < max(1, shape[1] // 3), shape)
+    if spec.name == "held":
+        return np.arange(*shape) == 0
     if np.dtype(spec.dtype).kind != "f":
         return rng.integers(0, _IDS, shape)
     return rng.uniform(size=shape) if spec.name in ("t", "s", "r") else rng.normal(size=shape)

@@ -46,7 +46,8 @@ class Graph:
         return {**dims, "tokens": tokens}
 
     def random_inputs(self, seed: int, **dims: int) -> dict[str, Tensor]:
-        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, bytes, a ragged mask."""
+        """Inputs for these sizes: normal values, times in 0..1 with r <= s, angles, ids, bytes, a ragged mask; the
+        first frame is held."""
         generator = torch.Generator().manual_seed(seed)
         sizes = self.sizes(**dims)
         angles: Tensor | None = None
@@ -58,6 +59,8 @@ class Graph:
             elif spec.name == "attention_mask":
                 lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
                 given[spec.name] = (torch.arange(shape[1]) < lengths).long()
+            elif spec.name == "held":
+                given[spec.name] = (torch.arange(*shape) == 0).float()
             elif spec.name in ("t", "s"):
                 given[spec.name] = torch.rand(shape, generator=generator)
             elif spec.name == "r":

@@ -12,6 +12,26 @@ from ..parts import UPDATE
 from .graph import Graph, Interface
 
 
+def _next(
+    x: Tensor,
+    velocity: Tensor,
+    negative: Tensor,
+    noise: Tensor,
+    before_1: Tensor,
+    before_2: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x_next and the data prediction."""
+    guidance, t, c_x, c_v, c_noise, c_1, c_2 = coefficients.split(1)
+    v = negative + guidance * (velocity - negative)
+    x_next = c_x * x + c_v * v + c_noise * noise + c_1 * before_1 + c_2 * before_2
+    return x_next, x - t * v
+
+
+def _magnitude(x_next: Tensor) -> Tensor:
+    return x_next.abs().reshape(-1).mean(0, keepdim=True)
+
+
 class Update(nn.Module):
     """Guidance, the next x, the data prediction and the mean of |x_next|, in float32 and in this order.
 
@@ -29,12 +49,36 @@ class Update(nn.Module):
         before_2: Tensor,
         coefficients: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        guidance, t, c_x, c_v, c_noise, c_1, c_2 = coefficients.split(1)
-        v = negative + guidance * (velocity - negative)
-        x_next = c_x * x + c_v * v + c_noise * noise + c_1 * before_1 + c_2 * before_2
-        data = x - t * v
-        return x_next, data, x_next.abs().reshape(-1).mean(0, keepdim=True)
+        x_next, data = _next(x, velocity, negative, noise, before_1, before_2, coefficients)
+        return x_next, data, _magnitude(x_next)
+
+
+class HoldingUpdate(nn.Module):
+    """`Update` of a model that can hold a picture as its first latent frame.
+
+    In the frames where `held` `[T]` is 1, x_next and the data prediction are `picture` `[B, C, 1, H, W]`, to the last
+    bit; where it is 0 they are those of `Update`. NaN is not covered up: 0 times NaN is NaN.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        negative: Tensor,
+        noise: Tensor,
+        before_1: Tensor,
+        before_2: Tensor,
+        coefficients: Tensor,
+        held: Tensor,
+        picture: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        frames = held.view(-1, 1, 1)
+        made = _next(x, velocity, negative, noise, before_1, before_2, coefficients)
+        x_next, data = (each * (1 - frames) + picture * frames for each in made)
+        return x_next, data, _magnitude(x_next)
 
 
 def update(interface: Interface) -> Graph:
-    return Graph(UPDATE, Update(), *interface.of(UPDATE))
+    inputs, outputs = interface.of(UPDATE)
+    holds = any(spec.name == "held" for spec in inputs)
+    return Graph(UPDATE, HoldingUpdate() if holds else Update(), inputs, outputs)

@@ -109,6 +109,27 @@ _WAN21: Mapping[str, Preset] = {
         _velocity("renoise", 3, times=_looked_up(DMD_STEPS, 8.0), shift=8.0, time_rounding="nearest"),
         VIDEO_480P,
     ),
+    # JIA-Lab-research/CoDMD, bidirectional_inference.py, wan_wrapper.py, configs/wan_dmd_tar.yaml: the same table, of
+    # shift 8 whatever the configuration says, and fresh noise.
+    "codmd": Preset(
+        "CoDMD of Wan2.1 1.3B, 4 steps",
+        _velocity("renoise", 4, times=_looked_up([1000, 900, 757, 522], 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
+    ),
+    # The same, with the list of configs/wan_dmd_tar_14b.yaml.
+    "codmd-14b": Preset(
+        "CoDMD of Wan2.1 14B, 4 steps",
+        _velocity("renoise", 4, times=_looked_up([1000, 937, 833, 624], 8.0), shift=8.0, time_rounding="nearest"),
+        VIDEO_480P,
+    ),
+    # lightx2v's file for 1.3B says nothing of its sampling, and LightX2V has no configuration for it. This is how
+    # THU-MIG/edge-dit.cpp runs it (benchmark/models/wan21-t2v-1.3b-distill.yaml, wan_pipeline.cpp): Euler without
+    # guidance through 8 equispaced times from 1 to 0.001, warped by 3. (One page of its docs has a shift of 5.)
+    "lightx2v-1.3b": Preset(
+        "LightX2V step distillation of Wan2.1 1.3B, 8 steps as edge-dit.cpp runs it",
+        _velocity("euler", 8, times=_warped([1 - 0.999 * k / 7 for k in range(8)], 3.0), shift=3.0),
+        VIDEO_480P,
+    ),
     # aejion/AccVideo, README for WanXT2V: UniPC, 10 steps on Wan's grid with its default shift, without guidance.
     "accvideo": Preset(
         "AccVideo-WanX, 10 steps",

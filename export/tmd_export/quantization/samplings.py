@@ -17,6 +17,7 @@ from tmd_engines.onnxruntime.engine import OnnxRuntimeEngine
 from tmd_runtime.clock import Timings
 from tmd_runtime.errors import RuntimeFailure
 from tmd_runtime.sampling import Loop, family_of, resolve_settings
+from tmd_runtime.sampling.family import FIRST_FRAME
 from tmd_runtime.settings import Settings
 from tmd_runtime.text.conditions import Conditions
 
@@ -76,7 +77,11 @@ class Samplings:
         return self._encoded(prompts, encodes, self._settings(seed, *self.default_steps, None))
 
     def run(self, condition: Condition, seed: int, steps: int, inner_steps: int) -> np.ndarray:
-        """Latents `[1, C, T, h, w]` of a run in so many steps. Raises ExportError if it fails."""
+        """Latents `[1, C, T, h, w]` of a run in so many steps. Raises ExportError if it fails.
+
+        A model that holds a picture as its first frame goes through it twice: the first frame that came out is held in
+        the second run, because a held frame has activations of its own.
+        """
         settings = self._settings(seed, steps, inner_steps, condition.label)
         rows = 1 if condition.label is not None else condition.prompt.shape[1]
         try:
@@ -86,7 +91,10 @@ class Samplings:
                 family, shape = family_of(self._manifest), settings.latent_shape
                 self._loop = rows, family.loop(backbone, flow_head, update, self._manifest, shape, rows)
             negative = condition.negative if settings.passes == 2 else None
-            return self._loop[1].run(condition.prompt, settings, Timings(), negative).latents
+            made = self._loop[1].run(condition.prompt, settings, Timings(), negative).latents
+            if family_of(self._manifest).takes_picture(self._manifest) == FIRST_FRAME:
+                self._loop[1].run(condition.prompt, settings, Timings(), negative, init=made[:, :, :1])
+            return made
         except RuntimeFailure as error:
             raise ExportError(f"the calibration failed: {error}") from error
 

@@ -53,8 +53,9 @@ class WithDecoder(Wrapped):
         super().__init__(source)
         self._path = Path(path)
         decoders = {part for part in VIDEO_PARTS if MODEL_OF[part] == "vae"}
-        self.parts = ordered({*source.parts, *decoders})
-        self.default_parts = ordered({*source.default_parts, *decoders})
+        # Of the file only the decoder is read, so nothing is there to encode a picture with.
+        self.parts = ordered({*source.parts, *decoders} - {"encoder"})
+        self.default_parts = ordered({*source.default_parts, *decoders} - {"encoder"})
         self.origin = f"{source.origin}; decoder {self._path.name}"
         if not self._path.is_file():
             raise ExportError(f"there is no file {path}: --decoder takes the weights of one decoder. {_TAKE}")

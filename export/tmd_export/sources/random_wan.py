@@ -12,7 +12,6 @@ from tmd_ref.umt5 import UMT5_CONFIGS, UMT5Config, UMT5Encoder
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 from tmd_ref.wan import WAN_CONFIGS, WanConfig
 
-from ..parts import VIDEO_PARTS
 from .random_weights import random_tensor
 from .source import TOKENIZER, built_in_folder, on_meta
 from .wan21 import HEAD_BLOCKS, Wan21Source, vae_name
@@ -47,7 +46,7 @@ class RandomSource(Wan21Source):
         self.tokenizer = tokenizer if model == "tiny" and tokenizer.is_file() else None
         # 5.7 billion parameters of text encoder are of no use without a tokenizer, unless somebody asks for them.
         self.default_parts = tuple(
-            part for part in VIDEO_PARTS if part != "text_encoder" or self._text != UMT5_CONFIGS["umt5-xxl"]
+            part for part in self.parts if part != "text_encoder" or self._text != UMT5_CONFIGS["umt5-xxl"]
         )
         self._shapes: dict[str, dict[str, torch.Size]] = {}
 

@@ -31,7 +31,7 @@ from ..checkpoints.recognise import PARTS as CALLED
 from ..checkpoints.recognise import TOKENIZER as CARRIED
 from ..checkpoints.scheduler import DMD, Scheduler, pipeline_class, read_scheduler
 from ..errors import ExportError
-from ..parts import MODEL_OF, VIDEO_PARTS
+from ..parts import MODEL_OF
 from ..presets.anyflow import scheduled_flow_map
 from ..presets.tmd import student_sampler
 from ..presets.wan import distilled_preset, scheduled_sampler
@@ -93,7 +93,7 @@ class WanSource(Wan21Source):
             self._take_student(self._parts["student"].open())
         self._named = {_MODEL_OF_FILE[name]: one.path for one in found for name in one.named}
         here = {*self._parts, *self._named}
-        self.default_parts = tuple(part for part in VIDEO_PARTS if MODEL_OF[part] in here)
+        self.default_parts = tuple(part for part in self.parts if MODEL_OF[part] in here)
         self.origin = "; ".join([self._given, *self._stored_as()])
         self.notes = self._notes()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tmd_ref.first_frame import SplitFirstFrame
 from tmd_ref.flow_map import FlowMapWan, SplitFlowMap
 from tmd_ref.split import SplitWan
 from tmd_ref.text import EOS_ID, PAD_ID
@@ -17,6 +18,7 @@ from tmd_ref.wan import WanConfig, WanTransformer
 
 from ..checkpoints.names import converted, uncut
 from ..errors import ExportError
+from ..parts import PARTS, VIDEO_PARTS
 from ..presets.wan import WAN21, WAN22
 from .source import Source, vae_latents
 
@@ -42,11 +44,21 @@ class Wan21Source(Source):
             return "anyflow"
         return "wan" if self.fusion is None else "tmd"
 
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return PARTS if self.holds_picture else VIDEO_PARTS
+
+    @property
+    def holds_picture(self) -> bool:
+        """Whether the model can hold a picture as the first frame of its video."""
+        return is_wan22(self.wan) and self.fusion is None and self.gate is None
+
     def without_flow(self) -> nn.Module:
         """The transformer without inner flow, cut in two."""
         if self.gate is not None:
             return SplitFlowMap(FlowMapWan(self.wan, self.gate), self.head_blocks)
-        return SplitWan(WanTransformer(self.wan), self.head_blocks)
+        split = SplitFirstFrame if self.holds_picture else SplitWan
+        return split(WanTransformer(self.wan), self.head_blocks)
 
     @property
     def vae(self) -> WanVAEConfig:
@@ -64,6 +76,7 @@ class Wan21Source(Source):
             "head_dim": wan.head_dim,
             "patch_size": list(wan.patch_size),
             **({} if self.fusion is None else {"fusion": self.fusion}),
+            **({"first_frame": True} if self.holds_picture else {}),
         }
 
     def latents_entry(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@
  * out.y4m is what every player and encoder reads (full-range 4:4:4, so nothing is lost but the rounding of a colour
  * matrix); out.ppm takes a still, the first frame; out.rgb the frames as they are, uint8 [F, H, W, 3].
  *
+ * --image first.ppm is a picture of the size of the video: its first frame, or with --strength what a still starts from.
+ *
  * Ctrl-C, SIGTERM and SIGHUP end it, in the middle of a graph too, and leave no file behind. */
 #define _XOPEN_SOURCE 700 /* sigaction, setitimer */
 #include <signal.h>
@@ -19,6 +21,7 @@
 static const char usage[] =
     "Usage: tmd_generate BUNDLE PROMPT OUT.y4m|OUT.ppm|OUT.rgb [--seed N] [--steps N] [--inner-steps N] [--frames N]\n"
     "                    [--size WxH] [--guidance X] [--deadline SECONDS] [--rho X] [--class N] [--threads N]\n"
+    "                    [--image FILE.ppm] [--strength X]\n"
     "                    [--memory auto|all|low] [--engine NAME] [--engine-library FILE] [--plans FOLDER] [--plan-cache FOLDER]\n"
     "PROMPT is \"\" for a model of classes.\n";
 
@@ -123,6 +126,40 @@ static int write_file(const char* path, const unsigned char* frames, const tmd_p
   return good;
 }
 
+/* The picture in a PPM file (P6, 8 bits, without comments), which must have the size of the plan; NULL: it does not. */
+static unsigned char* read_picture(const char* path, const tmd_plan* plan) {
+  const size_t size = 3 * (size_t)plan->width * (size_t)plan->height;
+  unsigned char* rgb = malloc(size);
+  FILE* file = rgb ? fopen(path, "rb") : NULL;
+  int width = 0, height = 0, most = 0;
+  const int good = file && fscanf(file, "P6 %d %d %d", &width, &height, &most) == 3 && most == 255 &&
+                   width == plan->width && height == plan->height && fgetc(file) != EOF &&
+                   fread(rgb, 1, size, file) == size;
+  if (file) fclose(file);
+  if (good) return rgb;
+  free(rgb);
+  fprintf(stderr, "%s is no picture of %dx%d: save it as PPM (P6) of this size.\n", path, plan->width, plan->height);
+  return NULL;
+}
+
+/* Its latents, which `run` keeps; they are the caller's to free. */
+static tmd_status take_picture(tmd_context* tmd, const char* path, tmd_run_options* run, float** latents) {
+  tmd_plan plan;
+  unsigned char* rgb = NULL;
+  tmd_status status;
+  size_t count;
+  tmd_plan_init(&plan);
+  status = tmd_plan_run(tmd, run, &plan);
+  if (status != TMD_OK) return status;
+  count = (size_t)plan.channels * (size_t)plan.latent_height * (size_t)plan.latent_width;
+  if (!(*latents = malloc(count * sizeof **latents))) return TMD_ERROR_MEMORY;
+  if (!(rgb = read_picture(path, &plan))) return TMD_ERROR_USAGE;
+  status = tmd_encode_image(tmd, rgb, plan.width, plan.height, *latents, count, NULL);
+  run->init_latents = *latents;
+  free(rgb);
+  return status;
+}
+
 static int whole_number(const char* text, long long* value) {
   char* end;
   *value = strtoll(text, &end, 10);
@@ -130,7 +167,7 @@ static int whole_number(const char* text, long long* value) {
 }
 
 /* Takes options after the three names; 0 if one of them cannot be understood. */
-static int read_options(int count, char** words, tmd_open_options* open, tmd_run_options* run) {
+static int read_options(int count, char** words, tmd_open_options* open, tmd_run_options* run, const char** image) {
   int i;
   for (i = 0; i + 1 < count; i += 2) {
     const char *name = words[i], *value = words[i + 1];
@@ -145,6 +182,8 @@ static int read_options(int count, char** words, tmd_open_options* open, tmd_run
     else if (!strcmp(name, "--guidance")) run->guidance = atof(value);
     else if (!strcmp(name, "--deadline")) run->deadline = atof(value);
     else if (!strcmp(name, "--rho")) run->rho = atof(value);
+    else if (!strcmp(name, "--strength")) run->strength = atof(value);
+    else if (!strcmp(name, "--image")) *image = value;
     else if (!strcmp(name, "--class") && whole) run->label = (int32_t)number;
     else if (!strcmp(name, "--memory") && !strcmp(value, "auto")) open->memory = TMD_MEMORY_AUTO;
     else if (!strcmp(name, "--memory") && !strcmp(value, "all")) open->memory = TMD_MEMORY_ALL;
@@ -166,13 +205,15 @@ int main(int argc, char** argv) {
   tmd_result result;
   tmd_status status;
   unsigned char* frames = NULL;
+  float* picture = NULL;
+  const char* image = NULL;
   int stage;
 
   tmd_open_options_init(&open);
   tmd_run_options_init(&run);
   tmd_plan_init(&plan);
   tmd_result_init(&result);
-  if (argc < 4 || !read_options(argc - 4, argv + 4, &open, &run)) {
+  if (argc < 4 || !read_options(argc - 4, argv + 4, &open, &run, &image)) {
     fputs(usage, stderr);
     return 2;
   }
@@ -182,12 +223,14 @@ int main(int argc, char** argv) {
   watch_signals();
 
   status = tmd_open(tmd, argv[1], &open);
+  if (status == TMD_OK && image) status = take_picture(tmd, image, &run, &picture);
   if (status == TMD_OK) status = tmd_plan_run(tmd, &run, &plan);
   if (status == TMD_OK && !(frames = malloc(plan.frames_size))) status = TMD_ERROR_MEMORY;
   if (status == TMD_OK) status = tmd_generate(tmd, argv[2], &run, frames, plan.frames_size, &result);
   fputc('\n', stderr);
   if (status != TMD_OK) {
-    fprintf(stderr, "%s: %s\n", tmd_status_name(status), *tmd_error(tmd) ? tmd_error(tmd) : "out of memory");
+    if (*tmd_error(tmd)) fprintf(stderr, "%s: %s\n", tmd_status_name(status), tmd_error(tmd));
+    else if (status == TMD_ERROR_MEMORY) fprintf(stderr, "out of memory\n");
   } else if (!write_file(argv[3], frames, &plan)) {
     if (!ending) fprintf(stderr, "cannot write %s\n", argv[3]);
     status = TMD_ERROR_USAGE;
@@ -201,6 +244,7 @@ int main(int argc, char** argv) {
   }
   running = NULL;
   free(frames);
+  free(picture);
   tmd_free(tmd);
   if (ending) return 128 + ending;
   return status == TMD_OK ? 0 : status == TMD_ERROR_USAGE ? 2 : 1;

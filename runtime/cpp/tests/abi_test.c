@@ -47,6 +47,7 @@ AT(tmd_description, can_denoise, 148);
 AT(tmd_description, can_decode, 152);
 AT(tmd_description, can_encode_image, 156);
 AT(tmd_description, classes, 160);
+AT(tmd_description, first_frame, 164);
 SIZE(tmd_description, 168);
 
 AT(tmd_progress, stage, 8);

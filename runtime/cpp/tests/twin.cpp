@@ -117,7 +117,8 @@ json describe(const json& question) {
             {"allowed_inner_steps",
              std::vector<std::int32_t>(of.allowed_inner_steps, of.allowed_inner_steps + of.allowed_inner_steps_count)},
             {"can_denoise", of.can_denoise},
-            {"classes", of.classes}}}};
+            {"classes", of.classes},
+            {"first_frame", of.first_frame}}}};
 }
 
 json encode_image(const json& question) {

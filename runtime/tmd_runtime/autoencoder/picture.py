@@ -172,7 +172,8 @@ def encode_picture(
     size: tuple[int, int] | None,
     timings: Timings,
 ) -> NDArray[np.float32]:
-    """Latents `[1, C, 1, h, w]` of `image` at `size` (see `start_size`), by the engine of the graph `encoder`.
+    """Latents `[1, C, 1, h, w]` of `image` at `size` (see `start_size`), by the engine of the graph `encoder`; of a
+    large still tile by tile.
 
     Raises UsageFailure for an array that is no picture and a size that has no latents, RuntimeFailure for NaN or Inf.
     """
@@ -182,7 +183,7 @@ def encode_picture(
         raise UsageFailure(f"a picture of {size[0]}x{size[1]} cannot be encoded: choose multiples of {stride}.")
     height, width = size[1] // stride, size[0] // stride
     engine = load()
-    tile = tile_size(height, width, stride)
+    tile = tile_size(height, width, stride) if manifest.family.makes_stills else (height, width)
     dims = {"batch": 1, "frames": 1, "height": tile[0], "width": tile[1]}
     frames, latents = engine.empty("frames", **dims), engine.empty("latents", **dims)
     with timings.stage("load"):  # an engine may compile where it is bound

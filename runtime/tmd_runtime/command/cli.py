@@ -143,13 +143,19 @@ Examples:
     "--image",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Start from a picture (Transition Models): PNG, JPEG, WebP, BMP or TIFF. Its middle is scaled to --size; "
-    "without that it keeps its shape, at about as many pixels as the model was made for.",
+    help="A picture: the first frame of the video (Wan2.2-TI2V-5B), or with --strength what a Transition Model starts "
+    "from. PNG, JPEG, WebP, BMP or TIFF. Its middle is scaled to --size; without that it keeps its shape, at about as "
+    "many pixels as the model was made for.",
 )
 @click.option(
     "--init-latents", type=click.Path(path_type=Path), metavar="FILE", help="The same, from a file of --save-latents."
 )
-@click.option("--strength", type=Number(0, 1), metavar="S", help="How much of that picture changes; 1: everything.")
+@click.option(
+    "--strength",
+    type=Number(0, 1),
+    metavar="S",
+    help="How much a Transition Model changes of that picture; 1: everything.",
+)
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option(
     "--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16, for Wan2.2-TI2V-5B of 32."
@@ -327,12 +333,8 @@ def _check_sources(
         raise click.UsageError("a class has no embeddings to save: leave --save-embeds out.")
     if wishes["image"] is not None and wishes["init_latents"] is not None:
         raise click.UsageError("--image and --init-latents are two pictures to start from: give one of them.")
-    pictured = wishes["image"] is not None or wishes["init_latents"] is not None
-    if pictured != (wishes["strength"] is not None):
-        raise click.UsageError(
-            "--image or --init-latents and --strength go together: a picture, and how much of it changes. No model "
-            "takes a picture as the first frame of its video yet."
-        )
+    if wishes["strength"] is not None and wishes["image"] is None and wishes["init_latents"] is None:
+        raise click.UsageError("--strength says how much of a picture changes: give --image or --init-latents as well.")
     if latents is not None:
         decided = [
             f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None and name != "fps"

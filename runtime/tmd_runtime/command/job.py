@@ -109,7 +109,7 @@ class Job:
         from ..files.png import describe
         from ..files.tensor_files import load_latents
         from ..files.video import open_video
-        from ..memory import DENOISER, READER
+        from ..memory import DENOISER, ENCODER, READER
         from ..result import Result
         from .progress import watch
 
@@ -119,7 +119,7 @@ class Job:
         # No class is drawn any more, but a model of classes has no settings without one.
         label = None if pipeline.manifest.family.classes(pipeline.manifest.model) is None else 0
         settings = pipeline.settings(frames=frames, size=saved.size, label=label, fps=self.wishes.get("fps"))
-        memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER))
+        memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER, *ENCODER))
         self.stills = pipeline.manifest.family.makes_stills
         target = self.target(saved.prompt, saved.seed, self.done + 1)
         texts = describe(saved, saved.model, saved.prompt)
@@ -183,7 +183,7 @@ class Job:
                 save_latents(made.latents, taken)
 
         totals = steps_of(pipeline.manifest, settings, reads="prompt_embeds" not in inputs)
-        estimated = self._foretell(pipeline, settings)
+        estimated = self._foretell(pipeline, settings, "image" in inputs)
         begin = perf_counter()
         with ExitStack() as stack:
             bars = watch(totals, self.quiet)
@@ -201,12 +201,12 @@ class Job:
             )
         file_seconds = video.seconds if video is not None else 0.0
         if len(result.frames):
-            pipeline.forecast.learn(settings, result.stage_seconds)
+            pipeline.forecast.learn(settings, result.stage_seconds, "image" in inputs)
         return self._finish(pipeline, result, target, file_seconds, perf_counter() - begin, files, estimated)
 
-    def _foretell(self, pipeline: Pipeline, settings: Settings) -> float | None:
+    def _foretell(self, pipeline: Pipeline, settings: Settings, encodes_image: bool) -> float | None:
         """How many seconds the run will take, as far as that can be told, and tells it."""
-        seconds = pipeline.forecast.seconds(settings) if pipeline.has_engines() else None
+        seconds = pipeline.forecast.seconds(settings, encodes_image) if pipeline.has_engines() else None
         if seconds is not None and not self.quiet:
             if seconds > _LONG_SECONDS:
                 remedy = "Fewer steps, fewer frames or a smaller size take less."

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 
 LatentShape = tuple[int, int, int, int, int]
 
+START, FIRST_FRAME = "start", "first frame"
+"""What a family makes of a picture: what a run with a strength starts from, or the first frame of a video."""
+
 NO_PICTURE = (
-    "to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B was made to "
-    "hold one as its first frame too; here it makes videos of prompts alone.)"
+    "to start from a picture is for Transition Models, and to hold one as the first frame of a video for "
+    "Wan2.2-TI2V-5B. This model does neither: leave it out. (A Wan2.2-TI2V-5B that tmd exported before it could do so "
+    "is to be exported again.)"
 )
 
 
@@ -57,9 +61,9 @@ class Loop(Protocol):
         """Denoises for `prompt_embeds` `[1, text, E]`, or int64 `[1]`, a class.
 
         With guidance `negative_embeds` of the same shape are needed. `on_preview` gets, in every step but the last,
-        the latents that the run would give if that step were the last. `init` are the latents of the picture that a
-        run with a strength starts from. Raises Cancelled if the callback says so, RuntimeFailure if a stage gives NaN
-        or Inf.
+        the latents that the run would give if that step were the last. `init` are the latents `[1, C, 1, h, w]` of the
+        picture that a run with a strength starts from, or that is the first frame. Raises Cancelled if the callback
+        says so, RuntimeFailure if a stage gives NaN or Inf.
         """
 
 
@@ -67,7 +71,10 @@ class RuntimeFamily(ABC):
     """How models of one family are sampled. `name` is `model.family` of their manifests."""
 
     name: str
-    starts_from_picture = False
+
+    def takes_picture(self, manifest: Manifest) -> str | None:
+        """What a model makes of a picture: `START`, `FIRST_FRAME` or, if it takes none, None."""
+        return None
 
     @abstractmethod
     def settings(self, manifest: Manifest, wishes: Wishes) -> Settings:

@@ -58,10 +58,11 @@ def jump_times(
     if steps is None:
         steps = default if wishes.deadline is None else MAX_STEPS
     count = steps if schedule is None else len(schedule) - 1
-    if not 1 <= count <= MAX_STEPS:
+    if count > MAX_STEPS or (count < 1 and schedule is None):
         raise UsageFailure(f"{count} steps cannot be done: choose 1 to {MAX_STEPS} (default {default}).")
     times = tuple(map(float, grid(count) if schedule is None else schedule))
-    if times[0] != start or times[-1] != 0 or any(later >= earlier for earlier, later in pairwise(times)):
+    falls = all(later < earlier for earlier, later in pairwise(times))
+    if len(times) < 2 or times[0] != start or times[-1] != 0 or not falls:
         where = "1 (noise)" if wishes.strength is None else f"{start:g} (the strength)"
         example = ",".join(f"{start * share:g}" for share in (1, 0.6, 0.2, 0))
         raise UsageFailure(f"the times of a schedule must fall from {where} to 0 ({ends}), such as {example}.")

@@ -19,7 +19,7 @@ from tmd_engines.bundle.families.rules import Coefficients
 from ..clock import Timings
 from .calls import Call, Calls, Draws, Launches
 from .deadline import StepTimes, steps_ahead, steps_in_time
-from .family import Denoised, LatentShape, RuntimeFamily
+from .family import START, Denoised, LatentShape, RuntimeFamily
 from .schedule import tim_rope_tables
 from .tim_settings import TimSettings, tim_settings
 from .update import Updater
@@ -54,7 +54,9 @@ def renewal(t: float, r: float, rho: float) -> Coefficients:
 
 class _Tim(RuntimeFamily):
     name = "tim"
-    starts_from_picture = True
+
+    def takes_picture(self, manifest: Manifest) -> str:
+        return START
 
     def settings(self, manifest: Manifest, wishes: Wishes) -> TimSettings:
         return tim_settings(manifest, wishes)

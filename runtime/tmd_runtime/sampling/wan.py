@@ -2,24 +2,35 @@
 
 Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it. Of a model
 with two transformers (Wan2.2-A14B) the first one makes the steps of high noise and the second one all others, on the
-same buffers.
+same buffers. A model that holds a picture as its first latent frame (Wan2.2-TI2V-5B) is told which frames are held, and
+the update puts the picture back into them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tmd_engines.bundle.families.rules import RULES
+from tmd_engines.bundle.families.rules import RULES, Coefficients
 
 from ..errors import UsageFailure
 from ..settings import MAX_STEPS, Settings
 from .backbone import BoundBackbone
 from .calls import Call, Calls, Draws, Launches
-from .family import Denoised, LatentShape, RuntimeFamily, check_guidance, choose, common_settings, refuse_jumps
+from .family import (
+    FIRST_FRAME,
+    Denoised,
+    LatentShape,
+    RuntimeFamily,
+    check_guidance,
+    choose,
+    common_settings,
+    refuse_jumps,
+)  # fmt: skip
 from .schedule import GRIDS, told_time, wan_grid
 from .update import Updater
 
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tmd_engines import Engine, Manifest
-    from tmd_engines.bundle.families.rules import Coefficients
 
     from ..clock import Timings
     from ..settings import Wishes
@@ -51,8 +61,14 @@ class WanSettings(Settings):
 class _Wan(RuntimeFamily):
     name = "wan"
 
+    def takes_picture(self, manifest: Manifest) -> str | None:
+        model: Any = manifest.model
+        return FIRST_FRAME if model.first_frame else None
+
     def settings(self, manifest: Manifest, wishes: Wishes) -> WanSettings:
         """A model has its own list of times, or a grid for any number of steps. Raises UsageFailure."""
+        if wishes.strength is not None and self.takes_picture(manifest) is not None:
+            raise UsageFailure("this model holds a picture as the first frame, unchanged: leave the strength out.")
         refuse_jumps(wishes)
         sampler: Any = manifest.sampler
         if wishes.inner_steps not in (None, 1):
@@ -140,12 +156,18 @@ class WanLoop:
         text_tokens: int,
     ) -> None:
         self._rule = RULES[manifest.sampler.rule]
-        self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens, self.told)
+        self._holds = "held" in backbone.inputs
+        told = (*self.told, *(["held"] if self._holds else []))
+        self._bound = bound = BoundBackbone(backbone, manifest, latent_shape, text_tokens, told)
         self._velocity = flow_head.empty("velocity", **bound.dims)
         self._update_engine = update
         self._transformers = {False: self._tied(bound.step, backbone, flow_head)}  # by whether it is the second one
         self._active = self._transformers[False]
         self._updater = Updater(update, bound.x, bound.dims)
+        # What the updates of a model that holds frames read beside their slots.
+        self._held: dict[str, Any] = {}
+        if self._holds:
+            self._held = {"held": bound.times["held"], "picture": update.empty("picture", **bound.dims)}
         self._empty = {
             "prompt": lambda: backbone.empty("prompt_embeds", **bound.dims),
             "latents": lambda: update.empty("x_next", **bound.dims),
@@ -162,13 +184,14 @@ class WanLoop:
         on_preview: Callable[[NDArray[np.float32]], object] | None = None,
         init: NDArray[Any] | None = None,
     ) -> Denoised:
-        """See `Loop.run`. With guidance v = v_neg + guidance·(v_pos - v_neg). It starts from no picture."""
+        """See `Loop.run`. With guidance v = v_neg + guidance·(v_pos - v_neg). `init` becomes the first frame."""
         assert isinstance(settings, WanSettings)
         bound = self._bound
         guided = negative_embeds is not None
         slots = _slots([self._rule(settings.times, i) for i in range(settings.steps)], guided)
         with timings.stage("load"):  # an engine may compile where it is bound
             update = self._update_with(slots)
+            self._hold(init)
         passes = settings.steps * (2 if guided else 1)
         calls = Calls(timings, backbone=passes, flow_head=passes)
         draws = Draws(settings.seed, bound.x.shape, timings)
@@ -200,6 +223,8 @@ class WanLoop:
 
         jumps = self._jumps(settings, calls, timings, try_step)
         draws.into(bound.x, settings.init_scale)
+        if init is not None:
+            self._put_picture()
         for name in slots & {"before_1", "before_2"}:
             self._buffer(name)[...] = bound.x  # finite, whatever an earlier run left there
         times = [settings.times[0]]
@@ -220,6 +245,26 @@ class WanLoop:
             if on_preview is not None and r > 0:
                 on_preview(self._updater.preview())
         return Denoised(np.array(bound.x, np.float32), tuple(times))
+
+    def _hold(self, picture: NDArray[Any] | None) -> None:
+        """Holds `picture` `[1, C, 1, h, w]` as the first latent frame of the run; None: no frame is held."""
+        if not self._holds:
+            return
+        held = np.zeros(self._bound.dims["frames"], np.float32)
+        if picture is not None:
+            held[0] = 1.0
+        self._held["held"][...] = held
+        self._held["picture"][...] = 0.0 if picture is None else picture  # finite: it is a term of every update
+
+    def _put_picture(self) -> None:
+        """Puts the picture into x, which is noise, by an update that moves nothing."""
+        self._updater.set(Coefficients(1.0, 0.0))
+        self._update_of_nothing()
+
+    @cached_property
+    def _update_of_nothing(self) -> Callable[[], None]:
+        """An update that reads no velocity: that buffer could hold anything, and 0 times NaN is NaN."""
+        return self._updater.bind(self._bound.x, **self._held)
 
     def _tell(self, settings: WanSettings, t: float, r: float) -> None:
         """Tells the graphs of the step from t to r."""
@@ -273,7 +318,7 @@ class WanLoop:
         """The update with these slots in use; it keeps the data predictions that later steps read."""
         if slots not in self._updates:
             buffers = {name: self._buffer(name) for name in slots}
-            update = self._updater.bind(self._velocity, **buffers)
+            update = self._updater.bind(self._velocity, **buffers, **self._held)
 
             def update_and_remember() -> None:
                 update()

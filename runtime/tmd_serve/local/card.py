@@ -41,7 +41,7 @@ def options_of(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
     free = len(counts) == _TRIED
     inner = [count for count in range(1, _TRIED + 1) if grants(inner_steps=count)]
     guided = grants(guidance=2.0)
-    pictured = family_of(manifest).starts_from_picture and "encoder" in manifest.graphs
+    pictured = family_of(manifest).takes_picture(manifest) is not None and "encoder" in manifest.graphs
     stride, patch = manifest.latents.spatial_stride, manifest.model.patch_size
     return {
         "family": manifest.model.family,

@@ -40,13 +40,16 @@ class EngineOptions:
 
 
 class Model:
-    """A bundle under a name. Opening checks the whole bundle and that it can make videos here; nothing is loaded.
+    """A bundle under a name. Opening checks the whole bundle and, if it `runs_here`, that this machine has engines for
+    it; nothing is loaded. One that runs elsewhere has no estimate of its time.
 
     Raises tmd_engines.BundleError, or RuntimeFailure if a graph or every engine for one is missing.
     """
 
-    def __init__(self, name: str, bundle: str | Path, options: EngineOptions, limits: Limits) -> None:
-        self.name, self._options, self._limits = name, options, limits
+    def __init__(
+        self, name: str, bundle: str | Path, options: EngineOptions, limits: Limits, runs_here: bool = True
+    ) -> None:
+        self.name, self._options, self._limits, self._runs_here = name, options, limits, runs_here
         # This one only answers questions, from the threads of requests; another one runs.
         self._scout = tmd_runtime.load(bundle, options.engine, options.threads, options.device, options.memory)
         self.bundle, self.manifest = self._scout.bundle, self._scout.manifest
@@ -65,7 +68,7 @@ class Model:
         for graph in needed:
             if graph not in self.manifest.graphs:
                 raise missing_graph(graph)
-        if not self._scout.has_engines():
+        if self._runs_here and not self._scout.has_engines():
             raise RuntimeFailure(
                 f"this machine has no engine for the model {self.name}: install one (pip install "
                 "'tmd-runtime[onnxruntime]'), or see tmd-engine doctor."
@@ -83,8 +86,7 @@ class Model:
 
     def estimate(self, settings: Settings) -> Estimate:
         """Memory and work of a run. Raises BundleError if a graph cannot be sized."""
-        pictured = settings.strength is not None
-        key = settings.frames, settings.width, settings.height, settings.passes, pictured
+        key = settings.frames, settings.width, settings.height, settings.passes
         with self._lock:
             if key not in self._estimates:
                 self._estimates[key] = self._chooser.estimate(settings)
@@ -94,6 +96,8 @@ class Model:
 
     def seconds(self, settings: Settings) -> float | None:
         """The estimated time of a run on this machine; None: unknown."""
+        if not self._runs_here:
+            return None
         with self._lock:
             return self._scout.forecast.seconds(settings)
 
@@ -110,7 +114,7 @@ class Model:
         image = None if wanted.picture is None else self._picture(wanted.picture)
         size = start_size(self.manifest, wishes.get("size"), image)
         settings = self._scout.settings(**{**wishes, "size": size})
-        check_start(family_of(self.manifest), settings, None, image)
+        check_start(family_of(self.manifest).takes_picture(self.manifest), settings, None, image)
         check_condition(settings, wanted.prompt)
         if settings.label is None and not wanted.prompt.strip():
             raise Refusal("the prompt is empty: describe the video in a few words.", param="prompt")
@@ -195,8 +199,10 @@ def _resolved(settings: Settings, fps: int, preview: bool) -> dict[str, Any]:
     }
 
 
-def open_models(named: Mapping[str, str | Path], options: EngineOptions, limits: Limits) -> dict[str, Model]:
+def open_models(
+    named: Mapping[str, str | Path], options: EngineOptions, limits: Limits, runs_here: bool = True
+) -> dict[str, Model]:
     """The models of bundles by name. Raises UsageFailure for none, and as `Model` does."""
     if not named:
         raise UsageFailure("a server needs a model: name a bundle.")
-    return {name: Model(name, bundle, options, limits) for name, bundle in named.items()}
+    return {name: Model(name, bundle, options, limits, runs_here) for name, bundle in named.items()}

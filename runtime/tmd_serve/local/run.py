@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from tmd_engines import unfinished
-from tmd_runtime.autoencoder.picture import fit, read_picture
+from tmd_engines.device.running import stop_step
+from tmd_runtime.autoencoder.picture import read_picture
 from tmd_runtime.command.progress import steps_of
-from tmd_runtime.files.png import describe, png
+from tmd_runtime.files.png import describe
 from tmd_runtime.files.video import open_video
 from tmd_runtime.memory import ENCODER
 
-from ..files import PICTURE, THUMBNAIL, DataFolder
+from ..files import PICTURE, DataFolder
 from .embeds import Embedded, EmbedsCache
 from .meter import Meter
+from .output import STILL, VIDEO, preview, record, write_thumbnail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from .library import Library
     from .model import Model
 
-VIDEO, STILL = "video.mp4", "picture.png"
-TYPES = {VIDEO: "video/mp4", STILL: "image/png"}
-_THUMBNAIL_WIDTH, _PREVIEW_WIDTH = 320, 480
 _LEFT_OUT = "previews were left out: they need the decoder beside the model, and only one stage after the other fits."
 
 
@@ -44,11 +42,7 @@ class Runner:
         self._seconds: dict[str, dict[str, float]] = {}  # group -> stage -> seconds of its latest run
 
     def make(self, job: Job, show: Callable[[Progress], bool], on_preview: Callable[[bytes], object]) -> dict[str, Any]:
-        """Runs a job and writes its files. Returns `Job.result`.
-
-        `show` gets the progress after each step, and returns False to stop the run; `on_preview` gets a PNG file.
-        Raises as a pipeline does.
-        """
+        """See `Runs.make`."""
         start = perf_counter()
         model = self._models[job.model]
         settings = model.settings(job.request["wishes"])
@@ -87,8 +81,8 @@ class Runner:
         elif fresh:
             spoken = tuple(warning for warning in result.warnings if warning not in settings.warnings)
             self.embeds.put(key, Embedded(fresh[0].positive, fresh[0].negative, spoken))
-        self._files.write(job.id, THUMBNAIL, png(_middle(result.frames, _THUMBNAIL_WIDTH)))
-        return self._record(job, result, name, warnings, perf_counter() - start)
+        write_thumbnail(self._files, job.id, result.frames)
+        return record(self._files, job.id, name, result, warnings, perf_counter() - start)
 
     def _write(self, pipeline: Pipeline, settings: Settings, job: Job, path: Path, **hooks: Any) -> Result:
         """The run itself; its frames go into the file while the next ones decode."""
@@ -112,36 +106,12 @@ class Runner:
             return None, []
         if pipeline.choose_memory(settings, () if pictured else ENCODER) == "low":
             return None, [_LEFT_OUT]
-        return lambda frames: show(png(_middle(frames, _PREVIEW_WIDTH))), []
+        return lambda frames: show(preview(frames)), []
 
-    def _record(self, job: Job, result: Result, name: str, warnings: list[str], seconds: float) -> dict[str, Any]:
-        path = self._files.folder(job.id) / name
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {
-            "file": name,
-            "type": TYPES[name],
-            "bytes": path.stat().st_size,
-            "sha256": digest,
-            "all_bytes": self._files.seal(job.id),
-            "steps": result.steps,
-            "times": list(result.times),
-            "nfe": result.nfe,
-            "memory": result.memory,
-            "threads": result.threads,
-            "stage_seconds": {stage: round(value, 6) for stage, value in result.stage_seconds.items()},
-            "total_seconds": round(seconds, 6),
-            "warnings": warnings,
-        }
+    def interrupt(self, thread: int) -> None:
+        """See `Runs.interrupt`."""
+        stop_step(thread)
 
     def close(self) -> None:
         """Gives what is loaded back."""
         self._library.close()
-
-
-def _middle(frames: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
-    """The middle one of frames `[F, H, W, 3]`, scaled down to at most this width."""
-    frame = frames[len(frames) // 2]
-    if frame.shape[1] <= width:
-        return frame
-    return fit(frame, width, max(round(frame.shape[0] * width / frame.shape[1]), 1))

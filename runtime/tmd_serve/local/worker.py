@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tmd_engines import BundleError, EngineError
-from tmd_engines.device.running import AGAIN_SECONDS, stop_step
+from tmd_engines.device.running import AGAIN_SECONDS
 from tmd_runtime import RuntimeFailure
 
 from ..jobs import CANCELLED, JobStore, Progress
@@ -52,12 +52,30 @@ class Pace:
     most: float = 3600.0
 
 
+class RunFailed(Exception):
+    """A run failed on another machine, which gave a code and a sentence."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RunLost(Exception):
+    """What ran a job on another machine is gone; the job may run again."""
+
+
 class Runs(Protocol):
     """What runs one job in the calling thread; see `run.Runner`."""
 
-    def make(
-        self, job: Job, show: Callable[[Progress], bool], on_preview: Callable[[bytes], object]
-    ) -> dict[str, Any]: ...
+    def make(self, job: Job, show: Callable[[Progress], bool], on_preview: Callable[[bytes], object]) -> dict[str, Any]:
+        """Runs a job and writes its files. Returns `Job.result`.
+
+        `show` gets the progress after each step, and returns False to stop the run; `on_preview` gets a PNG file.
+        Raises as a pipeline does, or RunFailed or RunLost.
+        """
+
+    def interrupt(self, thread: int) -> None:
+        """Stops the step that `make` runs in the thread of this number. Called again until `make` has ended."""
 
     def close(self) -> None: ...
 
@@ -120,10 +138,14 @@ class Worker:
         """Stops a job within a step, if this worker has it."""
         self._end(job_id, "cancelled")
 
-    def stop(self, grace_seconds: float) -> None:
-        """Takes no job any more. One that runs may end in this time, and is given back otherwise."""
+    def retire(self) -> None:
+        """Takes no job any more."""
         self._stopping.set()
         self._news.set()
+
+    def stop(self, grace_seconds: float) -> None:
+        """Takes no job any more. One that runs may end in this time, and is given back otherwise."""
+        self.retire()
         if self._thread.ident is None:
             return
         self._thread.join(grace_seconds)
@@ -209,6 +231,10 @@ class Worker:
         if current.reason == "shutdown":
             self._store.give_back(job.id, self._name)
             return "given back"
+        if current.reason is None and isinstance(error, RunLost):
+            _LOG.warning("a run was lost: %s", error, extra={"job": job.id})
+            self._store.give_back(job.id, self._name, counted=True)
+            return "lost"
         if current.reason == "time_limit":
             most = self._pace.most
             code = "time_limit"
@@ -256,7 +282,7 @@ class Worker:
             current = self._current
             ending = current is not None and current.reason is not None
             if ending:
-                stop_step(self._thread.ident or 0)
+                self._runner.interrupt(self._thread.ident or 0)
         return ending
 
     def _beat(self, current: _Current) -> None:
@@ -275,6 +301,8 @@ class Worker:
 
 def verdict(error: Exception) -> tuple[str, str]:
     """A code and a sentence for a run that failed."""
+    if isinstance(error, RunFailed):
+        return error.code, str(error)
     if isinstance(error, RuntimeFailure | BundleError | EngineError):
         return "run_failed", str(error)
     if isinstance(error, MemoryError):

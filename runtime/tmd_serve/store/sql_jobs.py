@@ -158,8 +158,13 @@ class SqlJobs:
             values = _ended("failed", self._database.now(connection), self._keep, code, message)
             return connection.execute(update(JOBS).where(_held(job_id, worker)).values(**values)).rowcount == 1
 
-    def give_back(self, job_id: str, worker: str) -> bool:
+    def give_back(self, job_id: str, worker: str, counted: bool = False) -> bool:
         """See `JobStore.give_back`."""
+        if counted:
+            # As if the lease had run out: the next claim takes it, or ends it.
+            with self._database.write() as connection:
+                lost = update(JOBS).where(_held(job_id, worker)).values(lease_until=0.0)
+                return connection.execute(lost).rowcount == 1
         again = {
             "status": "queued", "worker": None, "lease_until": None, "started_at": None,
             "attempts": JOBS.c.attempts - 1, "revision": JOBS.c.revision + 1, "progress": asdict(Progress()),

@@ -82,6 +82,7 @@ def test_a_deadline_decides_and_its_way_can_be_repeated(bundle: Path, engine: st
         ({"shift": 0.5}, "shift"),
         ({"shift": 3.0, "schedule": [1.0, 0.0]}, "a shift has nothing to warp"),
         ({"schedule": [1.0, 0.5]}, "must fall from 1 (noise) to 0 (the video)"),
+        ({"schedule": [1.0]}, "must fall from 1 (noise) to 0 (the video)"),
         ({"schedule": [1.0, 0.0], "steps": 2}, "leave the steps out"),
         ({"deadline": 0.0}, "deadline"),
         ({"steps": 1001}, "1001 steps cannot be done"),

@@ -104,6 +104,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "wan": write_synthetic_bundle(folder / "wan", sampler=velocity_sampler()),
         "anyflow": write_synthetic_bundle(folder / "anyflow", sampler=flow_map_sampler()),
         "two": write_synthetic_bundle(folder / "two", (*GRAPHS, *SECOND), velocity_sampler(boundary=0.875)),
+        "held": write_synthetic_bundle(folder / "held", ("encoder", *GRAPHS), velocity_sampler(), holds=True),
         "tim": write_tim_bundle(folder / "tim", pictures=True),
         "classes": write_tim_bundle(folder / "classes", classes=True),
         "plain": write_plain_bundle(folder / "plain"),
@@ -135,6 +136,16 @@ def test_samplers_of_two_transformers_get_the_same_verdicts(
     document = copy.deepcopy(documents["two"])
     document["sampler"] |= changes
     assert both_accept(document) == (changes in ACCEPTED)
+
+
+@pytest.mark.parametrize("value", [True, False, None, 1, "true"])
+@pytest.mark.parametrize("name", ["held", "wan", "anyflow", "tim"])
+def test_a_first_frame_needs_the_family_and_the_graphs_for_it(
+    name: str, value: object, documents: dict[str, dict[str, Any]]
+) -> None:
+    document = copy.deepcopy(documents[name])
+    document["model"]["first_frame"] = value
+    assert both_accept(document) == (value is {"held": True, "wan": False}.get(name, "never"))
 
 
 def both_accept(document: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from onnx import helper
 
 from tests.helpers.built_in import BUNDLES as BUILT_IN
 from tests.helpers.bundle_tools import edit_graph, edit_manifest, refused
-from tests.helpers.synthetic import CHANNELS, flow_map_sampler, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic import CHANNELS, GRAPHS, flow_map_sampler, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
 from tmd_engines import Bundle
 from tmd_engines.bundle.families import FAMILIES
@@ -22,6 +22,7 @@ _TYPES = {"float32": onnx.TensorProto.FLOAT, "uint8": onnx.TensorProto.UINT8, "i
 BUNDLES: dict[str, Callable[[Path], Path]] = {
     "tmd": write_synthetic_bundle,
     "wan": lambda folder: write_synthetic_bundle(folder, sampler=velocity_sampler()),
+    "held": lambda folder: write_synthetic_bundle(folder, ("encoder", *GRAPHS), velocity_sampler(), holds=True),
     "anyflow": lambda folder: write_synthetic_bundle(folder, sampler=flow_map_sampler()),
     "tim": lambda folder: write_tim_bundle(folder, pictures=True),
     "classes": lambda folder: write_tim_bundle(folder, classes=True),
@@ -79,6 +80,9 @@ def test_bundles_of_every_family_are_as_their_signatures_say(name: str, tmp_path
         ("tmd", "flow_head", "s", {"shape": ["steps"]}),
         ("tmd", "flow_head", "y_next", {"shape": ["batch", CHANNELS, "frames", "height"]}),
         ("tmd", "update", "coefficients", {"shape": [8]}),
+        ("held", "backbone", "held", {"shape": ["tokens"]}),
+        ("held", "update", "picture", {"shape": ["batch", CHANNELS, "frames", "height", "width"]}),
+        ("held", "flow_head", "held", {"name": "hold"}),
         ("tmd", "update", "magnitude", {"shape": ["batch"]}),
         ("tmd", "text_encoder", "input_ids", {"name": "ids"}),
         ("tmd", "text_encoder", "prompt_embeds", {"shape": ["batch", "text", 63]}),
@@ -165,8 +169,8 @@ def test_patches_that_the_graphs_do_not_make_are_refused(name: str, patch: list[
     assert "model.patch_size" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tmd", "wan"])
-@pytest.mark.parametrize(("layers", "head"), [(0, 1), (1, 0), (2, 0), (1000, 0), (5, 5)])
+@pytest.mark.parametrize("name", ["tiny", "tim-tiny", "tmd", "wan", "tim", "classes"])
+@pytest.mark.parametrize(("layers", "head"), [(0, 1), (1, 0), (2, 0), (1000, 0), (5, 5), (8, 2), (8, 8), (-4, -1)])
 def test_shares_of_blocks_that_the_graphs_do_not_have_are_refused(
     name: str, layers: int, head: int, tmp_path: Path
 ) -> None:

@@ -3,8 +3,8 @@
 Built are all graphs of the built-in models in fp32, fp16 and bf16, their backbones and flow heads in int8, fp8 and
 nvfp4, and the same of a small model of kind wan; in both lowerings, for one size and for a range of sizes. Of these
 four combinations the small model is built in all (nvfp4 in the two that there are), and the built-in ones in one or two
-per precision, the rest by hand (slow). Graphs are those that tmd-export writes. Ranges of activations are made up, and
-one layer of each graph is kept from its precision.
+per precision, the rest by hand (slow), with a small Wan2.2-TI2V-5B and its encoder of pictures. Graphs are
+those that tmd-export writes. Ranges of activations are made up, and one layer of each graph is kept from its precision.
 Full sizes, and the memory that shows whether attention is fused, are left to `test_tensorrt_full_size.py` (slow).
 
 A query and a key that are the same tensor end the builder of 1.7.1 with a segmentation fault. No model has that, but
@@ -26,6 +26,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
 
+from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.built_in import BUNDLES
 from tests.helpers.export_tools import TEXT, VAE, WAN
 from tests.helpers.nvidia_builder import CANONICAL, PRIMITIVES, build_graph, figures_of, nvidia_builder, refusal
@@ -45,6 +46,7 @@ SIZES = {
     "tiny": ((64, 64, 1), (64, 64, 5), (128, 96, 9)),
     "tim-tiny": ((64, 64, 1), (64, 64, 1), (128, 128, 1)),
     "wan": SMALL,
+    "wan2.2": ((32, 32, 1), (64, 32, 5), (64, 64, 9)),
 }
 QUANTIZED = ("int8", "fp8", "nvfp4")
 Form = tuple[tuple[int, int], str]
@@ -77,15 +79,17 @@ def folder() -> Path:
 def source_of(name: str) -> Source:
     if name == "wan":
         return RandomSource("small", 0, fusion=None, wan=WAN, head_blocks=1, vae=VAE, text=TEXT)
+    if name == "wan2.2":
+        sizes: Any = {"wan": made.WAN22, "vae": made.VAE22, "text": made.TEXT}
+        return RandomSource("small", 0, fusion=None, head_blocks=1, **sizes)
     return open_source(name)
 
 
 @cache
 def in_fp16(name: str) -> Bundle:
-    if name == "wan":
-        return export_bundle(
-            source_of(name), folder(), ("backbone", "flow_head"), precision="fp16", verify=False
-        ).bundle
+    if name in ("wan", "wan2.2"):
+        parts = ("backbone", "flow_head") if name == "wan" else ("encoder", "backbone", "flow_head")
+        return export_bundle(source_of(name), folder(), parts, precision="fp16", verify=False).bundle
     return Bundle.open(BUNDLES / name)
 
 

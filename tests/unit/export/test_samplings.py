@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 import tmd_runtime
 from tests.helpers.export_tools import small_export
-from tmd_engines import load
+from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
+from tmd_engines import Bundle, load
 from tmd_export.families.tmd import TMD
 from tmd_export.families.wan import WAN as WAN_FAMILY
 from tmd_export.quantization.observe import Observed
@@ -68,3 +70,21 @@ def test_prompts_become_the_features_that_a_run_makes_of_them() -> None:
         found = Samplings(pipeline.manifest, TMD, {}).conditions(prompts, pipeline.bundle, 0)
     for condition, embeds in zip(found, expected, strict=True):
         assert condition.negative is None and np.abs(condition.prompt - embeds).max() < 1e-4
+
+
+def test_a_model_that_holds_a_picture_is_sampled_with_one_too(tmp_path: Path) -> None:
+    """The first frame that came out of the first run; both graphs see it, told time 0."""
+    sampler = velocity_sampler(rule="euler", steps=2, guidance=1.0)
+    bundle = Bundle.open(write_synthetic_bundle(tmp_path / "b", sampler=sampler, holds=True))
+    graphs = {part: Observed(bundle, part, WAN_FAMILY.products) for part in ("backbone", "flow_head")}
+    seen: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for part, graph in graphs.items():
+        graph.watch = lambda given, _, part=part: seen.append((part, given["held"].copy(), given["x"][:, :, :1].copy()))
+    with load(bundle, "update") as update:
+        runs = Samplings(bundle.manifest, WAN_FAMILY, {**graphs, "update": update})
+        (condition,) = runs.conditions(["unread"], None, 3)
+        made = runs.run(condition, 7, 2, 1)
+    assert [part for part, *_ in seen] == ["backbone", "flow_head"] * 4
+    for number, (_, held, first) in enumerate(seen):
+        assert held.tolist() == [float(number >= 4), 0.0, 0.0, 0.0, 0.0]
+        assert np.array_equal(first, made[:, :, :1]) == (number >= 4)

@@ -127,9 +127,10 @@ def test_the_loop_follows_the_reference_sampler(
     [
         ({"steps": 0}, "choose 1 to 1000"),
         ({"schedule": (1.0, 0.5)}, "must fall from 1"),
+        ({"schedule": ()}, "must fall from 1"),
+        ({"schedule": (1.0,)}, "must fall from 1"),
         ({"schedule": (0.9, 0.0)}, "must fall from 1"),
         ({"schedule": (1.0, 0.5, 0.5, 0.0)}, "must fall from 1"),
-        ({"schedule": (1.0,)}, "0 steps"),
         ({"schedule": (1.0, 0.0), "steps": 1}, "leave the steps out"),
         ({"inner_steps": 2}, "no inner steps"),
         ({"shift": 3.0}, "no shift"),

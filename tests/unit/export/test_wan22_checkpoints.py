@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers import lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal, saved, small
 from tmd_export import WithLoras
 from tmd_export.families import FAMILIES, sampling_of
-from tmd_export.parts import VIDEO_PARTS
+from tmd_export.parts import PARTS, VIDEO_PARTS
 from tmd_export.presets.wan import PRESETS
 from tmd_export.sources.random_wan import RandomSource
 from tmd_export.sources.wan import WanSource
@@ -40,8 +42,8 @@ def small22(*paths: Path) -> WanSource:
 
 def test_both_layouts_give_the_same_weights(folder: Path) -> None:
     source = small22(folder)
-    source.check(VIDEO_PARTS)
-    assert source.default_parts == VIDEO_PARTS and source.model_entry()["architecture"] == "wan2.2-ti2v"
+    source.check(PARTS)
+    assert source.default_parts == PARTS and source.model_entry()["architecture"] == "wan2.2-ti2v"
     latents = source.latents_entry()
     assert (latents["channels"], latents["spatial_stride"], latents["mean"][0]) == (48, 16, -0.2289)
     for which, part in (("vae", "vae"), ("text_encoder", "text_encoder")):
@@ -138,3 +140,26 @@ def test_random_weights_have_its_vae() -> None:
     source = RandomSource("wan2.2-ti2v-5b", 0, fusion=None)
     assert source.family == "wan" and source.latents_entry()["channels"] == 48
     assert sum(weight.numel() for weight in source.module("student").parameters()) == 4_999_787_712
+
+
+@pytest.mark.parametrize("rename", [None, lora_files.in_diffusers, lora_files.flat], ids=["wan", "diffusers", "kohya"])
+def test_a_lora_is_merged_into_it(rename: Callable[[str], str] | None, folder: Path, tmp_path: Path) -> None:
+    """Patch embedding and output layer too, whose shapes are those of 48 channels."""
+    layers = [*lora_files.BLOCK_LAYERS, "patch_embedding", "head.head"]
+    lora = lora_files.random_lora(layers, wan22=True)
+    names = lora.tensors() if rename is None else lora.tensors(rename)
+    if rename is lora_files.in_diffusers:
+        names = {f"transformer.{name}": tensor for name, tensor in names.items()}
+    source = WithLoras(small22(folder), [(saved(tmp_path / "lora.safetensors", names), 0.7)])
+    assert source.parts == PARTS and source.model_entry()["first_frame"]
+    expected = lora.merged(lora_files.weights(wan22=True), 0.7)
+    for name in [name for name, _ in source.module("student").named_parameters()]:
+        found = source.tensor("student", name).double()
+        assert (found - expected[source.published_names(name)[0]]).abs().max() <= 2e-6, name
+
+
+def test_a_lora_of_the_other_wan_is_refused_by_its_shapes(folder: Path, tmp_path: Path) -> None:
+    lora = lora_files.random_lora(["patch_embedding"])
+    path = saved(tmp_path / "lora.safetensors", lora.tensors())
+    said = refusal(lambda: WithLoras(small22(folder), [(path, 1.0)]))
+    assert "patch_embedding" in said

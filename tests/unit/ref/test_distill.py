@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.helpers.distill_worker import SMALL, Data
 from tmd_ref.distill.draws import Draws
+from tmd_ref.distill.evaluate import write_png
 from tmd_ref.distill.parallel import World
 from tmd_ref.distill.stage1 import sample_inner_times, tm_meanflow_loss
 from tmd_ref.distill.state import fingerprint, read_checkpoint
@@ -124,6 +125,16 @@ def test_a_full_disk_stops_training_and_keeps_the_checkpoint(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not (tmp_path / "checkpoint.pt.partial").exists()
     two_networks(tmp_path)
+
+
+def test_a_full_disk_keeps_the_picture_of_an_evaluation(tmp_path):
+    picture = tmp_path / "evaluation.png"
+    write_png(picture, np.zeros((8, 8, 3), np.uint8))
+    before = picture.read_bytes()
+    (tmp_path / "evaluation.png.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_png(picture, np.ones((8, 8, 3), np.uint8))
+    assert picture.read_bytes() == before
 
 
 def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):

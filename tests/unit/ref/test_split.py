@@ -9,6 +9,7 @@ from tmd_export import RandomSource
 from tmd_export.families.build import interface_of
 from tmd_export.graphs.wan import backbone as backbone_graph
 from tmd_export.graphs.wan import flow_head as flow_head_graph
+from tmd_ref.first_frame import FirstFrameWan, SplitFirstFrame
 from tmd_ref.split import SplitWan
 from tmd_ref.student import TMDStudent
 from tmd_ref.wan import WanConfig, WanTransformer
@@ -38,6 +39,19 @@ def test_both_parts_together_are_the_transformer(head_blocks):
         # Of x the head takes the shape alone.
         assert torch.equal(split.head(torch.full_like(x, torch.nan), t, features, context, cos, sin), expected)
     assert expected.abs().mean() > 0.1
+
+
+@torch.no_grad()
+def test_with_no_frame_held_it_is_the_transformer_to_the_last_bit():
+    wan = random_wan()
+    x, t, prompts = torch.randn(2, 16, 3, 4, 6), torch.tensor([0.3, 0.9]), torch.randn(2, 8, 20)
+    holding = FirstFrameWan(CONFIG).eval()
+    holding.load_state_dict(wan.state_dict())
+    none, first = torch.zeros(3), torch.tensor([1.0, 0.0, 0.0])
+    assert torch.equal(holding(x, t, prompts, none), wan(x, t, prompts))
+    expected = holding(x, t, prompts, first)
+    assert (expected - wan(x, t, prompts)).abs().max() > 0.01
+    assert torch.equal(SplitFirstFrame(holding, 1)(x, t, prompts, first), expected)
 
 
 def test_names_are_those_of_a_student_and_of_the_checkpoint():

@@ -270,7 +270,7 @@ def test_mistakes_are_one_message(run: Callable[..., Result], tmp_path: Path) ->
     Path("text.png").write_text("hello")
     built_in = ("--bundle", str(tmd_runtime.load().bundle.folder))
     for words, code, message in (
-        (("--image", "in.png"), 2, "--image or --init-latents and --strength go together"),
+        (("--image", "in.png"), 2, "to start from a picture, choose a strength"),
         (("--image", "in.png", "--init-latents", "l", "--strength", "1"), 2, "two pictures to start from"),
         (("--image", "no.png", "--strength", "1"), 1, "no.png does not exist: name a picture"),
         (("--image", "text.png", "--strength", "1"), 1, "text.png is no picture that can be read here"),

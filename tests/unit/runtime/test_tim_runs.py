@@ -142,7 +142,7 @@ def test_a_run_from_a_picture_begins_at_its_strength(
         (
             "euler",
             {"strength": 0.5},
-            "start from a picture is for Transition Models.*Wan2.2-TI2V-5B was made to hold one as its first frame",
+            "start from a picture is for Transition Models.*first frame.*Wan2.2-TI2V-5B. This model does neither",
         ),
         ("tmd", {"label": 1}, "no numbered classes: leave the class out"),
         ("text", {"label": 1}, "no numbered classes"),
@@ -279,7 +279,7 @@ def test_the_command_line_carries_classes_pictures_and_previews(run: Callable[..
         ("text", ("--prompt", "x", "--deadline", -1), 2, "out of range"),
         ("text", ("--prompt", "x", "--deadline", 1, "--preview", "p.png"), 2, "previews take time"),
         ("text", ("--prompt", "x", "--preview", "p.jpg"), 2, "the ending '.jpg' is unknown"),
-        ("text", ("--prompt", "x", "--strength", 0.5), 2, "--init-latents and --strength go together"),
+        ("text", ("--prompt", "x", "--strength", 0.5), 2, "give --image or --init-latents as well"),
         ("text", ("--prompt", "x", "--init-latents", "no.safetensors", "--strength", 0.5), 1, "does not exist"),
         (
             "text",

@@ -11,12 +11,12 @@ import pytest
 
 from tests.helpers.processes import wait_for
 from tests.helpers.serving import a_job
-from tmd_engines.device.running import RUNNING
+from tmd_engines.device.running import RUNNING, stop_step
 from tmd_runtime import RuntimeFailure
 from tmd_serve.board import Board
 from tmd_serve.files import DataFolder
 from tmd_serve.jobs import Job, Progress
-from tmd_serve.local.worker import Pace, Worker
+from tmd_serve.local.worker import Pace, RunFailed, RunLost, Worker
 from tmd_serve.store.database import Database
 from tmd_serve.store.sql_jobs import SqlJobs
 
@@ -56,6 +56,9 @@ class Waiting:
         finally:
             del RUNNING[threading.get_ident()]
         return {"file": "video.mp4", "bytes": 5, "all_bytes": 5, "stage_seconds": {}}
+
+    def interrupt(self, thread: int) -> None:
+        stop_step(thread)
 
     def close(self) -> None:
         self.is_closed = True
@@ -148,6 +151,19 @@ def test_a_run_that_failed_says_why_and_the_next_one_runs(line: Line) -> None:
     line.runner.let_go.set()
     job = line.add()
     wait_for(lambda: line.status(job) == ("completed", None))
+
+
+def test_a_run_that_failed_elsewhere_keeps_its_code(line: Line) -> None:
+    line.runner.failure = RunFailed("out_of_memory", "there is not enough memory.")
+    job = line.add()
+    wait_for(lambda: line.status(job) == ("failed", "out_of_memory"))
+
+
+def test_a_run_that_is_lost_elsewhere_is_begun_again_three_times_at_most(line: Line) -> None:
+    line.runner.failure = RunLost("the replica died")
+    job = line.add()
+    wait_for(lambda: line.status(job) == ("failed", "attempts_exhausted"))
+    assert line.runner.runs == [job] * 3
 
 
 def test_a_server_that_ends_lets_the_run_end_in_its_time(tmp_path: Path) -> None:

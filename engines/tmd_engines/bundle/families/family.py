@@ -65,6 +65,10 @@ class Family(ABC):
         """How many numbered classes the model draws in place of a prompt; None: it takes a prompt."""
         return None
 
+    def attentions_per_block(self, model: Any) -> int:
+        """One among the latents, and one to the prompt of a model that takes it."""
+        return 2 if self.classes(model) is None else 1
+
     def inner_steps(self, sampler: Any) -> int | None:
         """The default number of inner steps; None: the family has none."""
         return None

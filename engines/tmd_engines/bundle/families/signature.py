@@ -57,12 +57,19 @@ CONTEXT = Tensor(("batch", "text", "dim"))
 PICTURE = Tensor(("batch", 1, "stride*height", "stride*width", 3), "uint8")
 MAGNITUDE = Tensor((1,))  # a mean of absolute values: NaN or Inf exactly if one of them is
 PROMPT = Tensor(("batch", "text", "text_dim"))
+HOLDS = "first_frame"
+"""The flag of a model that can hold a picture as its first latent frame."""
+HELD = {"held": Tensor(("frames",), when=HOLDS)}
+"""1 for a latent frame that is held, and 0 for the others."""
 
 
-def update_signature(latents: Tensor) -> Signature:
-    """The graph `update`, which makes the next x of the model's velocity: see docs/bundle.md."""
+def update_signature(latents: Tensor, holds: bool = False) -> Signature:
+    """The graph `update`, which makes the next x of the model's velocity: see docs/bundle.md. With `holds` it puts
+    `picture` into the held frames, where the model is one that holds any."""
     names = ("x", "velocity", "negative", "noise", "before_1", "before_2")
     inputs = {**dict.fromkeys(names, latents), "coefficients": Tensor((7,))}
+    if holds:
+        inputs |= {**HELD, "picture": Tensor(STILL.shape, when=HOLDS)}
     return Signature(inputs, {"x_next": latents, "data": latents, "magnitude": MAGNITUDE})
 
 

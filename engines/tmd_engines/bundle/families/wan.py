@@ -11,7 +11,7 @@ from ..fields import Shift, StepCount, Text, TimeLevel
 from ..sections import ModelInfo, SamplerInfo, check_allowed, check_cut
 from .family import Calls, Family, listed
 from .rules import RULES
-from .signature import CONTEXT, FEATURES, LATENTS, PROMPT, ROPE, TIME, Signature, update_signature
+from .signature import CONTEXT, FEATURES, HELD, HOLDS, LATENTS, PROMPT, ROPE, TIME, Signature, update_signature
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -30,6 +30,12 @@ class WanModel(ModelInfo):
     """Both graphs are the transformer, cut in two."""
 
     _cut = model_validator(mode="after")(check_cut)
+
+
+class HoldingModel(WanModel):
+    """With `first_frame` the graphs can hold a picture as the first latent frame of a video (Wan2.2-TI2V-5B)."""
+
+    first_frame: bool = False
 
 
 class WanSampler(SamplerInfo):
@@ -73,22 +79,26 @@ class WanSampler(SamplerInfo):
 
 _TRANSFORMER = {
     "backbone": Signature(
-        {"x": LATENTS, "t": TIME, "prompt_embeds": PROMPT, **ROPE}, {"features": FEATURES, "context": CONTEXT}
+        {"x": LATENTS, "t": TIME, "prompt_embeds": PROMPT, **ROPE, **HELD}, {"features": FEATURES, "context": CONTEXT}
     ),
     "flow_head": Signature(
-        {"x": LATENTS, "t": TIME, "features": FEATURES, "context": CONTEXT, **ROPE}, {"velocity": LATENTS}
+        {"x": LATENTS, "t": TIME, "features": FEATURES, "context": CONTEXT, **ROPE, **HELD}, {"velocity": LATENTS}
     ),
 }
 
 
 class _Wan(Family):
     name = "wan"
-    model, sampler = WanModel, WanSampler
+    model, sampler = HoldingModel, WanSampler
     graphs = {  # noqa: RUF012  # read only
         **_TRANSFORMER,
         **{SECOND[name]: signature for name, signature in _TRANSFORMER.items()},
-        "update": update_signature(LATENTS),
+        "update": update_signature(LATENTS, holds=True),
     }
+
+    def flags(self, manifest: Manifest) -> set[str]:
+        holds = manifest.model.first_frame  # type: ignore[attr-defined]
+        return super().flags(manifest) | ({HOLDS} if holds else set())
 
     def check(self, manifest: Manifest) -> None:
         super().check(manifest)

@@ -198,6 +198,7 @@ typedef struct tmd_description {
   int32_t can_encode, can_denoise, can_decode; /* whether the bundle has the graphs for it, 0 or 1 */
   int32_t can_encode_image;       /* the same */
   int32_t classes;                /* of a model of numbered classes, which takes no prompt; else 0 */
+  int32_t first_frame;            /* 1: a run takes init_latents, without a strength, as the first frame of its video */
 } tmd_description;
 
 TMD_API void tmd_description_init(tmd_description* description);
@@ -255,7 +256,8 @@ typedef struct tmd_run_options {
   tmd_progress_fn on_progress; /* NULL: none */
   tmd_frames_fn on_frames;     /* NULL: none; called by tmd_generate and tmd_decode */
   void* user;                  /* handed to all three */
-  /* schedule and deadline for families "tim" and "anyflow", the others for "tim" only */
+  /* schedule and deadline for families "tim" and "anyflow", label, rho and strength for "tim" only; init_latents for
+   * "tim" and where tmd_description says first_frame */
   int32_t label;               /* the class to draw, of a model of classes; else TMD_DEFAULT */
   int32_t schedule_count;      /* of schedule */
   const double* schedule;      /* times that fall from 1 (or strength) to 0, in the place of steps; NULL: equal steps */
@@ -265,7 +267,9 @@ typedef struct tmd_run_options {
                                 * bundle's */
   double strength;             /* with init_latents: the time at which a run from a picture begins, 0.3 changes little
                                 * of it, 1 everything; below 0: none */
-  const float* init_latents;   /* the picture, plan.latents_count floats from tmd_encode_image; NULL: from noise alone */
+  const float* init_latents;   /* the picture, channels * latent_height * latent_width floats (of the plan) from
+                                * tmd_encode_image: what a run with a strength starts from, or the first frame of the
+                                * video; NULL: from noise alone */
   /* for all families */
   tmd_frames_fn on_preview;    /* gets in each step but the last what the run would give if it ended there, in pieces that
                                 * begin at picture 0 anew; costs a decoding, and for family "tim" an evaluation. Needs
@@ -336,7 +340,7 @@ TMD_API tmd_status tmd_decode(tmd_context* context, const float* latents, int32_
                               int32_t latent_width, const tmd_run_options* options, uint8_t* frames,
                               size_t frames_size, tmd_result* result);
 
-/* A picture, uint8 [height, width, 3], to the latents that a run with a strength starts from: float32 [channels, 1,
+/* A picture, uint8 [height, width, 3], to the latents for options->init_latents: float32 [channels, 1,
  * height / spatial_stride, width / spatial_stride]. Both lengths are multiples of spatial_stride: scale it before. */
 TMD_API tmd_status tmd_encode_image(tmd_context* context, const uint8_t* rgb, int32_t width, int32_t height,
                                     float* latents, size_t latents_count, tmd_result* result);

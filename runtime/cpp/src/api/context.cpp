@@ -70,6 +70,7 @@ tmd_description describe(tmd_context* context) {
   out.can_decode = has("decoder_first");
   out.can_encode_image = has("encoder");
   out.classes = narrow_int(manifest.classes());
+  out.first_frame = manifest.holds_first_frame() ? 1 : 0;
   return out;
 }
 

@@ -54,9 +54,13 @@ LatentSize latent_size(const Manifest& manifest, const Settings& s) {
   return {s.latent_frames, s.latent_height, s.latent_width, family_of(manifest).rows(s)};
 }
 
-// Picture and previews of a run; throws unless picture and strength go together.
+// Picture and previews of a run; throws unless picture and strength go together, or the picture and a video whose first
+// frame it becomes.
 Start start_of(Pipeline& pipeline, const tmd_run_options& options, const Settings& settings, Progress& progress) {
-  if ((options.init_latents != nullptr) != settings.strength.has_value())
+  const bool holds = pipeline.manifest().holds_first_frame();
+  if (holds && options.init_latents && settings.frames == 1)
+    refuse_usage("a video of one frame would be the picture itself: choose more frames, such as 81.");
+  if (!holds && (options.init_latents != nullptr) != settings.strength.has_value())
     refuse_usage(settings.strength
                      ? "a strength says how much of a picture changes, and there is none: give init_latents."
                      : "to start from a picture, set a strength: 0.3 changes little of it, 1 everything.");

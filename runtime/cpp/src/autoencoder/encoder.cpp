@@ -5,9 +5,11 @@
 namespace tmd::internal {
 
 std::vector<float> encode_picture(LoadedGraph& encoder, const LatentInfo& geometry, const std::uint8_t* rgb,
-                                  std::int64_t width, std::int64_t height, Progress& progress) {
+                                  std::int64_t width, std::int64_t height, bool in_tiles, Progress& progress) {
   const std::int64_t stride = geometry.spatial_stride, channels = geometry.channels;
-  const Tiling rows(height / stride, stride), columns(width / stride, stride);
+  Tiling rows(height / stride, stride), columns(width / stride, stride);
+  if (!in_tiles)
+    for (Tiling* each : {&rows, &columns}) each->tile = each->side, each->starts = {0};
   const Dims dims = {{"batch", 1}, {"frames", 1}, {"height", rows.tile}, {"width", columns.tile}};
   const Buffer frames = encoder.empty("frames", dims), latents = encoder.empty("latents", dims);
   const std::int64_t places = rows.tile * columns.tile;

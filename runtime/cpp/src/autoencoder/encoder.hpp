@@ -9,9 +9,9 @@
 
 namespace tmd::internal {
 
-// Latents [C, h, w] of a picture, uint8 [height, width, 3], whose lengths are multiples of the latents' pixels; a large
-// one is taken in tiles. Adds the time to `progress`.
+// Latents [C, h, w] of a picture, uint8 [height, width, 3], whose lengths are multiples of the latents' pixels; with
+// `in_tiles` a large one is taken in tiles. Adds the time to `progress`.
 std::vector<float> encode_picture(LoadedGraph& encoder, const LatentInfo& geometry, const std::uint8_t* rgb,
-                                  std::int64_t width, std::int64_t height, Progress& progress);
+                                  std::int64_t width, std::int64_t height, bool in_tiles, Progress& progress);
 
 }  // namespace tmd::internal

@@ -38,6 +38,10 @@ class Family {
 
   // How many numbered classes the model draws in place of a prompt; 0: it takes a prompt.
   virtual std::int64_t classes(const ModelInfo&) const { return 0; }
+  // One among the latents, and one to the prompt of a model that takes it.
+  virtual std::int64_t attentions_per_block(const ModelInfo& model) const { return classes(model) == 0 ? 2 : 1; }
+  // Whether its graphs can hold a picture as the first latent frame of a video.
+  virtual bool holds_first_frame(const ModelInfo&) const { return false; }
 };
 
 // The family of this name, or nullptr. All of them are listed in sampling/families.cpp.

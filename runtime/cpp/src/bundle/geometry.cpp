@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -125,15 +126,18 @@ void check_geometry(const Manifest& manifest, const std::map<std::string, GraphF
       refuse_bundle(where + ": model.patch_size is " + shown(model.patch_size) + ", and graph " + quote(name) +
                     " divides its latents by something else" + kRemedy);
   }
-  const auto attentions = [&](const char* name) {
-    const auto found = known.find(name);
-    return found == known.end() ? std::int64_t{0} : found->second.attentions;
-  };
-  const std::int64_t backbone = attentions("backbone"), flow_head = attentions("flow_head");
-  if (backbone && flow_head && backbone * model.head_blocks != flow_head * (model.num_layers - model.head_blocks))
-    refuse_bundle(where + ": model.head_blocks " + std::to_string(model.head_blocks) + " of num_layers " +
-                  std::to_string(model.num_layers) + " does not agree with the graphs, where 'backbone' has " +
-                  std::to_string(backbone) + " attentions and 'flow_head' " + std::to_string(flow_head) + kRemedy);
+  const std::int64_t each_block = manifest.family->attentions_per_block(model);
+  const std::pair<const char*, std::int64_t> shares[] = {{"backbone", model.num_layers - model.head_blocks},
+                                                         {"flow_head", model.head_blocks}};
+  for (const auto& [name, blocks] : shares) {
+    const auto facts = known.find(name);
+    const std::int64_t found = facts == known.end() ? 0 : facts->second.attentions;
+    // Divided, since a product with a number of the manifest could overflow.
+    if (found && (found % each_block != 0 || found / each_block != blocks))
+      refuse_bundle(where + ": model.head_blocks " + std::to_string(model.head_blocks) + " of num_layers " +
+                    std::to_string(model.num_layers) + " does not agree with graph " + quote(name) + ", which has " +
+                    std::to_string(found) + " attentions where a block has " + std::to_string(each_block) + kRemedy);
+  }
 }
 
 }  // namespace tmd::internal

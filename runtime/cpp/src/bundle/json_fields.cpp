@@ -91,6 +91,11 @@ double Field::number(double low, double high, bool low_allowed) const {
   return x;
 }
 
+bool Field::boolean() const {
+  if (!value().is_boolean()) refuse("must be true or false");
+  return value().get<bool>();
+}
+
 std::string Field::string() const {
   if (!value().is_string()) refuse("must be a string");
   return value().get<std::string>();

@@ -31,6 +31,7 @@ class Field {
   std::int64_t integer(std::int64_t low, std::int64_t high) const;
   double number(double low, double high, bool low_allowed = true) const;
   double number() const;  // any finite one
+  bool boolean() const;
   std::string string() const;
   std::string text() const;        // 1 to 1024 characters, none of them a control character
   std::string identifier() const;  // a letter or _, then letters, digits, _ or .

@@ -29,6 +29,7 @@ struct Manifest {
   std::string source;  // provenance.source
 
   std::int64_t classes() const { return family->classes(*model); }
+  bool holds_first_frame() const { return family->holds_first_frame(*model); }
 };
 
 // Checked manifest from the bytes of manifest.json; `where` names the file in messages. Throws Error(BUNDLE) only.

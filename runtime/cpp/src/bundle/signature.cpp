@@ -65,6 +65,7 @@ std::set<std::string> flags(const Manifest& manifest) {
   std::set<std::string> set = {manifest.classes() ? "classes" : "prompt", manifest.text.embedding ? "table" : "ids",
                                ""};
   if (manifest.text.is_padded()) set.insert("padded");
+  if (manifest.holds_first_frame()) set.insert("first_frame");
   return set;
 }
 

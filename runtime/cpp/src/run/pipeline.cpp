@@ -232,7 +232,7 @@ std::vector<float> Pipeline::encode_tokens(const Tokens& tokens, Progress& progr
 std::vector<float> Pipeline::encode_image(const std::uint8_t* rgb, std::int64_t width, std::int64_t height,
                                           Progress& progress) {
   const std::shared_ptr<LoadedGraph> encoder = graph("encoder", "start from a picture", progress);
-  const std::vector<float> found = encode_picture(*encoder, manifest().latents, rgb, width, height, progress);
+  const std::vector<float> found = encode_picture(*encoder, manifest().latents, rgb, width, height, in_tiles(1), progress);
   check_finite(TMD_STAGE_ENCODE, found.data(), found.size());
   release({"encoder"});
   return found;

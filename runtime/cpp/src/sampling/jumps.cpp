@@ -26,10 +26,10 @@ void resolve_jumps(const SamplerInfo& sampler, const tmd_run_options& options,
                    : options.steps != TMD_DEFAULT ? options.steps
                    : settings.deadline            ? kMaxSteps
                                                   : sampler.steps;
-  check_steps(settings.steps, sampler);
+  if (!options.schedule || settings.steps > kMaxSteps) check_steps(settings.steps, sampler);
   settings.times = options.schedule ? std::vector<double>(options.schedule, options.schedule + options.schedule_count)
                                     : grid(settings.steps);
-  bool falls = settings.times.front() == start && settings.times.back() == 0;
+  bool falls = settings.times.size() > 1 && settings.times.front() == start && settings.times.back() == 0;
   for (std::size_t k = 1; k < settings.times.size(); ++k) falls = falls && settings.times[k] < settings.times[k - 1];
   if (!falls)
     refuse_usage(std::string("the times of a schedule must fall from ") + (start == 1 ? "1 (noise)" : "the strength") +

@@ -16,7 +16,7 @@ namespace tmd::internal {
 struct Start {
   const float* embeds = nullptr;    // [tokens, dim]; a model of classes has settings.label
   const float* negative = nullptr;  // for guidance
-  const float* picture = nullptr;   // latents, for settings.strength
+  const float* picture = nullptr;   // latents, for settings.strength or of the first frame
   // Gets in each step but the last the latents that the run would end with if it were the last.
   std::function<void(const float*)> on_preview;
 };

@@ -111,18 +111,21 @@ void resolve_guidance(const tmd_run_options& options, double guidance,
   settings.negative_prompt = options.negative_prompt ? options.negative_prompt : negative_prompt.value_or("");
 }
 
-void refuse_jumps(const tmd_run_options& options) {
+void refuse_jumps(const tmd_run_options& options, bool holds_first_frame) {
   for (const auto& [wanted, what] : {std::pair(options.schedule != nullptr, "a schedule of one's own"),
                                      std::pair(options.deadline >= 0, "a deadline")})
     if (wanted)
       refuse_usage(std::string(what) + " is for Transition Models and flow maps, and this is none: leave it out.");
-  refuse_pictures(options);
+  refuse_pictures(options, holds_first_frame);
 }
 
-void refuse_pictures(const tmd_run_options& options) {
-  if (options.strength >= 0 || options.init_latents)
-    refuse_usage("to start from a picture is for Transition Models, and this is none: leave it out. (Wan2.2-TI2V-5B "
-                 "was made to hold one as its first frame too; here it makes videos of prompts alone.)");
+void refuse_pictures(const tmd_run_options& options, bool holds_first_frame) {
+  if (holds_first_frame && options.strength >= 0)
+    refuse_usage("this model holds a picture as the first frame, unchanged: leave the strength out.");
+  if (!holds_first_frame && (options.strength >= 0 || options.init_latents))
+    refuse_usage("to start from a picture is for Transition Models, and to hold one as the first frame of a video for "
+                 "Wan2.2-TI2V-5B. This model does neither: leave it out. (A Wan2.2-TI2V-5B that tmd exported before it "
+                 "could do so is to be exported again.)");
   if (options.rho >= 0) refuse_usage("rho is for Transition Models, and this is none: leave it out.");
 }
 

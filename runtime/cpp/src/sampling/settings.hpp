@@ -54,8 +54,9 @@ void check_steps(std::int64_t steps, const SamplerInfo& sampler);  // 1 to kMaxS
 // Guidance and its negative prompt, by default `guidance` and `negative_prompt`.
 void resolve_guidance(const tmd_run_options& options, double guidance,
                       const std::optional<std::string>& negative_prompt, Settings& settings);
-// What takes a model that jumps from any time to any other; and what only Transition Models grant.
-void refuse_jumps(const tmd_run_options& options);
-void refuse_pictures(const tmd_run_options& options);
+// What takes a model that jumps from any time to any other; and what only Transition Models grant, but for a picture of
+// a model that holds one as the first frame of its video.
+void refuse_jumps(const tmd_run_options& options, bool holds_first_frame = false);
+void refuse_pictures(const tmd_run_options& options, bool holds_first_frame = false);
 
 }  // namespace tmd::internal

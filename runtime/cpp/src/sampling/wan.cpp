@@ -34,6 +34,15 @@ class Wan : public RuntimeFamily {
  public:
   const char* name() const override { return "wan"; }
 
+  std::shared_ptr<ModelInfo> read_model(Object& object) const override {
+    const auto model = std::make_shared<WanModel>();
+    if (const Field first = object.maybe("first_frame"); first.present()) model->first_frame = first.boolean();
+    return model;
+  }
+  bool holds_first_frame(const ModelInfo& model) const override {
+    return static_cast<const WanModel&>(model).first_frame;
+  }
+
   std::shared_ptr<const SamplerInfo> read_sampler(Object& object) const override {
     const auto sampler = std::make_shared<WanSampler>();
     const Field rule = object.need("rule"), steps = object.need("steps"), allowed = object.maybe("allowed_steps"),
@@ -79,7 +88,7 @@ class Wan : public RuntimeFamily {
 
   // A model has its own list of times, or a grid for any number of steps.
   void resolve(const Manifest& manifest, const tmd_run_options& options, Settings& settings) const override {
-    refuse_jumps(options);
+    refuse_jumps(options, manifest.holds_first_frame());
     const auto& sampler = static_cast<const WanSampler&>(*manifest.sampler);
     refuse_inner_steps(options);
     settings.steps = choose_steps(sampler, options.steps);

@@ -19,6 +19,10 @@
 
 namespace tmd::internal {
 
+struct WanModel : ModelInfo {
+  bool first_frame = false;  // its graphs can hold a picture as the first latent frame of a video
+};
+
 // How to sample a model whose output is the velocity at the time it was asked for.
 struct WanSampler : SamplerInfo {
   double shift = 1.0;
@@ -39,7 +43,8 @@ void resolve_model_guidance(const WanSampler& sampler, const tmd_run_options& op
 
 // Both graphs are the transformer, cut in two: the features of the backbone go straight into the rest of it. Of a model
 // with two transformers (Wan2.2-A14B) the first one makes the steps of high noise and the second one all others, on the
-// same buffers.
+// same buffers. A model that holds a picture as its first latent frame (Wan2.2-TI2V-5B) is told which frames are held,
+// and the update puts the picture back into them.
 class WanLoop : public Loop {
  public:
   // `told`: the times that the graphs take.
@@ -71,6 +76,10 @@ class WanLoop : public Loop {
   void turn_to(bool second, Progress& progress);
   Step& update_with(const std::set<std::string>& slots);
   void put_prompts(const Start& start);
+  // Holds a picture as the first latent frame of the run; NULL: no frame is held.
+  void hold(const float* picture);
+  // Puts the picture into x, which is noise, by an update that moves nothing.
+  void put_picture();
 
   WanSampler sampler_;
   Rule rule_;
@@ -87,7 +96,9 @@ class WanLoop : public Loop {
   bool second_ = false;  // whose turn it is
   Updater updater_;
   Buffers latents_;  // slot of the update -> buffer
+  Buffers held_;     // what the updates of a model that holds frames read beside their slots
   std::map<std::int64_t, std::unique_ptr<Step>> updates_;
+  std::unique_ptr<Step> update_of_nothing_;
 };
 
 }  // namespace tmd::internal

@@ -16,6 +16,11 @@ std::set<std::string> slots_of(const std::vector<Coefficients>& factors, bool gu
   return slots;
 }
 
+std::vector<std::string> with_held(std::vector<std::string> told, const Manifest& manifest) {
+  if (manifest.holds_first_frame()) told.push_back("held");
+  return told;
+}
+
 std::int64_t key_of(const std::set<std::string>& slots) {
   std::int64_t key = 0;
   for (const char* name : {"negative", "noise", "before_1"})
@@ -32,9 +37,11 @@ WanLoop::WanLoop(const Manifest& manifest, Graphs graphs, const Settings& settin
       embeds_count_(static_cast<std::size_t>(tokens * manifest.text.dim)),
       update_(graphs.update),
       transformer_(graphs.transformer),
-      bound_(*graphs.backbone, manifest, settings, tokens, told),
+      bound_(*graphs.backbone, manifest, settings, tokens, with_held(told, manifest)),
       velocity_(graphs.flow_head->empty("velocity", bound_.dims)),
       updater_(update_, bound_.x, bound_.dims) {
+  if (manifest.holds_first_frame())
+    held_ = {{"held", bound_.times["held"]}, {"picture", update_->empty("picture", bound_.dims)}};
   transformers_[0] = tied(std::move(bound_.step), {graphs.backbone, graphs.flow_head});
 }
 
@@ -46,7 +53,10 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
   const std::set<std::string> slots = slots_of(planned, guided);
   const bool remembers = slots.count("before_1");
   Step* bound_update = nullptr;
-  progress.timed(TMD_STAGE_LOAD, [&] { bound_update = &update_with(slots); });  // an engine may compile here
+  progress.timed(TMD_STAGE_LOAD, [&] {  // an engine may compile here
+    bound_update = &update_with(slots);
+    hold(start.picture);
+  });
   Step& update = *bound_update;
   const std::int64_t passes = settings.steps * (guided ? 2 : 1);
   Calls backbone(progress, TMD_STAGE_BACKBONE, passes), flow_head(progress, TMD_STAGE_FLOW_HEAD, passes);
@@ -84,6 +94,7 @@ Denoised WanLoop::run(const Start& start, const Settings& settings, Progress& pr
   };
   const Jumps next = jumps(settings, backbone, flow_head, progress, try_step);
   draws.into(bound_.x, sampler_.init_scale);
+  if (start.picture) put_picture();
   for (const char* name : {"before_1", "before_2"})
     if (slots.count(name)) latents_[name].copy(bound_.x);  // finite, whatever an earlier run left there
   std::vector<double> times = {settings.times.front()};
@@ -160,9 +171,27 @@ Step& WanLoop::update_with(const std::set<std::string>& slots) {
       }
       used[name] = latents_[name];
     }
+    used.insert(held_.begin(), held_.end());
     update = updater_.bind(velocity_, used);
   }
   return *update;
+}
+
+void WanLoop::hold(const float* picture) {
+  if (held_.empty()) return;
+  const Buffer &held = held_.at("held"), &latents = held_.at("picture");
+  std::vector<float> frames(held.count(), 0.0f);
+  if (picture) frames.front() = 1.0f;
+  held.write(frames.data(), frames.size());
+  if (!picture) return latents.fill(0);  // finite: it is a term of every update
+  latents.write(picture, latents.count());
+  // One that reads no velocity: that buffer could hold anything, and 0 times NaN is NaN.
+  if (!update_of_nothing_) update_of_nothing_ = updater_.bind(bound_.x, held_);
+}
+
+void WanLoop::put_picture() {
+  updater_.set({1.0, 0.0});
+  update_of_nothing_->run();
 }
 
 void WanLoop::put_prompts(const Start& start) {
