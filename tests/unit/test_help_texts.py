@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from tmd_engines.command.help import OTHERS, WIDTH, Grouped
+from tmd_engines.command.help import OTHERS, WIDTH, Grouped, GroupedGroup
 
 PROGRAMS = {
     "tmd-run": "tmd_runtime.command.cli:command",
@@ -19,6 +19,7 @@ PROGRAMS = {
     "tmd-export": "tmd_export.cli:command",
     "tmd-distill": "tmd_ref.distill.cli:main",
     "tmd-bench": "tmd_bench.cli:command",
+    "tmd-serve": "tmd_serve.command.cli:command",
 }
 MANY = 8
 """From so many options on, a command has headings for them."""
@@ -80,7 +81,7 @@ def test_many_options_stand_under_headings(name: str, command: click.Command) ->
     shown = [option for option in visible_options(command) if option.name != "version"]
     if len(shown) <= MANY:
         return
-    assert isinstance(command, Grouped), f"{name} has {len(shown)} options in one list"
+    assert isinstance(command, Grouped | GroupedGroup), f"{name} has {len(shown)} options in one list"
     named = [param for names in command.groups.values() for param in names]
     assert sorted(named) == sorted(str(option.name) for option in shown), "each in one place"
     text = help_of(name)

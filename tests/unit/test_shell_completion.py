@@ -19,6 +19,7 @@ PROGRAMS = {
     "tmd-export": "tmd_export.start",
     "tmd-distill": "tmd_ref.distill.start",
     "tmd-bench": "tmd_bench.start",
+    "tmd-serve": "tmd_serve.start",
 }
 SECONDS = 0.5
 """Of the processor, which a busy machine does not lengthen much. A person waits for this."""
@@ -99,6 +100,7 @@ LINES = {
     "tmd-distill stage1 --config tim-tiny-": {"tim-tiny-flow", "tim-tiny-meanflow"},
     "tmd-distill tiny tea": {"teacher"},
     "tmd-bench --compare torch,diff": {"torch,diffusers"},
+    "tmd-serve keys re": {"remove"},
 }
 
 
@@ -116,18 +118,17 @@ def test_a_shell_offers_what_fits(name: str, line: str, programs: dict[str, str]
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("tmd-run --bundle builtin:ti", {"tiny", "tim-tiny"}),  # bash replaces what is behind the colon
+        ("tmd-run --bundle builtin:ti", {"tiny", "tim-tiny"}),  # bash replaces what is behind the colon or sign
         ("tmd-run --bundle=builtin:tin", {"tiny"}),
         ("tmd-run --engine=open", {"openvino"}),
         ("tmd-run --prompt 'a red circle: small' --engine open", {"openvino"}),
-        ("tmd-export --precision bf16,decoder_step=fp3", {"bf16,decoder_step=fp32"}),
+        ("tmd-export --precision bf16,decoder_step=fp3", {"fp32"}),
+        ("tmd-serve --bundle mine=built", {"builtin:tiny", "builtin:tim-tiny"}),
     ],
 )
 def test_bash_keeps_words_with_a_colon_or_sign_together(
     line: str, wanted: set[str], programs: dict[str, str], tmp_path: Path
 ) -> None:
-    if "decoder_step" in line:
-        wanted = {"fp32"}
     assert set(bash(line, programs, tmp_path)) == wanted
 
 

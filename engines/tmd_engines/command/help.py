@@ -30,13 +30,32 @@ class Grouped(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options, each under its heading."""
-        heading = {name: title for title, names in self.groups.items() for name in names}
-        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self.groups, OTHERS)}
-        for param in self.get_params(ctx):
-            row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
-            if row is not None:
-                rows[heading.get(param.name or "", OTHERS)].append(row)
-        for title, found in rows.items():
-            if found:
-                with formatter.section(title):
-                    formatter.write_dl(found)
+        _write(self, self.groups, ctx, formatter)
+
+
+class GroupedGroup(click.Group):
+    """The same for a command that has commands of its own, which stand behind its options."""
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.groups = groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options, each under its heading, and the commands."""
+        _write(self, self.groups, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _write(
+    command: click.Command, groups: Mapping[str, Sequence[str]], ctx: click.Context, formatter: click.HelpFormatter
+) -> None:
+    heading = {name: title for title, names in groups.items() for name in names}
+    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (*groups, OTHERS)}
+    for param in command.get_params(ctx):
+        row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+        if row is not None:
+            rows[heading.get(param.name or "", OTHERS)].append(row)
+    for title, found in rows.items():
+        if found:
+            with formatter.section(title):
+                formatter.write_dl(found)

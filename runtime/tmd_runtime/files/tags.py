@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
+
+from tmd_engines.utf8 import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,14 +23,14 @@ def tags(texts: Mapping[str, str]) -> dict[str, str]:
         return {}
     prompt = texts.get("prompt", "").replace("\0", "")  # FFmpeg's texts end at a NUL
     described = {"description": _unicode(prompt)} if prompt else {}
-    return {"comment": _unicode(json.dumps(dict(texts), ensure_ascii=False)), **described}
+    return {"comment": json_text(dict(texts), None), **described}
 
 
 def with_comment(gif: bytes, texts: Mapping[str, str]) -> bytes:
     """A GIF file with `texts` as a comment before its first frame, in JSON of ASCII, which GIF89a asks for."""
     if not texts:
         return gif
-    text = json.dumps(dict(texts)).encode("ascii")
+    text = json_text(dict(texts), None).encode("ascii")
     blocks = (text[start : start + _LONGEST_BLOCK] for start in range(0, len(text), _LONGEST_BLOCK))
     comment = _COMMENT + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
     packed = gif[_PACKED]

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import click
 
-from tmd_engines.command.options import Size
+from tmd_engines.command.help import SETTINGS, GroupedGroup
+from tmd_engines.command.options import Size, offered
 from tmd_engines.command.program import BAD_USAGE, FAILED, ending_of_program, run_program
 from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
@@ -45,7 +46,7 @@ def _place(command: Any) -> Any:
         "--database",
         envvar="TMD_DATABASE",
         metavar="URL",
-        help="postgresql://USER@HOST/NAME for several machines.  [default: a SQLite file in --data]",
+        help="Such as postgresql://USER@HOST/NAME, for several machines.  [default: a SQLite file in --data]",
     )(command)
     return click.option(
         "--data",
@@ -56,22 +57,45 @@ def _place(command: Any) -> Any:
     )(command)
 
 
+_GROUPS = {
+    "What is served": ("bundles", "engine", "device", "threads", "memory", "memory_budget", "max_loaded"),
+    "Who may ask": ("host", "port", "require_key", "hosts", "origins"),
+    "What one request may ask for": (
+        *("max_waiting", "max_size", "max_frames", "max_steps", "max_seconds", "max_upload"),
+    ),
+    "What is kept": ("data", "database", "keep", "keep_bytes"),
+    "How jobs are run": ("attempts", "lease", "grace"),
+    "Reports": ("log_level",),
+}
+_EXIT_CODES = """\
+\b
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped by Ctrl-C (129 by SIGHUP,
+143 by SIGTERM).
+
+\b
+Examples:
+"""
+
+
 @click.group(
     "tmd-serve",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=GroupedGroup,
+    groups=_GROUPS,
+    context_settings=SETTINGS,
     invoke_without_command=True,
     epilog="""\
 \b
-Examples:
-  tmd-serve                                 the built-in model at http://127.0.0.1:8000
-  tmd-serve --bundle wan=/models/wan --bundle builtin:tim-tiny
-  tmd-serve keys add laptop                 prints a key, once
-  tmd-serve --host 0.0.0.0                  on all interfaces; every request needs a key
+Exit codes: 0 done, 1 it failed, 2 bad usage, 130 stopped by Ctrl-C a second time
+(143 by SIGTERM). A first signal ends the server with 0: the running job ends
+within --grace seconds, or is queued again. A second one ends the process at once,
+and nothing that was accepted is lost.
 
 \b
-Exit codes: 0 ended by SIGTERM or Ctrl-C, 1 it failed, 2 bad usage. A first signal
-lets the running job end within --grace seconds, or queues it again; a second one
-ends the process at once, and nothing that was accepted is lost.""",
+Examples:
+  tmd-serve                                 # the built-in model at http://127.0.0.1:8000
+  tmd-serve --bundle wan=/models/wan --bundle builtin:tim-tiny
+  tmd-serve keys add laptop                 # prints a key, once
+  tmd-serve --host 0.0.0.0                  # on all interfaces; every request needs a key""",
 )
 @click.option(
     "--bundle",
@@ -90,7 +114,14 @@ ends the process at once, and nothing that was accepted is lost.""",
     metavar="ADDRESS",
     help="Where to listen; not on a loopback address, every request needs an API key.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, metavar="N")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=DEFAULT_PORT,
+    show_default=True,
+    metavar="N",
+    help="Where to listen; 0: any free port.",
+)
 @click.option("--require-key", is_flag=True, help="Ask for an API key on a loopback address as well.")
 @click.option(
     "--allow-host", "hosts", multiple=True, metavar="NAME", help="Another name under which the server is reached."
@@ -111,8 +142,8 @@ ends the process at once, and nothing that was accepted is lost.""",
     metavar="WxH",
     help="Pixels of a frame, in any shape.",
 )
-@click.option("--max-frames", type=Whole(1), default=161, show_default=True, metavar="N")
-@click.option("--max-steps", type=Whole(1), default=100, show_default=True, metavar="N")
+@click.option("--max-frames", type=Whole(1), default=161, show_default=True, metavar="N", help="Frames of a video.")
+@click.option("--max-steps", type=Whole(1), default=100, show_default=True, metavar="N", help="Outer steps of a run.")
 @click.option(
     "--max-seconds",
     type=Number(1, 1e6),
@@ -152,8 +183,15 @@ ends the process at once, and nothing that was accepted is lost.""",
     metavar="S",
     help="Time to end the running job in.",
 )
-@click.option("--engine", type=click.Choice(engine_names()), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, metavar="D", help="As in tmd-run.")
+@click.option("--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="As in tmd-run.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="D",
+    shell_complete=offered("auto", "cpu", "cuda"),
+    help="As in tmd-run.",
+)
 @click.option("--threads", type=Whole(1, 1024), metavar="T", help="CPU threads, as in tmd-run.")
 @click.option("--memory", type=click.Choice(MODES), default="auto", show_default=True, help="As in tmd-run.")
 @click.option(
@@ -165,7 +203,13 @@ ends the process at once, and nothing that was accepted is lost.""",
 @click.option(
     "--max-loaded", type=Whole(1), metavar="N", help="Loaded models at a time.  [default: by --memory-budget]"
 )
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning"]), default="info", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning"]),
+    default="info",
+    show_default=True,
+    help="Lines of JSON on stderr, from this level on.",
+)
 @click.option(
     "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
 )
@@ -186,12 +230,20 @@ def command(ctx: click.Context, data: Path | None, database: str | None, **optio
         ending.calm()
 
 
-@command.group("keys")
+@command.group(
+    "keys",
+    context_settings=SETTINGS,
+    short_help="Keep the API keys.",
+    epilog=f"""{_EXIT_CODES}\
+  tmd-serve keys add laptop
+  tmd-serve keys list
+  tmd-serve keys remove laptop""",
+)
 def keys() -> None:
     """API keys, of which the database keeps only hashes."""
 
 
-@keys.command("add")
+@keys.command("add", context_settings=SETTINGS, epilog=f"{_EXIT_CODES}  tmd-serve keys add laptop")
 @click.argument("name")
 @_place
 def add(name: str, data: Path | None, database: str | None) -> None:
@@ -205,7 +257,7 @@ def add(name: str, data: Path | None, database: str | None) -> None:
             raise click.UsageError(str(error)) from None
 
 
-@keys.command("list")
+@keys.command("list", context_settings=SETTINGS, epilog=f"{_EXIT_CODES}  tmd-serve keys list")
 @_place
 def list_(data: Path | None, database: str | None) -> None:
     """Names, and when they were made."""
@@ -216,7 +268,7 @@ def list_(data: Path | None, database: str | None) -> None:
             say(f"{datetime.fromtimestamp(key.created_at):%Y-%m-%d %H:%M}  {key.id}  {key.name}")
 
 
-@keys.command("remove")
+@keys.command("remove", context_settings=SETTINGS, epilog=f"{_EXIT_CODES}  tmd-serve keys remove laptop")
 @click.argument("name")
 @_place
 def remove(name: str, data: Path | None, database: str | None) -> None:

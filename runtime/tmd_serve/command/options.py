@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,3 +51,10 @@ class Named(click.ParamType):
                 ctx,
             )
         return name, place
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from tmd_engines.command.options import BundleFolder, plain
+
+        name, equals, place = incomplete.rpartition("=")
+        folders, *built_in = BundleFolder().shell_complete(ctx, param, place)
+        return [folders, *plain((f"{name}{equals}{item.value}" for item in built_in), incomplete)]

@@ -20,9 +20,12 @@ const actions = {
   again: (video) => form?.fill(video),
   compare: choose,
   async download(video) {
-    const url = await api.fileUrl(video.id, "video");
+    const bytes = await attempt(() => api.file(video.id));
+    if (!bytes) return;
+    const url = URL.createObjectURL(bytes);
     const ending = video.tmd.content_type === "image/png" ? "png" : "mp4";
     h("a", { href: url, download: `${slug(video.prompt)}-${video.tmd.seed}.${ending}` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
   },
   async remove(video) {
     const cards = [...at("results").children];
@@ -180,7 +183,7 @@ function askKey(error) {
     at("key").close();
     form = null;
     jobs.online = null;
-    jobs.start();
+    jobs.refresh();
   };
   openDialog(
     "key",
@@ -225,7 +228,7 @@ function pressed(event) {
     o: () => done && actions.open(video),
     r: () => video && actions.again(video),
     c: () => done && actions.compare(video),
-    s: () => done && attempt(() => actions.download(video)),
+    s: () => done && actions.download(video),
     Delete: () => row?.querySelector(".remove").click(),
   }[event.key];
   if (!act) return;
@@ -267,4 +270,4 @@ at("bar-clear").onclick = () => {
   drawChosen();
 };
 document.addEventListener("keydown", pressed);
-jobs.start();
+jobs.refresh();

@@ -80,7 +80,9 @@ export function announce(text) {
 export function openDialog(id, ...children) {
   const dialog = document.getElementById(id);
   dialog.replaceChildren(...children);
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
+  dialog.onclick = (event) => {
+    if (event.target === dialog) dialog.close();
+  };
   if (!dialog.open) dialog.showModal();
   return dialog;
 }

@@ -111,7 +111,7 @@ export function makeForm(form, models, onSubmit) {
       );
       rows.splice(1, 0, field("fps", "Frames per second", number("fps", { min: 1, max: fps.max, value: fps.default })));
     }
-    return h("div", { class: "field" }, h("div", { class: "row" }, rows), h("p", { class: "hint" }, summary(card)));
+    return h("div", { class: "field" }, h("div", { class: "row" }, rows), h("p", { class: "hint" }, summary(model)));
   }
 
   function pictureField(card) {
@@ -232,10 +232,14 @@ export function makeForm(form, models, onSubmit) {
     for (const element of form.querySelectorAll("[aria-invalid]")) element.removeAttribute("aria-invalid");
     const names = { size: "width", input_reference: "picture", seconds: "frames" };
     const element = form.elements[names[name] ?? name];
-    if (!text || !element?.setAttribute) return;
-    element.setAttribute("aria-invalid", "true");
-    element.closest("details")?.setAttribute("open", "");
-    element.focus();
+    const found = text && element?.setAttribute ? element : null;
+    // At the field, so that both are on the screen.
+    (found?.closest(".row, .field") ?? form.firstElementChild).after(line);
+    if (!text) return;
+    if (!found) return line.scrollIntoView({ block: "nearest" });
+    found.setAttribute("aria-invalid", "true");
+    found.closest("details")?.setAttribute("open", "");
+    found.focus();
   }
 
   function saveDraft() {
@@ -305,9 +309,10 @@ function field(name, title, element, hint = null) {
   return h("div", { class: "field" }, h("label", { for: name }, title), element, hint ? h("p", { class: "hint", id: `${name}-hint` }, hint) : null);
 }
 
-function summary({ kind, width, height, frames, fps, steps }) {
-  const length = kind === "image" ? "stills" : `${plural(frames.default, "frame")} at ${fps.default} per second`;
-  return `Made for ${width.default}×${height.default}, ${length}, ${plural(steps.default, "step")}.`;
+function summary({ id, tmd: { kind, width, height, frames, fps, steps } }) {
+  const size = `${width.default}×${height.default}`;
+  const made = kind === "image" ? `stills of ${size}` : `${plural(frames.default, "frame")} of ${size} at ${fps.default} per second`;
+  return `${id} was made for ${made}, in ${plural(steps.default, "step")}.`;
 }
 
 function readDraft() {

@@ -19,6 +19,9 @@ export class Jobs {
     this.streams = new Map();
     this.timer = null;
     this.online = null;
+    this.counter = 0;
+    document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
+    addEventListener("online", () => this.refresh());
   }
 
   /** Videos that are waiting or being made, in the order in which they will be done. */
@@ -38,12 +41,6 @@ export class Jobs {
 
   place(video) {
     return video.tmd.queue_position ?? 0;
-  }
-
-  start() {
-    document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
-    addEventListener("online", () => this.refresh());
-    return this.refresh();
   }
 
   /** Asks for the newest videos, and again after a while. */
@@ -67,6 +64,7 @@ export class Jobs {
     this.on.change();
     this.follow();
     const seconds = document.hidden ? ASLEEP_SECONDS : ASK_SECONDS;
+    clearTimeout(this.timer); // another one may have come in between
     this.timer = setTimeout(() => this.refresh(), 1000 * seconds);
   }
 
@@ -86,7 +84,7 @@ export class Jobs {
   /** Takes in a video as the server has it. */
   put(video, old = false) {
     const before = this.all.get(video.id);
-    this.counter = (this.counter ?? 0) + 1;
+    this.counter += 1;
     video.order = before?.order ?? (old ? -this.counter : this.counter);
     if (before?.status === "in_progress" && video.status === "in_progress") video.progress = Math.max(video.progress, before.progress);
     this.all.set(video.id, video);

@@ -54,7 +54,8 @@ export function updateJob(row, video, preview = null) {
 
 function stateOf({ progress, tmd }) {
   const stage = STAGES[tmd.stage] ?? "Starting";
-  const step = stage === "Step" || tmd.stage === "decode" ? ` ${tmd.step} of ${tmd.of_steps}` : "";
+  const inner = tmd.stage === "flow_head" ? tmd.inner_steps : 1; // which it counts one by one
+  const step = stage === "Step" || tmd.stage === "decode" ? ` ${Math.ceil(tmd.step / inner)} of ${Math.round(tmd.of_steps / inner)}` : "";
   const left = tmd.eta_seconds ? ` · ${about(tmd.eta_seconds)} left` : "";
   return `${stage}${step} · ${progress} %${left}`;
 }
