@@ -7,7 +7,6 @@ Host).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 
 from ..errors import Refusal
+from .intake import Intake
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("tmd_serve.requests")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _OPEN = ("/healthz", "/readyz", "/openapi.json")
-_BODY_SECONDS = 30.0
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -46,6 +45,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, keys: Keys | None, meters: RequestMeters) -> None:
         self._app, self._settings, self._keys, self._meters = app, settings, keys, meters
+        self._intake = Intake(settings.limits.body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,11 +66,12 @@ class Guard:
             await send(message)
 
         try:
-            body = await self._check(scope, headers)
+            await self._check(scope, headers)
         except Refusal as refusal:
             await send_refusal(answer, refusal)
         else:
-            await self._app(scope, receive if body is None else _bounded(receive, body), answer)
+            with self._intake.open(receive) as bounded:
+                await self._app(scope, receive if scope["method"] in _READING else bounded, answer)
         finally:
             self._note(scope, status, time.perf_counter() - begin, number)
 
@@ -94,19 +95,15 @@ class Guard:
         }  # fmt: skip
         _LOG.log(logging.DEBUG if scope["path"] in _OPEN and status < 500 else logging.INFO, "request", extra=about)
 
-    async def _check(self, scope: Scope, headers: Headers) -> int | None:
-        """Raises Refusal for a request that may not come in. Returns the most bytes that its body may have."""
+    async def _check(self, scope: Scope, headers: Headers) -> None:
+        """Raises Refusal for a request that may not come in."""
         settings = self._settings
         self._check_host(headers.get("host", ""))
         self._check_origin(scope, headers)
-        if self._is_preflight(scope, headers):
-            return None
-        if settings.needs_key and (scope["path"].startswith("/v1/") or scope["path"] in ("/v1", "/metrics")):
+        self._intake.check(headers.get("content-length", ""))
+        is_open = not scope["path"].startswith("/v1/") and scope["path"] not in ("/v1", "/metrics")
+        if settings.needs_key and not is_open and not self._is_preflight(scope, headers):
             scope["state"]["owner"] = await self._owner(headers.get("authorization", ""))
-        length, most = headers.get("content-length", ""), settings.limits.body_bytes
-        if length.isdigit() and int(length[:20]) > most:
-            raise _too_long(most)
-        return None if scope["method"] in _READING else most
 
     def _check_host(self, host: str) -> None:
         accepted = self._settings.hosts
@@ -159,35 +156,6 @@ def urlsplit_host(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
-
-
-def _too_long(most: int) -> Refusal:
-    return Refusal(f"the request is larger than {most / 1e6:.3g} MB, which this server allows.", 413, "too_large")
-
-
-def _bounded(receive: Receive, most: int) -> Receive:
-    """What gives a body of at most so many bytes, whatever its header says, from a client that goes on sending.
-
-    Raises Refusal, which the application answers.
-    """
-    seen, is_whole = 0, False
-
-    async def bounded() -> Message:
-        nonlocal seen, is_whole
-        if is_whole:
-            return await receive()
-        try:
-            message = await asyncio.wait_for(receive(), _BODY_SECONDS)
-        except TimeoutError:
-            why = f"nothing of the request's body came for {_BODY_SECONDS:g} s: send it again."
-            raise Refusal(why, 408, "timeout") from None
-        seen += len(message.get("body", b""))
-        is_whole = not message.get("more_body", False)
-        if seen > most:
-            raise _too_long(most)
-        return message
-
-    return bounded
 
 
 async def send_refusal(send: Send, refusal: Refusal) -> None:

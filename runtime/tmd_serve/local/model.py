@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import tmd_runtime
 from tmd_runtime import RuntimeFailure, UsageFailure
 from tmd_runtime.autoencoder.picture import decode_picture, start_size
@@ -21,11 +23,15 @@ from ..executor import ModelCard, Plan, Wanted
 from .card import options_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from tmd_engines.cost.sizing import Estimate, Memory
     from tmd_runtime import Pipeline, Settings
 
     from ..settings import Limits
 
+_DECODING = threading.Lock()
+"""One upload at a time: a decoded picture may take most of a gigabyte."""
 _SIZES = 64  # estimates that are remembered
 
 
@@ -105,8 +111,9 @@ class Model:
         """A request, completed and checked. Raises Refusal or UsageFailure."""
         limits = self._limits
         check_prompt(wanted.prompt)
-        if len(wanted.prompt) > limits.prompt_chars:
-            raise _too_much("prompt", len(wanted.prompt), limits.prompt_chars, "characters")
+        for name, text in (("prompt", wanted.prompt), ("negative_prompt", wanted.wishes.get("negative_prompt") or "")):
+            if len(text) > limits.prompt_chars:
+                raise _too_much(name, len(text), limits.prompt_chars, "characters")
         wishes = {name: value for name, value in wanted.wishes.items() if value is not None}
         if wanted.seconds is not None:
             wishes["frames"] = self._frames(wanted.seconds, wishes.get("fps"))
@@ -139,9 +146,12 @@ class Model:
         step = self.manifest.latents.temporal_stride
         return 1 + step * max(round((seconds * fps - 1) / step), 0)
 
-    def _picture(self, data: bytes) -> Any:
+    def _picture(self, data: bytes) -> NDArray[np.uint8]:
+        """As large as the picture in a file, which can be decoded, and without its pixels: the run reads it again."""
         try:
-            return decode_picture(data, "the picture", self._limits.picture_pixels)
+            with _DECODING:
+                shape = decode_picture(data, "the picture", self._limits.picture_pixels).shape
+            return np.broadcast_to(np.zeros(1, np.uint8), shape)
         except RuntimeFailure as error:
             raise Refusal(str(error), param="input_reference", code="invalid_picture") from error
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from starlette.types import Message
 
 from tests.helpers.serving import Place
+from tmd_serve.errors import Refusal
+from tmd_serve.http.intake import Intake
 from tmd_serve.logs import JsonLines
 from tmd_serve.settings import Limits
 from tmd_serve.store.database import Database
@@ -80,6 +85,31 @@ def test_a_body_is_bounded_whatever_its_header_says(tmp_path: Path) -> None:
     upload = place.client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": b"y" * 1001})
     assert (upload.status_code, upload.json()["error"]["param"]) == (413, "input_reference")
     assert place.store.counts()["queued"] == 0
+
+
+def test_bodies_are_bounded_together_and_each_in_its_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmd_serve.http.intake._PAUSE_SECONDS", 0.05)
+    intake = Intake(100)
+
+    async def part() -> Message:
+        return {"type": "http.request", "body": b"x" * 90, "more_body": True}
+
+    async def silence() -> Message:
+        await asyncio.sleep(5)
+        return await part()
+
+    async def receive() -> None:
+        with ExitStack() as others:
+            for _ in range(8):
+                await others.enter_context(intake.open(part))()
+            with intake.open(part) as ninth, pytest.raises(Refusal, match="too many large requests"):
+                await ninth()
+        with intake.open(part) as alone:
+            await alone()
+        with intake.open(silence) as slow, pytest.raises(Refusal, match="nothing of the request's body came"):
+            await slow()
+
+    asyncio.run(receive())
 
 
 def test_answers_carry_the_request_id_and_are_not_sniffed(place: Place) -> None:

@@ -101,6 +101,12 @@ def test_prompts_are_checked_before_a_job_is_taken(tiny: Model) -> None:
             tiny.plan(Wanted(prompt), None)
 
 
+def test_a_negative_prompt_has_the_prompt_s_limit(stills: Model) -> None:
+    with pytest.raises(Refusal, match="8001 characters") as refusal:
+        stills.plan(Wanted("a red circle", {"guidance": 2.0, "negative_prompt": "x" * 8001}), None)
+    assert refusal.value.param == "negative_prompt"
+
+
 def test_runs_that_take_too_much_memory_or_time_are_refused_before_they_start(tiny: Model) -> None:
     need = tiny.plan(Wanted(RED), None).memory_bytes
     assert need is not None
