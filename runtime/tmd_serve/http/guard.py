@@ -89,9 +89,10 @@ class Guard:
         route = getattr(scope.get("route"), "path", None) or "other"
         method = scope["method"] if scope["method"] in (*_READING, "POST", "DELETE") else "other"
         self._meters.answered(method, route, status, seconds)
+        state = scope["state"]
         about = {
             "request_id": number, "method": method, "path": scope["path"][:200], "status": status,
-            "seconds": round(seconds, 4), "owner": scope["state"].get("owner") or None,
+            "seconds": round(seconds, 4), "owner": state.get("owner") or None, "job": state.get("job"),
         }  # fmt: skip
         _LOG.log(logging.DEBUG if scope["path"] in _OPEN and status < 500 else logging.INFO, "request", extra=about)
 

@@ -55,6 +55,7 @@ async def create_video(
         return context.video(job), poll_after_ms(job)
 
     video, pause = await run_in_threadpool(submit)
+    request.state.job = video.id  # for the log
     response.headers["openai-poll-after-ms"] = str(pause)
     return video
 

@@ -123,11 +123,11 @@ def test_answers_carry_the_request_id_and_are_not_sniffed(place: Place) -> None:
 
 def test_the_log_has_a_line_of_json_per_request_and_no_prompt(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tmd_serve")
-    place.client.post("/v1/videos", json={"prompt": "a secret wish"}, headers={"X-Request-ID": "r1"})
+    made = place.client.post("/v1/videos", json={"prompt": "a secret wish"}, headers={"X-Request-ID": "r1"}).json()
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name.startswith("tmd_serve")]
     requests = [line for line in lines if line["message"] == "request"]
     assert [(line["request_id"], line["status"], line["path"]) for line in requests] == [("r1", 200, "/v1/videos")]
-    assert "secret" not in json.dumps(lines)
+    assert requests[0]["job"] == made["id"] and "secret" not in json.dumps(lines)
 
 
 def test_a_fault_is_an_answer_with_the_request_id_and_no_traceback(
