@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -264,7 +265,9 @@ def command(
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if out is None or inspect:
-            _inspect(_local(means, None, None, False), as_json, grid, parts, precision, text_encoder_weights)
+            with TemporaryDirectory(prefix="tmd-headers-") as room:
+                local = _local(means, parts, None, Path(room))
+                _inspect(local, as_json, grid, parts, precision, text_encoder_weights)
             return
         options = {
             "precision": precision,
@@ -296,19 +299,21 @@ def _say(text: str) -> None:
 
 
 def _local(
-    means: tuple[Any, ...], parts: tuple[str, ...] | None, told: Callable[[str], None] | None, downloads: bool = True
+    means: tuple[Any, ...], parts: tuple[str, ...] | None, told: Callable[[str], None] | None, room: Path | None = None
 ) -> tuple[Any, ...]:
-    """Arguments of `open_source`, with all that is on the hub downloaded, of which `told` hears; without `downloads` it
-    must be in the cache. Raises ExportError."""
+    """Arguments of `open_source`, with all that is on the hub downloaded, of which `told` hears; with `room` only the
+    headers of weights, into that folder. Raises ExportError."""
     model, checkpoint, random_weights, decoder, preset, text_encoder, loras = means
     if not any(map(is_hub_name, (*checkpoint, decoder, text_encoder, *(lora.path for lora in loras)))):
         return means  # and torch is loaded later, behind the first line on the screen
     from .hub.places import local_checkpoints, local_loras
     from .hub.repository import silent
 
-    say = (told or silent) if downloads else None
-    checkpoint = local_checkpoints(checkpoint, parts, say)
-    others = (None if path is None else local_checkpoints([path], say=say)[0] for path in (decoder, text_encoder))
+    say = (told or silent) if room is None else None
+    checkpoint = local_checkpoints(checkpoint, parts, say, room)
+    others = (
+        None if path is None else local_checkpoints([path], None, say, room)[0] for path in (decoder, text_encoder)
+    )
     decoder, text_encoder = others
     return model, checkpoint, random_weights, decoder, preset, text_encoder, local_loras(loras, say)
 

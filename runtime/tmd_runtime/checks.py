@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmd_engines.utf8 import NOT_UTF_8, is_utf8
 
+from .clock import is_finite
 from .errors import RuntimeFailure, UsageFailure
 from .sampling.family import FIRST_FRAME, NO_PICTURE
 from .text.encoder import EMBEDS_INSTEAD
@@ -124,6 +125,8 @@ def check_start(
             f"the picture's latents are {list(init.shape)}, and this run takes {[batch, channels, 1, height, width]}: "
             "leave the size out, or choose the picture's."
         )
+    if init is not None and not is_finite(init):
+        raise UsageFailure("the picture's latents hold NaN or Inf: encode the picture again.")
 
 
 def check_condition(settings: Settings, prompt: str, has_embeds: bool = False) -> None:

@@ -17,7 +17,6 @@ class Wanted:
 
     prompt: str = ""
     wishes: Mapping[str, Any] = field(default_factory=dict)
-    fps: int | None = None
     seconds: float | None = None
     preview: bool = False
     picture: bytes | None = None

@@ -37,7 +37,7 @@ class Progress:
 class Job:
     """One job, as it is stored. Times are seconds since 1970.
 
-    `request` is what a worker needs to run it (prompt, wishes with the seed, fps, preview, picture); `resolved` is what
+    `request` is what a worker needs to run it (prompt, wishes with the seed, preview, picture); `resolved` is what
     the API shows of its settings; `group` is equal for jobs that share loaded graphs and buffers. `result` holds what a
     finished run says of itself (file, type, sha256, bytes, stage_seconds, warnings).
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.serving import SERVE, Served, served
+from tests.helpers.serving import SERVE, Served, served, start
 
 PROMPTS = ("a red circle moving right on a black background", "a blue star spinning on a gray background")
 KILLS = 4
@@ -28,6 +28,12 @@ def test_a_server_that_is_killed_at_random_points_loses_no_accepted_job(tmp_path
     data, accepted = tmp_path / "data", dict[str, int]()
     keys: dict[str, str] = {}
     for kill in range(KILLS):
+        if kill == KILLS - 1:  # one that is killed while it starts
+            with open(tmp_path / "starting.log", "wb") as out:
+                starting = start(data, out, "--attempts", "100")
+            time.sleep(chance.uniform(0.2, 1.5))
+            starting.kill()
+            starting.wait()
         with served(data, "--attempts", "100") as server:
             timer = threading.Timer(chance.uniform(0.02, 1.2), server.process.kill)
             timer.start()

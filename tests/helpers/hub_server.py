@@ -103,16 +103,17 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.served.refuses:
             return self._refuse(403, "")
         content = (folder / name).read_bytes()
-        start = 0
-        if span := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+        etag, whole, start = hashlib.sha256(content).hexdigest(), len(content), 0
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start = int(span[1])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            content = content[: int(span[2]) + 1] if span[2] else content
+        self.send_response(206 if span else 200)
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", commit_of(repo))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{whole}")
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -53,11 +53,16 @@ class IdleExecutor:
             raise UsageFailure("the prompt is empty: describe the video in a few words.")
         size = wanted.wishes.get("size", (64, 64))
         frames = wanted.wishes.get("frames", 17)
-        resolved = {"width": size[0], "height": size[1], "frames": frames, "fps": wanted.fps or 8, "seed": 1}
+        resolved = {
+            "width": size[0],
+            "height": size[1],
+            "frames": frames,
+            "fps": wanted.wishes.get("fps", 8),
+            "seed": 1,
+        }
         request: dict[str, Any] = {
             "prompt": wanted.prompt,
             "wishes": {},
-            "fps": wanted.fps,
             "preview": wanted.preview,
             "picture": False,
         }
@@ -107,7 +112,7 @@ class Place:
 
 def a_job(group: str = "group", **fields: Any) -> Job:
     """A job as the application makes it."""
-    request: dict[str, Any] = {"prompt": "a red circle", "wishes": {}, "fps": None, "preview": False, "picture": False}
+    request: dict[str, Any] = {"prompt": "a red circle", "wishes": {}, "preview": False, "picture": False}
     resolved = {"width": 64, "height": 64, "frames": 17, "fps": 8, "seed": 1}
     return Job(new_id(), "clips", request, resolved, group=group, estimated_seconds=2.0, **fields)
 

@@ -39,16 +39,27 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A matrix as small numbers: row r means values[r]·scales[r]. `values` `[rows, columns]` in int8 or fp8 as they are
+    stored, `scales` `[rows]` in float32."""
+
+    values: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
 class Packed:
     """A weight that one or more stored tensors make up.
 
     `entry` is what `read` gives. `format` names the storage format in a message; `parts` are the stored tensors.
+    `codes`, of a format that has them, gives the weight as it is stored.
     """
 
     entry: Entry
     format: str
     parts: tuple[str, ...]
     read: Callable[[], Tensor]
+    codes: Callable[[], Codes] | None = None
 
 
 class Tensors:
@@ -91,6 +102,20 @@ class Tensors:
         stored. KeyError if there is none. Raises ExportError if the file changed or its scales make no numbers."""
         self.entries[name]
         return self._packed[name].read() if name in self._packed else self.read_stored(name)
+
+    def codes(self, name: str) -> Codes | None:
+        """The weight `name` as small numbers and scales, if it is stored so and all of them are numbers. KeyError if
+        there is none of that name."""
+        self.entries[name]
+        packed = self._packed.get(name)
+        if packed is None or packed.codes is None:
+            return None
+        found = packed.codes()
+        values, scales = found.values, found.scales
+        is_matrix = values.ndim == 2 and scales.shape == values.shape[:1]
+        # NaN of E4M3 is every bit but the sign, and there is no Inf.
+        nan = values.dtype == torch.float8_e4m3fn and ((values.view(torch.uint8) & 0x7F) == 0x7F).any()
+        return found if is_matrix and not nan and (scales > 0).all() else None
 
     def read_stored(self, name: str) -> Tensor:
         """A tensor as it is stored, also one that is only part of a weight.

@@ -16,6 +16,7 @@ from tmd_engines.errors import quote
 
 from ..errors import ExportError
 from .experts import refuse_expert_files, refuse_expert_tensors
+from .mapped import Codes
 from .names import bare, converted
 from .strangers import stranger
 from .tensors import Entry, Tensors
@@ -161,6 +162,10 @@ class Checkpoint:
         """The tensor that `fit` knows as `name`: on the CPU, as stored, mapped from its file, or as its
         storage format means it. KeyError for another."""
         return self.tensors.read(self._names[name]).reshape(tuple(self._shapes[name]))
+
+    def codes(self, name: str) -> Codes | None:
+        """The same as small numbers and scales, if it is stored so."""
+        return self.tensors.codes(self._names[name])
 
     def _by_bare_name(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -12,6 +12,7 @@ from ..checkpoints.hub_cache import inside_cache
 from ..errors import ExportError
 from ..loras import LoraFile
 from ..parts import MODEL_OF
+from .headers import with_headers
 from .name import HubName, is_hub_name, parse_hub_name
 from .needed import DOCUMENTS, lay_hollow, needed, needed_of_lora
 from .repository import Repository, Say
@@ -21,10 +22,14 @@ _OPTIONAL = {"text_encoder", "vae"}
 
 
 def local_checkpoints(
-    paths: Sequence[Path], parts: Collection[str] | None = None, say: Say | None = None
+    paths: Sequence[Path],
+    parts: Collection[str] | None = None,
+    say: Say | None = None,
+    room: Path | None = None,
 ) -> tuple[Path, ...]:
     """The file or folder of each checkpoint. Of a repository only the models of `parts` (None: all) are downloaded that
-    no file given by itself has. `say` hears before how much that is; None: nothing is downloaded.
+    no file given by itself has. `say` hears before how much that is; None: no weights are downloaded, but their headers
+    into the folder `room`, if there is one.
 
     Raises ExportError for what the hub does not have, or cannot be downloaded.
     """
@@ -32,13 +37,13 @@ def local_checkpoints(
     names = {path: parse_hub_name(path) for path in paths if path not in places}
     for path, name in names.items():
         if name.file is not None:
-            places[path] = _fetched(name, needed, (), say)
+            places[path] = _fetched(name, needed, (), say, room)
     without = {expert_named(place) or _model_in(place) for place in places.values() if place.is_file()}
     if parts is not None:
         without |= _OPTIONAL - {MODEL_OF[part] for part in parts}
     for path, name in names.items():
         if name.file is None:
-            places[path] = _fetched(name, needed, without, say)
+            places[path] = _fetched(name, needed, without, say, room)
     return tuple(places[path] for path in paths)
 
 
@@ -58,6 +63,7 @@ def _fetched(
     choose: Callable[[Path, HubName, Collection[str]], list[str]],
     without: Collection[str],
     say: Say | None,
+    room: Path | None = None,
 ) -> Path:
     """The file that `name` names, or the folder of its repository, with all in it that `choose` chooses."""
     index = [name.file] if name.file is not None and name.file.endswith(".index.json") else []
@@ -71,7 +77,10 @@ def _fetched(
             raise ExportError(str(error).replace(str(hollow), str(repository))) from None
     if say is not None:
         repository.download(files, say)
-    elif absent := repository.absent(files):
+    elif (absent := repository.absent(files)) and room is not None:
+        folder_of_headers = with_headers(repository, files, room)
+        return folder_of_headers / name.file if name.file is not None else folder_of_headers
+    elif absent:
         raise ExportError(
             f"{name} is not on this machine: {absent} would have to be downloaded first. Export it, or download it "
             f"with `hf download {name.repo} {' '.join(files[:6])}{' ...' if len(files) > 6 else ''}`."

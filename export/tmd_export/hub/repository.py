@@ -72,6 +72,17 @@ class Repository:
         with _in_our_words(self.name), nullcontext() if shown else _silently():
             self._take(files)
 
+    def header(self, file: str) -> Any:
+        """What a safetensors file says of its tensors, asked for with a range; see `huggingface_hub`'s
+        `SafetensorsFileMetadata`. Raises ExportError."""
+        from huggingface_hub import HfApi, errors
+
+        with _in_our_words(self.name):
+            try:
+                return HfApi().parse_safetensors_file_metadata(self.name.repo, file, revision=self._revision.resolved)
+            except errors.SafetensorsParsingError as error:
+                raise ExportError(f"{file} of {self} is no safetensors file ({quote(one_line(error), 200)}).") from None
+
     def absent(self, files: Sequence[str]) -> str | None:
         """What `download` would have to bring, as a part of a sentence; None if all is there."""
         absent = [file for file in files if not (self.folder / file).is_file()]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.mapped import Codes
 from .layers import Layer
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Format(ABC):
     @abstractmethod
     def stored(self, parts: Mapping[str, ir.Value], name: str, before: ir.Node, dtype: torch.dtype) -> ir.Value:
         """The weight made of its `parts`, in `dtype`."""
+
+    def kept(self, part: str, codes: Codes, dtype: torch.dtype) -> Tensor | None:
+        """One of the `parts` of a weight that comes as `codes` of its transpose, as they are; None: the weight is
+        rounded anew."""
+        return None
 
     @abstractmethod
     def scales(self, pieces: Iterable[Tensor], dtype: torch.dtype) -> Any:

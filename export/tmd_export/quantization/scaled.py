@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.mapped import Codes
 from .format import NUMPY, Form, Format
 from .nodes import add, constant
 
@@ -53,6 +54,13 @@ class Scaled(Format):
     def stored(self, parts: Mapping[str, ir.Value], name: str, before: ir.Node, dtype: torch.dtype) -> ir.Value:
         """See `Format.stored`."""
         return add("DequantizeLinear", [parts[VALUES], parts[SCALES]], f"{name}.dequantized", before, axis=1)
+
+    def kept(self, part: str, codes: Codes, dtype: torch.dtype) -> Tensor | None:
+        """See `Format.kept`: numbers of the same type, with one scale per output channel."""
+        scales = codes.scales.to(dtype)
+        if codes.values.dtype != self.dtype or not ((scales > 0) & torch.isfinite(scales)).all():
+            return None
+        return scales if part == SCALES else codes.values.t()
 
     def scales(self, pieces: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Format.scales`. A channel's largest value becomes the largest of the format."""

@@ -37,7 +37,16 @@ class QuantizedWeights:
         if part is None:
             yield from self._weights.chunks(name)
             return
+        kept = self._kept(weight, part)
+        if kept is not None:
+            yield from (piece.contiguous() for piece in kept.split(self._rows(kept))) if kept.ndim == 2 else [kept]
+            return
         yield from self._formats[weight].chunks(part, self._pieces(weight), self._scales(weight))
+
+    def _kept(self, weight: str, part: str) -> Tensor | None:
+        """A part as the checkpoint has it, so that numbers of this format are not rounded a second time."""
+        codes = self._weights.codes(weight)
+        return None if codes is None else self._formats[weight].kept(part, codes, self._weights.form(weight)[1])
 
     def _scales(self, weight: str) -> Any:
         if self._latest is None or self._latest[0] != weight:
@@ -47,9 +56,14 @@ class QuantizedWeights:
 
     def _pieces(self, weight: str) -> Iterator[Tensor]:
         matrix = self._weights.laid_out(weight)
-        rows = max(1, CHUNK_BYTES // (4 * matrix.shape[1] * _ROWS)) * _ROWS
+        rows = self._rows(matrix)
         for start in range(0, matrix.shape[0], rows):
             yield matrix[start : start + rows].float()
+
+    @staticmethod
+    def _rows(matrix: Tensor) -> int:
+        """Of a piece."""
+        return max(1, CHUNK_BYTES // (4 * matrix.shape[1] * _ROWS)) * _ROWS
 
     def _split(self, name: str) -> tuple[str, str | None]:
         stem, dot, ending = name.rpartition(".")

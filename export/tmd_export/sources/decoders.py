@@ -22,6 +22,7 @@ from tmd_ref.taehv import TAEHV, TAEHV_CONFIGS, TAEHVConfig
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAE, WanVAEConfig
 
 from ..checkpoints import Checkpoint, Tensors, open_tensors
+from ..checkpoints.mapped import Codes
 from ..checkpoints.names import bare
 from ..errors import ExportError
 from ..parts import MODEL_OF, VIDEO_PARTS, ordered
@@ -80,6 +81,9 @@ class WithDecoder(Wrapped):
 
     def tensor(self, which: str, name: str) -> Tensor:
         return self._decoder.read(name) if which == "vae" else super().tensor(which, name)
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        return None if which == "vae" else super().codes(which, name)
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         found = super().sha256(_others(parts))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints.contents import boundary_of
 from ..checkpoints.experts import Experts, expert_named
 from ..checkpoints.hub_cache import called
+from ..checkpoints.mapped import Codes
 from ..errors import ExportError
 from ..parts import SECOND_PARTS, TWO_TRANSFORMERS
 from ..presets.wan import A14B, experts_sampler
@@ -80,6 +81,9 @@ class TwoTransformers(Wrapped):
 
     def tensor(self, which: str, name: str) -> Tensor:
         return self._low.tensor(DENOISER, name) if which == SECOND else super().tensor(which, name)
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        return self._low.codes(DENOISER, name) if which == SECOND else super().codes(which, name)
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         first, second = _apart(parts)

@@ -22,6 +22,7 @@ from ..checkpoints.experts import expert_named
 from ..checkpoints.hub_cache import called
 from ..checkpoints.lora import Lora, listed
 from ..checkpoints.lora_names import Layers
+from ..checkpoints.mapped import Codes
 from ..checkpoints.recognise import Size
 from ..checkpoints.strangers import stranger
 from ..checkpoints.tensors import Entry
@@ -78,14 +79,21 @@ class WithLoras(Wrapped):
 
     def tensor(self, which: str, name: str) -> Tensor:
         weight = self._inner.tensor(which, name)
-        published = self._published.get(name) if which == self._which else None
-        changing = [lora for lora in self._loras if published is not None and lora.touches(published)]
+        published, changing = self._published.get(name), self._changing(which, name)
         if published is None or not changing:
             return weight
         merged = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         for lora in changing:
             lora.add(published, merged)
         return merged
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        return None if self._changing(which, name) else super().codes(which, name)
+
+    def _changing(self, which: str, name: str) -> list[Lora]:
+        """The LoRAs that add something to a weight."""
+        published = self._published.get(name) if which == self._which else None
+        return [lora for lora in self._loras if published is not None and lora.touches(published)]
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         found = super().sha256(parts)

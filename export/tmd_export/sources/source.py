@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tmd_ref
 from tmd_ref.vae import WanVAEConfig
 
+from ..checkpoints.mapped import Codes
 from ..errors import ExportError
 from ..parts import VIDEO_PARTS
 
@@ -72,6 +73,10 @@ class Source(ABC):
     def tensor(self, which: str, name: str) -> Tensor:
         """The weight `name` of `module(which).named_parameters()`, on the CPU, as it is stored: mapped from the disk
         where the format allows. Keep it no longer than needed. Raises ExportError if there is none."""
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        """The same matrix as small numbers and scales, if the checkpoint keeps it so and nothing is added to it."""
+        return None
 
     def null_embeds(self) -> Tensor | None:
         """Features float32 `[text.max_length, text.dim]` of the empty prompt; None if the bundle encodes it itself."""

@@ -26,6 +26,7 @@ from tmd_ref.wan import WAN_CONFIGS, WanConfig
 from ..checkpoints import Checkpoint, Found, WeightFiles, find
 from ..checkpoints.contents import MODEL_INDEX
 from ..checkpoints.hub_cache import called
+from ..checkpoints.mapped import Codes
 from ..checkpoints.names import uncut
 from ..checkpoints.recognise import PARTS as CALLED
 from ..checkpoints.recognise import TOKENIZER as CARRIED
@@ -193,11 +194,12 @@ class WanSource(Wan21Source):
         return on_meta(makers[which])
 
     def tensor(self, which: str, name: str) -> Tensor:
-        checkpoint = self._checkpoint(which)
-        stored = self._stored_name(which, name)
-        if stored not in checkpoint:
-            stored = f"backbone.{name.removeprefix('head.')}"  # what the two parts of a student share is stored once
+        checkpoint, stored = self._stored(which, name)
         return checkpoint.read(stored)
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        checkpoint, stored = self._stored(which, name)
+        return checkpoint.codes(stored)
 
     def sha256(self, parts: tuple[str, ...]) -> dict[str, str]:
         models = dict.fromkeys(MODEL_OF[part] for part in parts)
@@ -252,6 +254,13 @@ class WanSource(Wan21Source):
             )
             part.fits = True
         return checkpoint
+
+    def _stored(self, which: str, name: str) -> tuple[Checkpoint, str]:
+        """The checkpoint that a weight is in, and its name there."""
+        checkpoint, stored = self._checkpoint(which), self._stored_name(which, name)
+        if stored not in checkpoint:
+            stored = f"backbone.{name.removeprefix('head.')}"  # what the two parts of a student share is stored once
+        return checkpoint, stored
 
     def _stored_name(self, which: str, name: str) -> str:
         if which == "student" and self.fusion is None:

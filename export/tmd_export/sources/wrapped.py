@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoints.mapped import Codes
 from .source import Source
 
 
@@ -44,6 +45,9 @@ class Wrapped(Source):
 
     def tensor(self, which: str, name: str) -> Tensor:
         return self._inner.tensor(which, name)
+
+    def codes(self, which: str, name: str) -> Codes | None:
+        return self._inner.codes(which, name)
 
     def null_embeds(self) -> Tensor | None:
         return self._inner.null_embeds()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.mapped import Codes
 from ..errors import ExportError
 from ..sources.source import Source
 
@@ -52,6 +53,11 @@ class Weights:
                 "weights are not of this model."
             )
         return _lay_out(tensor, suffixes)
+
+    def codes(self, name: str) -> Codes | None:
+        """The matrix that the weight `name` is the transpose of, as the source keeps it in small numbers."""
+        weight, suffixes = _split(name)
+        return self._source.codes(self._which, self._names[weight]) if suffixes == [".T"] else None
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The weight `name` as it is written: contiguous pieces along its first axis, in the type of the graph.

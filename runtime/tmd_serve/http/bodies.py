@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tmd_runtime.settings import MAX_SEED, MAX_STEPS
+from tmd_runtime.settings import MAX_FPS, MAX_SEED, MAX_STEPS
 
 
 def _listed(value: Any) -> Any:
@@ -86,13 +86,15 @@ class VideoRequest(Wishes):
     )
     input_reference: ImageReference | str | None = Field(None, description="A picture to start from.")
     frames: Annotated[Whole, Field(ge=1, le=100_000)] | None = None
-    fps: Annotated[Whole, Field(ge=1, le=240)] | None = Field(None, description="Frames per second of the file.")
+    fps: Annotated[Whole, Field(ge=1, le=MAX_FPS)] | None = Field(None, description="Frames per second of the file.")
     preview: bool = Field(False, description="Send previews among the events.")
     strength: Annotated[Real, Field(gt=0, le=1)] | None = None
 
     def granted(self) -> dict[str, Any]:
         found = super().granted()
-        return found | {name: getattr(self, name) for name in ("frames", "strength") if getattr(self, name) is not None}
+        return found | {
+            name: getattr(self, name) for name in ("frames", "fps", "strength") if getattr(self, name) is not None
+        }
 
 
 class ImageRequest(Wishes):

@@ -44,7 +44,6 @@ async def create_video(
     wanted = Wanted(
         prompt=body.prompt,
         wishes=body.granted(),
-        fps=body.fps,
         seconds=body.seconds,
         preview=body.preview,
         picture=inside if upload is None else upload,

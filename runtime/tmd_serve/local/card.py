@@ -9,7 +9,7 @@ from tmd_runtime import UsageFailure
 from tmd_runtime.built_in import BUNDLES
 from tmd_runtime.sampling import family_of
 from tmd_runtime.sampling.schedule import ROPE_POSITIONS
-from tmd_runtime.settings import MAX_SEED
+from tmd_runtime.settings import MAX_FPS, MAX_SEED
 
 from .examples import EXAMPLES
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..settings import Limits
 
-MAX_FPS = 240
 _TRIED = 64
 
 
@@ -56,7 +55,7 @@ def options_of(pipeline: Pipeline, limits: Limits) -> dict[str, Any]:
             "plus": 1,
             "max": 1 if stills else limits.frames,
         },
-        "fps": {"default": default.fps, "max": MAX_FPS},
+        "fps": None if stills else {"default": default.fps, "min": 1, "max": MAX_FPS},
         "steps": {
             "default": default.steps,
             "allowed": None if free else [count for count in counts if count <= limits.steps],

@@ -94,12 +94,12 @@ class Model:
                     self._estimates.popitem(last=False)
             return self._estimates[key]
 
-    def seconds(self, settings: Settings) -> float | None:
-        """The estimated time of a run on this machine; None: unknown."""
+    def seconds(self, settings: Settings, pictured: bool) -> float | None:
+        """The estimated time of a run on this machine, which encodes a picture if `pictured`; None: unknown."""
         if not self._runs_here:
             return None
         with self._lock:
-            return self._scout.forecast.seconds(settings)
+            return self._scout.forecast.seconds(settings, pictured)
 
     def plan(self, wanted: Wanted, budget: int | None) -> Plan:
         """A request, completed and checked. Raises Refusal or UsageFailure."""
@@ -108,9 +108,8 @@ class Model:
         if len(wanted.prompt) > limits.prompt_chars:
             raise _too_much("prompt", len(wanted.prompt), limits.prompt_chars, "characters")
         wishes = {name: value for name, value in wanted.wishes.items() if value is not None}
-        fps = wanted.fps or self.manifest.video.fps
         if wanted.seconds is not None:
-            wishes["frames"] = self._frames(wanted.seconds, fps)
+            wishes["frames"] = self._frames(wanted.seconds, wishes.get("fps"))
         image = None if wanted.picture is None else self._picture(wanted.picture)
         size = start_size(self.manifest, wishes.get("size"), image)
         settings = self._scout.settings(**{**wishes, "size": size})
@@ -119,24 +118,24 @@ class Model:
         if settings.label is None and not wanted.prompt.strip():
             raise Refusal("the prompt is empty: describe the video in a few words.", param="prompt")
         self._check_limits(settings)
-        estimated, memory = self._check_cost(settings, budget)
+        estimated, memory = self._check_cost(settings, image is not None, budget)
         stored = {**wishes, "seed": settings.seed, "size": [settings.width, settings.height]}
         return Plan(
             request={
                 "prompt": wanted.prompt,
                 "wishes": stored,
-                "fps": wanted.fps,
                 "preview": wanted.preview,
                 "picture": image is not None,
             },
-            resolved=_resolved(settings, fps, wanted.preview),
+            resolved=_resolved(settings, wanted.preview),
             group=f"{self.name} {settings.width}x{settings.height}x{settings.frames} {settings.passes}",
             seconds=estimated,
             memory_bytes=memory,
         )
 
-    def _frames(self, seconds: float, fps: int) -> int:
-        """The number of frames that comes nearest to a length."""
+    def _frames(self, seconds: float, fps: int | None) -> int:
+        """The number of frames that comes nearest to a length, at `fps` or as fast as the model's videos are shown."""
+        fps = self.manifest.video.fps if fps is None else fps
         step = self.manifest.latents.temporal_stride
         return 1 + step * max(round((seconds * fps - 1) / step), 0)
 
@@ -160,7 +159,7 @@ class Model:
         if settings.deadline is not None and settings.deadline > limits.seconds:
             raise _too_much("deadline", settings.deadline, limits.seconds, "seconds")
 
-    def _check_cost(self, settings: Settings, budget: int | None) -> tuple[float | None, int]:
+    def _check_cost(self, settings: Settings, pictured: bool, budget: int | None) -> tuple[float | None, int]:
         need = self.estimate(settings).peak("low")
         if budget is not None and need > budget:
             raise Refusal(
@@ -168,7 +167,7 @@ class Model:
                 f"this server may use {budget / 1e9:.1f} GB: choose fewer frames or a smaller size.",
                 code="too_large_for_memory",
             )
-        seconds = self.seconds(settings)
+        seconds = self.seconds(settings, pictured)
         if seconds is not None and seconds > self._limits.seconds:
             raise Refusal(
                 f"this run would take about {seconds:.0f} s here, and the server allows {self._limits.seconds:g} s: "
@@ -186,14 +185,13 @@ def _too_much(param: str, value: float, most: float, unit: str) -> Refusal:
     )
 
 
-def _resolved(settings: Settings, fps: int, preview: bool) -> dict[str, Any]:
+def _resolved(settings: Settings, preview: bool) -> dict[str, Any]:
     """What the API shows of settings."""
-    names = ("seed", "steps", "inner_steps", "frames", "width", "height", "guidance", "negative_prompt", "nfe")
+    names = ("seed", "steps", "inner_steps", "frames", "width", "height", "fps", "guidance", "negative_prompt", "nfe")
     more = ("strength", "label", "deadline", "rho")
     return {
         **{name: getattr(settings, name) for name in (*names, *more)},
         "times": list(settings.times),
-        "fps": fps,
         "preview": preview,
         "warnings": list(settings.warnings),
     }

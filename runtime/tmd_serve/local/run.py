@@ -73,7 +73,7 @@ class Runner:
             negative_embeds=None if known is None else known.negative,
             on_embeds=lambda positive, negative: fresh.append(Embedded(positive, negative)),
         )
-        pipeline.forecast.learn(settings, result.stage_seconds)
+        pipeline.forecast.learn(settings, result.stage_seconds, image is not None)
         self._seconds[job.group] = result.stage_seconds
         warnings = [*result.warnings, *notes]
         if known is not None:
@@ -93,7 +93,7 @@ class Runner:
             # Only now is it known how many steps there were.
             texts.update(describe(settings.through(made.times), pipeline.manifest.model.name, prompt))
 
-        with open_video(path, job.request["fps"] or settings.fps, texts) as video:
+        with open_video(path, settings.fps, texts) as video:
             result = pipeline.run(settings, prompt, on_denoised=denoised, on_frames=video.write, **hooks)
         result.stage_seconds["file"] = video.seconds
         return result

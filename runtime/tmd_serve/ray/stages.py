@@ -113,7 +113,7 @@ class DecodeStage(Stage):
         unfinished.sweep(folder)
         prompt, pieces, seconds = job.request["prompt"], [], dict[str, float]()
         texts = describe(made, pipeline.manifest.model.name, prompt)
-        with open_video(folder / name, job.request["fps"] or settings.fps, texts) as video:
+        with open_video(folder / name, settings.fps, texts) as video:
             for piece in pipeline.decode_chunks(latents, _steps(send), seconds):
                 pieces.append(piece)
                 video.write(piece)

@@ -99,7 +99,13 @@ def test_what_cannot_be_done_is_refused_and_what_can_is_described(
 ) -> None:
     latents = np.zeros((16, 4, 6), np.float32).tobytes().hex()
     wishes = {"seed": 5, "frames": FRAMES, "width": SIZE[0], "height": SIZE[1], "init_latents": latents}
-    for changes, said in (({"strength": 0.5}, "leave the strength out"), ({"frames": 1}, "choose more frames")):
+    bad = np.full((16, 4, 6), np.nan, np.float32).tobytes().hex()
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"strength": 0.5}, "leave the strength out"),
+        ({"frames": 1}, "choose more frames"),
+        ({"init_latents": bad}, "hold NaN or Inf"),
+    ]
+    for changes, said in refused:
         answer = ask("run", bundles["euler"], engine, prompt=PROMPT, wishes=wishes | changes)
         assert answer["status"] == USAGE and said in answer["error"]
     plain = write_synthetic_bundle(tmp_path / "plain", sampler=SAMPLERS["euler"])

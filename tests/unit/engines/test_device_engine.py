@@ -191,6 +191,26 @@ def test_velocity_rules_step_on_a_device_as_on_the_host(
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntimeDeviceEngine, Recording])
+@pytest.mark.parametrize("pictured", [True, False])
+def test_a_first_frame_is_held_on_a_device_as_on_the_host(
+    tmp_path: Path, pictured: bool, kind: type[OnnxRuntimeDeviceEngine]
+) -> None:
+    sampler = velocity_sampler(guidance=3.0, steps=4)
+    bundle = Bundle.open(write_synthetic_bundle(tmp_path / "held", sampler=sampler, holds=True))
+    settings = resolve_settings(bundle.manifest, 5, frames=9, size=(48, 32))
+    given = embeds_for(bundle, settings)
+    if pictured:
+        given["init"] = np.random.default_rng(4).normal(size=(1, 16, 1, 4, 6)).astype(np.float32)
+    Recording.launches = 0
+    (host, _, seen), (device, _, seen_there) = (run_twice(bundle, settings, each, given) for each in (None, kind))
+    assert Recording.launches == (7 if kind is Recording else 0)
+    for found in (*host, *device):
+        assert np.abs(found - host[0]).max() < 1e-5
+        assert not pictured or np.array_equal(found[:, :, :1], given["init"])
+    assert len(seen) == 6 and np.abs(np.array(seen) - np.array(seen_there)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [OnnxRuntimeDeviceEngine, Recording])
 def test_jumps_on_a_device_end_where_those_of_the_host_do(tmp_path: Path, kind: type[OnnxRuntimeDeviceEngine]) -> None:
     """With steps of one row and of two, and fresh noise between them."""
     bundle = Bundle.open(write_tim_bundle(tmp_path / "tim", guidance=3.0))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from click.testing import CliRunner
+import torch
+from click.testing import CliRunner, Result
 from filelock import FileLock
 
 from tests.helpers import expert_files, lora_files
@@ -30,8 +33,12 @@ from tmd_export.loras import parse_lora
 from tmd_export.parts import TWO_TRANSFORMERS, VIDEO_PARTS
 from tmd_export.sources.experts import TwoTransformers
 from tmd_export.sources.source import built_in_folder
+from tmd_export.sources.wan import WanSource
+from tmd_ref.umt5 import UMT5Encoder
+from tmd_ref.vae import WanVAE
 
 OFFICIAL, DIFFUSERS, MANY = "Wan-AI/Wan2.1-T2V", "Wan-AI/Wan2.1-T2V-Diffusers", "Comfy-Org/Repackaged"
+SMALL: dict[str, Any] = {"text_encoder": made.TEXT, "vae": made.VAE}
 EXTRA = ("README.md", "assets/logo.png", "examples/clip.mp4", "LICENSE.txt", ".gitattributes")
 
 
@@ -347,6 +354,44 @@ def test_inspect_downloads_no_weights(hub: Hub) -> None:
     arguments = ["--checkpoint", f"hf:{OFFICIAL}", "--inspect"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 1 and "would have to be downloaded first" in result.stderr and not hub.downloads()
+
+
+def inspected(*words: str) -> Result:
+    return CliRunner().invoke(command, [*words, "--inspect", "--json"])
+
+
+def test_inspect_reads_headers_over_the_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the disk, with the name and the commit of the hub; not a byte of the values, and nothing stays of it."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    sizes = {"text_encoder": UMT5Encoder, "vae": WanVAE}
+    monkeypatch.setattr(WanSource, "_own_config", lambda _, which, kind: SMALL[which] if sizes[which] is kind else None)
+    words = ("--checkpoint", f"hf:{DIFFUSERS}")
+    result = inspected(*words)
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["source"] == f"checkpoint hf:{DIFFUSERS}@{commit_of(DIFFUSERS)}"
+    assert found["parts"] == list(VIDEO_PARTS) and found["model"] == "wan-48x3"
+    ranges = {path.rpartition("/")[2]: span for method, path, span in hub.asked if method == "GET" and span}
+    weights = {path.name for path in hub.repos[DIFFUSERS].rglob("*.safetensors")}
+    assert set(ranges) == weights and set(ranges.values()) == {"bytes=0-100000"}
+    cached = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() or path.is_symlink()}
+    assert not weights & cached and not list((tmp_path / "temporary").iterdir())
+    local(f"hf:{DIFFUSERS}")
+    assert json.loads(inspected(*words).stdout) == found
+
+
+def test_what_a_header_does_not_tell_has_to_be_downloaded(hub: Hub, tmp_path: Path) -> None:
+    state = made.models().state("transformer")
+    quantised = {**state, "blocks.0.ffn.0.comfy_quant": torch.zeros(4, dtype=torch.uint8)}
+    saved_in(tmp_path / "odd" / "quantised.safetensors", quantised)
+    (tmp_path / "odd" / "damaged.safetensors").write_bytes(b"\x10" + bytes(7) + b"no header at all")
+    hub.repos["some/odd"] = tmp_path / "odd"
+    for file, message in (
+        ("quantised", "says in the values of tensors how it is stored"),
+        ("damaged", "is no safetensors file"),
+    ):
+        result = CliRunner().invoke(command, ["--checkpoint", f"hf:some/odd/{file}.safetensors", "--inspect"])
+        assert result.exit_code == 1 and message in result.stderr, result.stderr
 
 
 def test_the_command_exports_what_it_downloaded(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,7 @@ def test_what_cannot_be_is_said_in_a_sentence(pipeline: Pipeline, bundles: dict[
         ({"image": PICTURE.astype(float)}, r"must be uint8 \[height, width, 3\], not float64"),
         ({"image": PICTURE[..., 0]}, r"not uint8 \[32, 48\]"),
         ({"init_latents": clip}, r"latents are \[1, 16, 3, 4, 6\], and this run takes \[1, 16, 1, 4, 6\]"),
+        ({"init_latents": np.full_like(first, np.nan)}, "latents hold NaN or Inf: encode the picture again"),
         ({"init_latents": first, "size": (64, 64)}, r"this run takes \[1, 16, 1, 8, 8\]"),
         ({"image": PICTURE, "rho": 0.5}, "rho is for Transition Models"),
     ]

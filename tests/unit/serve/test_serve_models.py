@@ -8,13 +8,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.helpers.serving import a_job
+from tests.helpers.synthetic import GRAPHS, velocity_sampler, write_synthetic_bundle
+from tests.helpers.synthetic_tim import write_tim_bundle
 from tmd_runtime import RuntimeFailure, UsageFailure
+from tmd_runtime.command.cli import command as tmd_run
 from tmd_runtime.files.png import png
 from tmd_serve.errors import Refusal
 from tmd_serve.executor import Wanted
-from tmd_serve.files import DataFolder
+from tmd_serve.files import PICTURE, DataFolder
 from tmd_serve.jobs import Job, Progress
 from tmd_serve.local.embeds import Embedded, EmbedsCache
 from tmd_serve.local.library import Library
@@ -46,7 +50,7 @@ def test_a_card_offers_what_the_family_grants_and_nothing_else(tiny: Model, stil
     for option in ("negative_prompt", "schedule", "deadline", "rho", "image"):
         assert (video[option], image[option]) == (False, True), option
     assert video["frames"] == {"default": 17, "multiple": 4, "plus": 1, "max": 161}
-    assert image["frames"]["max"] == 1
+    assert (image["frames"]["max"], image["fps"], video["fps"]["default"]) == (1, None, 8)
     for model in (tiny, stills):
         for side in ("width", "height"):
             option = model.card.options[side]
@@ -71,7 +75,7 @@ def test_a_plan_holds_its_seed_and_size_so_that_a_second_run_is_the_same(tiny: M
 
 @pytest.mark.parametrize(("seconds", "fps", "frames"), [(2, None, 17), (4, None, 33), (0.01, None, 1), (1, 16, 17)])
 def test_seconds_are_the_nearest_number_of_frames(tiny: Model, seconds: float, fps: int | None, frames: int) -> None:
-    resolved = tiny.plan(Wanted(RED, seconds=seconds, fps=fps), None).resolved
+    resolved = tiny.plan(Wanted(RED, {} if fps is None else {"fps": fps}, seconds=seconds), None).resolved
     assert (resolved["frames"], resolved["fps"]) == (frames, fps or 8)
 
 
@@ -83,7 +87,7 @@ def test_seconds_are_the_nearest_number_of_frames(tiny: Model, seconds: float, f
         ({"steps": 7}, "does not do 7 steps"),
         ({"size": (63, 64)}, "cannot be made"),
         ({"deadline": 1.0}, "none: choose the number"),
-        ({"strength": 0.5}, "this is none"),
+        ({"strength": 0.5}, "does neither"),
     ],
 )
 def test_what_a_model_or_the_server_does_not_do_is_refused(tiny: Model, wishes: dict[str, Any], error: str) -> None:
@@ -233,7 +237,7 @@ def test_fps_and_previews_do_what_they_say(tiny: Model, tmp_path: Path) -> None:
 
     files, previews = DataFolder(tmp_path), list[bytes]()
     runner = Runner({"tiny": tiny}, Library(None), files, EmbedsCache())
-    job = job_of(tiny, Wanted(RED, {"seed": 3, "frames": 5, "steps": 3}, fps=24, preview=True))
+    job = job_of(tiny, Wanted(RED, {"seed": 3, "frames": 5, "steps": 3, "fps": 24}, preview=True))
     result = runner.make(job, lambda _: True, previews.append)
     runner.close()
     assert len(previews) == 2 and all(preview.startswith(b"\x89PNG") for preview in previews)
@@ -270,3 +274,41 @@ def test_a_bundle_that_cannot_make_a_video_is_refused_at_the_start(synthetic_bun
     path.write_text(json.dumps(manifest))
     with pytest.raises(RuntimeFailure, match="no graph decoder_first"):
         Model("half", synthetic_bundle, EngineOptions(), Limits())
+
+
+def test_a_picture_becomes_the_first_frame_and_a_cached_negative_prompt_changes_nothing(tmp_path: Path) -> None:
+    """Of a model that holds it and takes guidance: the file is that of `tmd-run`, also when the prompts are cached."""
+    sampler = velocity_sampler(rule="unipc", steps=2, guidance=3.0, negative_prompt="a blue square")
+    bundle = write_synthetic_bundle(tmp_path / "held", ("encoder", *GRAPHS), sampler, holds=True)
+    model, files = Model("held", bundle, EngineOptions(threads=1), Limits()), DataFolder(tmp_path)
+    assert model.card.options["image"] and model.card.options["strength"] is None
+    picture = tmp_path / "start.png"
+    picture.write_bytes(png(np.random.default_rng(5).integers(0, 256, (30, 50, 3), np.uint8)))
+    runner = Runner({"held": model}, Library(None), files, EmbedsCache())
+    made = []
+    for _ in range(2):
+        wanted = Wanted("a red circle", {"seed": 4, "frames": 5}, picture=picture.read_bytes())
+        job = job_of(model, wanted)
+        files.write(job.id, PICTURE, picture.read_bytes())
+        made.append(files.folder(job.id) / runner.make(job, lambda _: True, lambda _: None)["file"])
+    assert (runner.embeds.hits, runner.embeds.misses) == (1, 1)
+    runner.close()
+    out = tmp_path / "out.mp4"
+    options = ["--bundle", bundle, "--prompt", "a red circle", "--seed", 4, "--frames", 5, "--threads", 1]
+    done = CliRunner().invoke(tmd_run, [str(part) for part in [*options, "--image", picture, "--out", out, "--quiet"]])
+    assert done.exit_code == 0, done.output
+    assert [path.read_bytes() for path in made] == [out.read_bytes()] * 2
+
+
+def test_a_model_of_classes_takes_a_label_and_no_prompt(tmp_path: Path) -> None:
+    model = Model("numbers", write_tim_bundle(tmp_path / "classes", classes=True), EngineOptions(threads=1), Limits())
+    options = model.card.options
+    assert options["label"] and options["num_classes"] >= 2 and not options["negative_prompt"]
+    for wanted, error in ((Wanted("a cat", {"label": 1}), "takes no prompt"), (Wanted(), "choose a class")):
+        with pytest.raises(UsageFailure, match=error):
+            model.plan(wanted, None)
+    runner = Runner({"numbers": model}, Library(None), DataFolder(tmp_path), EmbedsCache())
+    job = job_of(model, Wanted(wishes={"label": 1, "seed": 2, "steps": 2}))
+    assert runner.make(job, lambda _: True, lambda _: None)["type"] == "image/png"
+    assert job.resolved["label"] == 1
+    runner.close()

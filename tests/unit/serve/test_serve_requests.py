@@ -26,7 +26,16 @@ def refused(answer: Any, status: int = 400, code: str | None = None, param: str 
 
 
 def test_json_and_form_ask_for_the_same(place: Place) -> None:
-    fields = {"prompt": "x", "size": "64x48", "frames": 5, "steps": 2, "guidance": 1.5, "seed": 7, "preview": True}
+    fields = {
+        "prompt": "x",
+        "size": "64x48",
+        "frames": 5,
+        "fps": 12,
+        "steps": 2,
+        "guidance": 1.5,
+        "seed": 7,
+        "preview": True,
+    }
     by_json = place.client.post("/v1/videos", json={**fields, "schedule": [1, 0.5, 0]})
     by_form = place.client.post("/v1/videos", data={**fields, "preview": "true", "schedule": "1,0.5,0"})
     assert by_json.status_code == by_form.status_code == 200
@@ -39,6 +48,7 @@ def test_json_and_form_ask_for_the_same(place: Place) -> None:
         "schedule": [1, 0.5, 0],
         "size": (64, 48),
         "frames": 5,
+        "fps": 12,
     }
 
 

@@ -106,6 +106,9 @@ class _Wan(Family):
         if second and manifest.sampler.boundary is None:  # type: ignore[attr-defined]
             raise ValueError(f"graph '{second[0]}' needs a sampler.boundary, which says when it takes over")
 
+    def describe_model(self, model: HoldingModel) -> str:
+        return super().describe_model(model) + (", takes a picture as the first frame" if model.first_frame else "")
+
     def calls(self, steps: int, inner_steps: int, passes: int) -> Calls:
         return Calls(steps * passes, steps * passes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tmd_engines.errors import quote
 
 from ...errors import ExportError
-from ..mapped import Entry, Packed, Tensors
+from ..mapped import Codes, Entry, Packed, Tensors
 from .rows import by_rows
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -96,4 +96,7 @@ def scaled(layer: Layer, scale: str, dtypes: tuple[str, ...], parts: tuple[str, 
         values = stored.reshape(rows, *entry.shape[1:])
         return by_rows(values.shape, lambda some: values[some].float() * factor[some]).reshape(entry.shape)
 
-    return Packed(Entry(entry.shape, "bfloat16"), layer.form, (layer.weight, scale, *parts), read)
+    def codes() -> Codes:
+        return Codes(layer.tensors.read_stored(layer.weight), layer.numbers(scale).reshape(-1).expand(rows))
+
+    return Packed(Entry(entry.shape, "bfloat16"), layer.form, (layer.weight, scale, *parts), read, codes)

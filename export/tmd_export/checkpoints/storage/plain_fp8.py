@@ -6,9 +6,10 @@ an unknown kind is in the file, that is named as a tensor that does not belong t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..mapped import Entry, Packed, Tensors
+from ..mapped import Codes, Entry, Packed, Tensors
 from .format import FP8, StorageFormat
 from .rows import by_rows
 
@@ -26,4 +27,7 @@ def _cast(tensors: Tensors, name: str) -> Packed:
         values = tensors.read_stored(name).reshape(rows)
         return by_rows(rows, lambda some: values[some].float()).reshape(entry.shape)
 
-    return Packed(Entry(entry.shape, "bfloat16"), f"fp8 without scales ({entry.dtype})", (name,), read)
+    def codes() -> Codes:
+        return Codes(tensors.read_stored(name), torch.ones(rows[0]))
+
+    return Packed(Entry(entry.shape, "bfloat16"), f"fp8 without scales ({entry.dtype})", (name,), read, codes)

@@ -66,6 +66,9 @@ Start start_of(Pipeline& pipeline, const tmd_run_options& options, const Setting
                      : "to start from a picture, set a strength: 0.3 changes little of it, 1 everything.");
   Start start;
   start.picture = options.init_latents;
+  if (start.picture &&
+      !all_finite(start.picture, settings.latents_count() / static_cast<std::size_t>(settings.latent_frames)))
+    refuse_usage("the picture's latents hold NaN or Inf: encode the picture again.");
   if (!options.on_preview) return start;
   if (pipeline.one_after_the_other())
     fail_run(
