@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import tmd_runtime
 from tmd_engines.registry import engine_names
 from tmd_runtime.memory import MODES
+from tmd_runtime.sampling import family_of
+from tmd_runtime.sampling.family import FIRST_FRAME
 from tmd_runtime.settings import MAX_SEED, MAX_STEPS
 
 from . import host, values
@@ -81,8 +83,8 @@ class TMDSampler:
     RETURN_NAMES = ("latents",)
     FUNCTION = "sample"
     DESCRIPTION = (
-        "Makes the latents of a video or still. 0 leaves a setting to the model. With latents connected the run starts "
-        "from them, as far as strength says, where the model can."
+        "Makes the latents of a video or still. 0 leaves a setting to the model. Latents of a picture are what a run "
+        "starts from, as far as strength says, or the first frame that it holds, whichever the model does."
     )
 
     @classmethod
@@ -135,7 +137,9 @@ class TMDSampler:
         }
         if start is not None:
             stride = bundle.manifest.latents.spatial_stride
-            wishes |= {"size": (start.shape[4] * stride, start.shape[3] * stride), "strength": strength}
+            wishes["size"] = (start.shape[4] * stride, start.shape[3] * stride)
+            if family_of(bundle.manifest).takes_picture(bundle.manifest) != FIRST_FRAME:
+                wishes["strength"] = strength
         elif width or height:
             wishes["size"] = (width or video.width, height or video.height)
         settings = bundle.settings(seed=seed, **wishes)

@@ -119,6 +119,9 @@ class _InFile(Weights):
         # Private pages: torch warns of arrays that cannot be written, although nothing is.
         return torch.from_numpy(np.memmap(tensor.path, np.float32, "c", tensor.offset or 0, shape))
 
+    def codes(self, name: str) -> None:
+        """None: a written graph has no numbers of the checkpoint."""
+
     def _tensor(self, name: str) -> ir.TensorProtocol:
         tensor = self._values[name]
         if tensor is None:

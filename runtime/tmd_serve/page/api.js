@@ -26,7 +26,11 @@ async function send(path, options = {}) {
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
   const { message, param, code } = body?.error ?? {};
-  throw new ServerError(sentence(message ?? `The server answered ${answer.status}.`), { status: answer.status, param, code });
+  throw new ServerError(sentence(message ?? `The server answered ${answer.status}.`), {
+    status: answer.status,
+    param,
+    code,
+  });
 }
 
 /** The server's messages go on behind a name, so they begin small. */

@@ -7,6 +7,7 @@ import { Jobs } from "./jobs.js";
 import { card, isCancelled, jobRow, openCompare, openViewer, updateCard, updateJob } from "./views.js";
 
 const THEME = "tmd-theme";
+const GONE = "The server does not answer.";
 const at = (id) => document.getElementById(id);
 
 let form = null;
@@ -39,7 +40,12 @@ const actions = {
   },
 };
 
-const slug = (text) => text.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60) || "video";
+const slug = (text) =>
+  text
+    .toLowerCase()
+    .match(/[\p{L}\p{N}]+/gu)
+    ?.join("-")
+    .slice(0, 60) || "video";
 
 async function attempt(act) {
   try {
@@ -60,7 +66,12 @@ function tellError(error) {
 // ---- what is on the screen
 
 function draw() {
-  drawList(at("jobs"), jobs.unfinished, (video) => jobRow(video, { onCancel: cancel }), (row, video) => updateJob(row, video, jobs.previews.get(video.id)));
+  drawList(
+    at("jobs"),
+    jobs.unfinished,
+    (video) => jobRow(video, { onCancel: cancel }),
+    (row, video) => updateJob(row, video, jobs.previews.get(video.id)),
+  );
   drawList(at("results"), jobs.finished, (video) => card(video, actions), updateCard);
   at("queue").hidden = jobs.unfinished.length === 0;
   at("queue-count").textContent = jobs.unfinished.length || "";
@@ -118,7 +129,9 @@ function tellOnline(yes, error) {
   at("status-text").textContent = yes ? "Ready" : "Offline";
   if (error?.status === 401) return askKey(error);
   at("banner").hidden = yes;
-  at("banner").textContent = yes ? "" : `${error?.message ?? "The server does not answer."} What it has accepted is kept; this page tries again by itself.`;
+  at("banner").textContent = yes
+    ? ""
+    : `${error?.message ?? GONE} What it has accepted is kept; this page tries again by itself.`;
   if (yes && !form) start();
 }
 
@@ -163,7 +176,7 @@ async function submit(wishes, picture) {
   } catch (error) {
     if (error.status === 401) askKey(error);
     else {
-      if (error.offline) error.message = "The server does not answer. Nothing is lost: send it again when it is back.";
+      if (error.offline) error.message = `${GONE} Nothing is lost: send it again when it is back.`;
       form.fail(error);
     }
   } finally {
@@ -175,7 +188,14 @@ async function submit(wishes, picture) {
 
 function askKey(error) {
   if (at("key").open) return;
-  const input = h("input", { type: "password", id: "key-input", name: "key", autocomplete: "off", required: true, spellcheck: "false" });
+  const input = h("input", {
+    type: "password",
+    id: "key-input",
+    name: "key",
+    autocomplete: "off",
+    required: true,
+    spellcheck: "false",
+  });
   const wrong = api.storedKey() ? h("p", { class: "problem", role: "alert" }, error.message) : null;
   const enter = (event) => {
     event.preventDefault();
@@ -188,19 +208,46 @@ function askKey(error) {
   openDialog(
     "key",
     dialogHead("key", "API key"),
-    h("form", { onsubmit: enter }, h("p", {}, "This server asks for a key. It stays in this tab until you close it."), wrong, h("div", { class: "field" }, h("label", { for: "key-input" }, "Key"), input), h("div", { class: "send" }, h("button", { class: "primary" }, "Go on"))),
+    h(
+      "form",
+      { onsubmit: enter },
+      h("p", {}, "This server asks for a key. It stays in this tab until you close it."),
+      wrong,
+      h("div", { class: "field" }, h("label", { for: "key-input" }, "Key"), input),
+      h("div", { class: "send" }, h("button", { class: "primary" }, "Go on")),
+    ),
   );
   input.focus();
 }
 
 const SHORTCUTS = [
-  ["/", "To the prompt"], ["Enter", "Send the prompt; with Shift a new line"], ["j  k", "Next and previous result"], ["o", "Open it"],
-  ["r", "Take it up again"], ["c", "Choose it to compare"], ["v", "Compare the two that are chosen"], ["s", "Save it"],
-  ["Delete", "Delete it, at the second press"], ["x", "Cancel what is being made"], ["?", "This list"], ["Esc", "Close"],
+  ["/", "To the prompt"],
+  ["Enter", "Send the prompt; with Shift a new line"],
+  ["j  k", "Next and previous result"],
+  ["o", "Open it"],
+  ["r", "Take it up again"],
+  ["c", "Choose it to compare"],
+  ["v", "Compare the two that are chosen"],
+  ["s", "Save it"],
+  ["Delete", "Delete it, at the second press"],
+  ["x", "Cancel what is being made"],
+  ["?", "This list"],
+  ["Esc", "Close"],
 ];
 
 function help() {
-  const rows = SHORTCUTS.map(([keys, words]) => h("div", {}, h("dt", {}, keys.split("  ").map((key) => h("kbd", {}, key))), h("dd", {}, words)));
+  const rows = SHORTCUTS.map(([keys, words]) =>
+    h(
+      "div",
+      {},
+      h(
+        "dt",
+        {},
+        keys.split("  ").map((key) => h("kbd", {}, key)),
+      ),
+      h("dd", {}, words),
+    ),
+  );
   openDialog("help", dialogHead("help", "Keyboard"), h("dl", { class: "shortcuts" }, rows));
 }
 

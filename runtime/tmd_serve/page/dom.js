@@ -1,6 +1,6 @@
 // Elements, icons and words. Nothing here knows of videos or of the server.
 
-/** An element: `h("button", { class: "x", onclick: f, "aria-label": "y" }, child, "text", ...)`. Null children vanish. */
+/** An element: `h("button", { class: "x", onclick: f }, child, "text", ...)`. Children that are null vanish. */
 export function h(tag, props = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props ?? {})) {
@@ -38,7 +38,11 @@ export function icon(name) {
 
 /** A button with an icon, whose words are for screen readers and for whoever waits over it. */
 export function iconButton(name, label, onclick, more = {}) {
-  return h("button", { type: "button", class: "tool", title: label, "aria-label": label, onclick, ...more }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "tool", title: label, "aria-label": label, onclick, ...more },
+    icon(name),
+  );
 }
 
 /** "about 4 s", "about 2 min". */

@@ -1,6 +1,7 @@
 // The form of one video: only what the chosen model has, from its card in /v1/models.
 
 import { h, icon, iconButton, plural } from "./dom.js";
+import { field, moreFields, number, shapeFields } from "./fields.js";
 
 const DRAFT = "tmd-draft";
 
@@ -26,7 +27,7 @@ export function makeForm(form, models, onSubmit) {
       examplesOf(card),
       models.length > 1 ? modelField() : null,
       card.image ? pictureField(card) : null,
-      shapeFields(card),
+      shapeFields(model),
       moreFields(card),
     ];
     form.replaceChildren(...parts.filter(Boolean));
@@ -36,11 +37,23 @@ export function makeForm(form, models, onSubmit) {
 
   function promptField(card) {
     if (card.label) {
-      return field("label", "Class", number("label", { min: 0, max: card.num_classes - 1, value: 0 }), `0 to ${card.num_classes - 1}`);
+      return field(
+        "label",
+        "Class",
+        number("label", { min: 0, max: card.num_classes - 1, value: 0 }),
+        `0 to ${card.num_classes - 1}`,
+      );
     }
     const area = h("textarea", {
-      id: "prompt", name: "prompt", rows: "3", maxlength: String(card.prompt.max_chars), autocomplete: "off",
-      spellcheck: "true", placeholder: card.examples[0] ?? "What to show", "aria-describedby": "problem", enterkeyhint: "send",
+      id: "prompt",
+      name: "prompt",
+      rows: "3",
+      maxlength: String(card.prompt.max_chars),
+      autocomplete: "off",
+      spellcheck: "true",
+      placeholder: card.examples[0] ?? "What to show",
+      "aria-describedby": "problem",
+      enterkeyhint: "send",
     });
     area.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -53,8 +66,15 @@ export function makeForm(form, models, onSubmit) {
 
   function examplesOf(card) {
     if (!card.examples.length) return null;
-    const rows = card.examples.map((text) => h("li", {}, h("button", { type: "button", class: "example", onclick: () => pick(text) }, text)));
-    return h("div", { class: "examples" }, h("p", { id: "examples-title" }, "What this model can draw"), h("ul", { "aria-labelledby": "examples-title" }, rows));
+    const rows = card.examples.map((text) =>
+      h("li", {}, h("button", { type: "button", class: "example", onclick: () => pick(text) }, text)),
+    );
+    return h(
+      "div",
+      { class: "examples" },
+      h("p", { id: "examples-title" }, "What this model can draw"),
+      h("ul", { "aria-labelledby": "examples-title" }, rows),
+    );
   }
 
   function pick(text) {
@@ -67,7 +87,13 @@ export function makeForm(form, models, onSubmit) {
     const select = h(
       "select",
       { id: "model", name: "model" },
-      models.map((one) => h("option", { value: one.id, selected: one === model }, `${one.id} (${one.tmd.kind === "image" ? "stills" : "videos"})`)),
+      models.map((one) =>
+        h(
+          "option",
+          { value: one.id, selected: one === model },
+          `${one.id} (${one.tmd.kind === "image" ? "stills" : "videos"})`,
+        ),
+      ),
     );
     select.addEventListener("change", () => {
       saveDraft();
@@ -83,39 +109,13 @@ export function makeForm(form, models, onSubmit) {
     return field("model", "Model", select);
   }
 
-  function shapeFields(card) {
-    const { frames, fps } = card;
-    const rows = [
-      h(
-        "div",
-        { class: "field" },
-        h("label", { for: "width" }, "Size in pixels"),
-        h(
-          "div",
-          { class: "pair" },
-          number("width", { min: card.width.multiple, max: card.width.max, step: card.width.multiple, value: card.width.default, "aria-label": "Width in pixels" }),
-          h("span", { "aria-hidden": "true" }, "×"),
-          number("height", { min: card.height.multiple, max: card.height.max, step: card.height.multiple, value: card.height.default, "aria-label": "Height in pixels" }),
-        ),
-      ),
-    ];
-    if (card.kind === "video") {
-      const most = frames.max - ((frames.max - frames.plus) % frames.multiple);
-      rows.push(
-        h(
-          "div",
-          { class: "field wide" },
-          h("div", { class: "between" }, h("label", { for: "frames" }, "Length"), h("output", { class: "hint", id: "length", for: "frames fps" })),
-          h("input", { type: "range", id: "frames", name: "frames", min: String(frames.plus), max: String(Math.max(most, frames.default)), step: String(frames.multiple), value: String(frames.default) }),
-        ),
-      );
-      rows.splice(1, 0, field("fps", "Frames per second", number("fps", { min: 1, max: fps.max, value: fps.default })));
-    }
-    return h("div", { class: "field" }, h("div", { class: "row" }, rows), h("p", { class: "hint" }, summary(model)));
-  }
-
   function pictureField(card) {
-    const input = h("input", { type: "file", id: "picture", accept: "image/png,image/jpeg,image/webp,image/bmp,image/tiff", class: "sr" });
+    const input = h("input", {
+      type: "file",
+      id: "picture",
+      accept: "image/png,image/jpeg,image/webp,image/bmp,image/tiff",
+      class: "sr",
+    });
     const show = h("div", { class: "picture" });
     const draw = () => {
       show.replaceChildren(
@@ -131,7 +131,11 @@ export function makeForm(form, models, onSubmit) {
       draw();
     };
     const strength = card.strength
-      ? field("strength", "How much of it changes", number("strength", { min: 0.01, max: card.strength.max, step: 0.01, value: card.strength.default }))
+      ? field(
+          "strength",
+          "How much of it changes",
+          number("strength", { min: 0.01, max: card.strength.max, step: 0.01, value: card.strength.default }),
+        )
       : h("span");
     input.addEventListener("change", () => take(input.files[0] ?? null));
     const drop = h("label", { class: "drop", for: "picture" }, input, show);
@@ -145,50 +149,6 @@ export function makeForm(form, models, onSubmit) {
     return h("div", { class: "field" }, drop, strength);
   }
 
-  function moreFields(card) {
-    const rows = [seedField(card), stepsField("steps", "Steps", card.steps)];
-    if (card.inner_steps) rows.push(stepsField("inner_steps", "Inner steps", card.inner_steps));
-    if (card.guidance) {
-      const { min, max } = card.guidance;
-      rows.push(field("guidance", "Guidance", number("guidance", { min, max, step: 0.1, value: card.guidance.default }), "1 switches it off"));
-    }
-    if (card.shift) rows.push(field("shift", "Shift", number("shift", { min: 1, max: 1000, step: 0.1, placeholder: "the model's" })));
-    if (card.rho) rows.push(field("rho", "Fresh noise", number("rho", { min: 0, max: 10, step: 0.05, placeholder: "0" })));
-    if (card.deadline) rows.push(field("deadline", "Seconds for the steps", number("deadline", { min: 0.1, max: 86400, step: 0.1, placeholder: "no limit" })));
-    const wide = [];
-    if (card.negative_prompt) {
-      wide.push(field("negative_prompt", "What to steer away from", h("input", { type: "text", id: "negative_prompt", name: "negative_prompt", autocomplete: "off" })));
-    }
-    if (card.schedule) {
-      wide.push(field("schedule", "Times of the steps", h("input", { type: "text", id: "schedule", name: "schedule", placeholder: "1, 0.6, 0.2, 0", inputmode: "decimal", autocomplete: "off" }), "In the place of steps, from 1 to 0"));
-    }
-    return h(
-      "details",
-      { class: "settings" },
-      h("summary", {}, "Settings"),
-      h("div", { class: "row" }, rows),
-      wide,
-      card.preview
-        ? h("label", { class: "check" }, h("input", { type: "checkbox", name: "preview", id: "preview", checked: true }), "Show each step while it is made")
-        : null,
-    );
-  }
-
-  function seedField(card) {
-    const input = number("seed", { min: card.seed.min, max: card.seed.max, placeholder: "random" });
-    const roll = () => {
-      input.value = String(Math.floor(Math.random() * (card.seed.max + 1)));
-      saveDraft();
-    };
-    return h("div", { class: "field" }, h("label", { for: "seed" }, "Seed"), h("div", { class: "pair" }, input, iconButton("dice", "A random seed", roll)));
-  }
-
-  function stepsField(name, title, { allowed, max, default: usual }) {
-    if (!allowed) return field(name, title, number(name, { min: 1, max, value: usual }));
-    const options = allowed.map((count) => h("option", { value: String(count), selected: count === usual }, String(count)));
-    return field(name, title, h("select", { id: name, name }, options));
-  }
-
   function setValue(name, text) {
     const element = form.elements[name];
     if (!element || element.type === "file") return;
@@ -198,7 +158,7 @@ export function makeForm(form, models, onSubmit) {
 
   function lengthText() {
     const output = form.querySelector("#length");
-    if (output) output.value = `${plural(Number(value("frames")), "frame")}, ${(Number(value("frames")) / Number(value("fps") || 1)).toFixed(1)} s`;
+    if (output) output.value = lengthOf(Number(value("frames")), Number(value("fps") || 1));
   }
 
   /** What the server shall get: settings that differ from the model's own, and empty ones left out. */
@@ -215,7 +175,10 @@ export function makeForm(form, models, onSubmit) {
     if (value("negative_prompt").trim()) found.negative_prompt = value("negative_prompt").trim();
     if (picture && form.elements.strength) found.strength = Number(value("strength"));
     if (value("schedule").trim()) {
-      found.schedule = value("schedule").split(/[\s,]+/).filter(Boolean).map(Number);
+      found.schedule = value("schedule")
+        .split(/[\s,]+/)
+        .filter(Boolean)
+        .map(Number);
       delete found.steps;
     }
     if (found.guidance === card.guidance?.default) delete found.guidance;
@@ -223,7 +186,8 @@ export function makeForm(form, models, onSubmit) {
     return found;
   }
 
-  const sizeIsOwn = (card) => Number(value("width")) === card.width.default && Number(value("height")) === card.height.default;
+  const sizeIsOwn = (card) =>
+    Number(value("width")) === card.width.default && Number(value("height")) === card.height.default;
 
   function problem(text, name = null) {
     const line = form.querySelector("#problem");
@@ -244,7 +208,8 @@ export function makeForm(form, models, onSubmit) {
 
   function saveDraft() {
     for (const element of form.elements) {
-      if (element.name && element.name !== "model") kept[element.name] = element.type === "checkbox" ? element.checked : element.value;
+      if (element.name && element.name !== "model")
+        kept[element.name] = element.type === "checkbox" ? element.checked : element.value;
     }
     sessionStorage.setItem(DRAFT, JSON.stringify({ model: model.id, values: kept }));
   }
@@ -271,7 +236,14 @@ export function makeForm(form, models, onSubmit) {
       if (made) model = made;
       for (const name of Object.keys(kept)) delete kept[name];
       const { tmd } = video;
-      Object.assign(kept, { prompt: video.prompt, seed: tmd.seed, frames: tmd.frames, fps: tmd.fps, width: tmd.width, height: tmd.height });
+      Object.assign(kept, {
+        prompt: video.prompt,
+        seed: tmd.seed,
+        frames: tmd.frames,
+        fps: tmd.fps,
+        width: tmd.width,
+        height: tmd.height,
+      });
       for (const name of ["steps", "inner_steps", "guidance", "strength", "label", "rho", "deadline"]) {
         if (tmd[name] !== null && tmd[name] !== undefined) kept[name] = tmd[name];
       }
@@ -296,25 +268,6 @@ export function makeForm(form, models, onSubmit) {
   };
 }
 
-function number(name, { min, max, step = 1, value = null, placeholder = null, ...more }) {
-  const text = (one) => (one === null || one === undefined ? null : String(one));
-  return h("input", {
-    type: "number", id: name, name, min: text(min), max: text(max), step: text(step), value: text(value), placeholder,
-    inputmode: Number.isInteger(step) ? "numeric" : "decimal", ...more,
-  });
-}
-
-function field(name, title, element, hint = null) {
-  if (hint) element.setAttribute("aria-describedby", `${name}-hint`);
-  return h("div", { class: "field" }, h("label", { for: name }, title), element, hint ? h("p", { class: "hint", id: `${name}-hint` }, hint) : null);
-}
-
-function summary({ id, tmd: { kind, width, height, frames, fps, steps } }) {
-  const size = `${width.default}×${height.default}`;
-  const made = kind === "image" ? `stills of ${size}` : `${plural(frames.default, "frame")} of ${size} at ${fps.default} per second`;
-  return `${id} was made for ${made}, in ${plural(steps.default, "step")}.`;
-}
-
 function readDraft() {
   try {
     return JSON.parse(sessionStorage.getItem(DRAFT)) ?? {};
@@ -322,3 +275,5 @@ function readDraft() {
     return {};
   }
 }
+
+const lengthOf = (frames, fps) => `${plural(frames, "frame")}, ${(frames / fps).toFixed(1)} s`;

@@ -27,7 +27,9 @@ export class Jobs {
   /** Videos that are waiting or being made, in the order in which they will be done. */
   get unfinished() {
     const running = (video) => (video.status === "in_progress" ? 0 : 1);
-    return this.sorted((video) => !api.isOver(video)).sort((a, b) => running(a) - running(b) || a.created_at - b.created_at || this.place(a) - this.place(b));
+    return this.sorted((video) => !api.isOver(video)).sort(
+      (a, b) => running(a) - running(b) || a.created_at - b.created_at || this.place(a) - this.place(b),
+    );
   }
 
   /** Videos that are over, the newest first. */
@@ -86,7 +88,8 @@ export class Jobs {
     const before = this.all.get(video.id);
     this.counter += 1;
     video.order = before?.order ?? (old ? -this.counter : this.counter);
-    if (before?.status === "in_progress" && video.status === "in_progress") video.progress = Math.max(video.progress, before.progress);
+    if (before?.status === "in_progress" && video.status === "in_progress")
+      video.progress = Math.max(video.progress, before.progress);
     this.all.set(video.id, video);
     if (before && !api.isOver(before) && api.isOver(video)) {
       this.previews.delete(video.id);
@@ -107,10 +110,12 @@ export class Jobs {
       if (this.streams.has(id)) continue;
       const stop = new AbortController();
       this.streams.set(id, stop);
-      api.watch(id, (name, data) => this.heard(id, name, data), stop.signal).finally(() => {
-        this.streams.delete(id);
-        this.refresh();
-      });
+      api
+        .watch(id, (name, data) => this.heard(id, name, data), stop.signal)
+        .finally(() => {
+          this.streams.delete(id);
+          this.refresh();
+        });
     }
   }
 

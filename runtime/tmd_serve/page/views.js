@@ -5,8 +5,14 @@ import { about, ago, dialogHead, duration, h, icon, iconButton, openDialog } fro
 
 const SMALL = 200; // pixels; below, a frame is enlarged with its pixels as they are
 const STAGES = {
-  load: "Loading the model", text: "Reading the prompt", encode: "Reading the picture", noise: "Drawing noise",
-  backbone: "Step", flow_head: "Step", decode: "Decoding", file: "Writing the file",
+  load: "Loading the model",
+  text: "Reading the prompt",
+  encode: "Reading the picture",
+  noise: "Drawing noise",
+  backbone: "Step",
+  flow_head: "Step",
+  decode: "Decoding",
+  file: "Writing the file",
 };
 
 export const isCancelled = (video) => video.error?.code === "cancelled";
@@ -27,7 +33,16 @@ export function jobRow(video, { onCancel }) {
       h("p", { class: "state" }),
       h("progress", { max: 100, value: 0, "aria-label": `Progress of ${title(video)}` }),
     ),
-    h("button", { type: "button", class: "plain small cancel", "aria-label": `Cancel: ${title(video)}`, onclick: () => onCancel(video) }, "Cancel"),
+    h(
+      "button",
+      {
+        type: "button",
+        class: "plain small cancel",
+        "aria-label": `Cancel: ${title(video)}`,
+        onclick: () => onCancel(video),
+      },
+      "Cancel",
+    ),
   );
   updateJob(row, video);
   return row;
@@ -39,7 +54,12 @@ export function updateJob(row, video, preview = null) {
   row.classList.toggle("waiting", video.status === "queued");
   if (video.status === "queued") {
     const { queue_position: place, estimated_seconds: seconds } = video.tmd;
-    row.querySelector(".state").textContent = [place ? `Waiting, ${place} before it` : "Next", seconds ? `takes ${about(seconds)}` : ""].filter(Boolean).join(" · ");
+    row.querySelector(".state").textContent = [
+      place ? `Waiting, ${place} before it` : "Next",
+      seconds ? `takes ${about(seconds)}` : "",
+    ]
+      .filter(Boolean)
+      .join(" · ");
     bar.value = 0;
   } else {
     bar.value = video.progress;
@@ -55,7 +75,10 @@ export function updateJob(row, video, preview = null) {
 function stateOf({ progress, tmd }) {
   const stage = STAGES[tmd.stage] ?? "Starting";
   const inner = tmd.stage === "flow_head" ? tmd.inner_steps : 1; // which it counts one by one
-  const step = stage === "Step" || tmd.stage === "decode" ? ` ${Math.ceil(tmd.step / inner)} of ${Math.round(tmd.of_steps / inner)}` : "";
+  const step =
+    stage === "Step" || tmd.stage === "decode"
+      ? ` ${Math.ceil(tmd.step / inner)} of ${Math.round(tmd.of_steps / inner)}`
+      : "";
   const left = tmd.eta_seconds ? ` · ${about(tmd.eta_seconds)} left` : "";
   return `${stage}${step} · ${progress} %${left}`;
 }
@@ -69,22 +92,45 @@ function shaped(box, { tmd }) {
 /** A card of the gallery. */
 export function card(video, actions) {
   const done = video.status === "completed";
-  const shape = [video.size.replace("x", "×"), isPicture(video) ? null : `${Number(video.seconds).toFixed(1)} s`].filter(Boolean);
+  const shape = [
+    video.size.replace("x", "×"),
+    isPicture(video) ? null : `${Number(video.seconds).toFixed(1)} s`,
+  ].filter(Boolean);
   const media = shaped(h("div", { class: "media" }), video);
   const name = title(video);
   if (done) {
-    media.append(thumbnail(video), h("button", { type: "button", class: "open", "aria-label": `Open: ${name}`, onclick: () => actions.open(video) }));
+    media.append(
+      thumbnail(video),
+      h("button", { type: "button", class: "open", "aria-label": `Open: ${name}`, onclick: () => actions.open(video) }),
+    );
   } else {
     const words = isCancelled(video) ? "Cancelled" : "Failed";
-    media.append(h("p", { class: "failed" }, h("strong", {}, words), isCancelled(video) ? null : h("span", {}, video.error?.message)));
+    media.append(
+      h(
+        "p",
+        { class: "failed" },
+        h("strong", {}, words),
+        isCancelled(video) ? null : h("span", {}, video.error?.message),
+      ),
+    );
   }
   return h(
     "li",
     { class: done ? "card" : "card over", "data-id": video.id, tabindex: "-1" },
     media,
     h("p", { class: "title", title: name }, name),
-    h("p", { class: "meta" }, shape.join(" · "), h("time", { datetime: new Date(1000 * video.created_at).toISOString() }, ago(video.created_at))),
-    h("div", { class: "actions" }, cardActions(video, actions, name), h("span", { class: "seed" }, `seed ${video.tmd.seed}`)),
+    h(
+      "p",
+      { class: "meta" },
+      shape.join(" · "),
+      h("time", { datetime: new Date(1000 * video.created_at).toISOString() }, ago(video.created_at)),
+    ),
+    h(
+      "div",
+      { class: "actions" },
+      cardActions(video, actions, name),
+      h("span", { class: "seed" }, `seed ${video.tmd.seed}`),
+    ),
   );
 }
 
@@ -99,7 +145,12 @@ function cardActions(video, actions, name) {
   const done = video.status === "completed";
   return [
     iconButton("again", `Take up again: ${name}`, () => actions.again(video)),
-    done ? iconButton("compare", `Compare: ${name}`, () => actions.compare(video), { class: "tool pick", "aria-pressed": "false" }) : null,
+    done
+      ? iconButton("compare", `Compare: ${name}`, () => actions.compare(video), {
+          class: "tool pick",
+          "aria-pressed": "false",
+        })
+      : null,
     done ? iconButton("download", `Download: ${name}`, () => actions.download(video)) : null,
     removeButton(video, actions, name),
   ];
@@ -107,17 +158,22 @@ function cardActions(video, actions, name) {
 
 /** Deletes at its second press, since that cannot be undone. */
 function removeButton(video, actions, name) {
-  const button = iconButton("remove", `Delete: ${name}`, () => {
-    if (button.classList.contains("sure")) return actions.remove(video);
-    button.classList.add("sure");
-    button.replaceChildren("Delete?");
-    button.setAttribute("aria-label", `Really delete: ${name}`);
-    setTimeout(() => {
-      button.classList.remove("sure");
-      button.replaceChildren(icon("remove"));
-      button.setAttribute("aria-label", `Delete: ${name}`);
-    }, 4000);
-  }, { class: "tool remove" });
+  const button = iconButton(
+    "remove",
+    `Delete: ${name}`,
+    () => {
+      if (button.classList.contains("sure")) return actions.remove(video);
+      button.classList.add("sure");
+      button.replaceChildren("Delete?");
+      button.setAttribute("aria-label", `Really delete: ${name}`);
+      setTimeout(() => {
+        button.classList.remove("sure");
+        button.replaceChildren(icon("remove"));
+        button.setAttribute("aria-label", `Delete: ${name}`);
+      }, 4000);
+    },
+    { class: "tool remove" },
+  );
   return button;
 }
 
@@ -125,7 +181,10 @@ function removeButton(video, actions, name) {
 function thumbnail(video) {
   const image = h("img", { alt: "", loading: "lazy", decoding: "async" });
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < SMALL));
-  api.fileUrl(video.id, "thumbnail").then((url) => (image.src = url), () => {});
+  api.fileUrl(video.id, "thumbnail").then(
+    (url) => (image.src = url),
+    () => {},
+  );
   if (isPicture(video)) return image;
   const box = h("div", { class: "frame" }, image);
   let player = null;
@@ -177,11 +236,20 @@ const ROWS = [
 ];
 
 function settingsOf(video, other = null) {
-  const rows = ROWS.map(([name, of]) => [name, of(video), other && of(other)]).filter(([, value, theirs]) => (value ?? theirs ?? null) !== null);
+  const rows = ROWS.map(([name, of]) => [name, of(video), other && of(other)]).filter(
+    ([, value, theirs]) => (value ?? theirs ?? null) !== null,
+  );
   return h(
     "dl",
     { class: "facts" },
-    rows.map(([name, value, theirs]) => h("div", { class: other && String(value) !== String(theirs) ? "differs" : null }, h("dt", {}, name), h("dd", {}, String(value ?? "none")))),
+    rows.map(([name, value, theirs]) =>
+      h(
+        "div",
+        { class: other && String(value) !== String(theirs) ? "differs" : null },
+        h("dt", {}, name),
+        h("dd", {}, String(value ?? "none")),
+      ),
+    ),
   );
 }
 
@@ -203,7 +271,13 @@ export async function openViewer(video, actions) {
         "div",
         { class: "side" },
         settingsOf(video),
-        video.tmd.warnings?.length ? h("ul", { class: "notes" }, video.tmd.warnings.map((text) => h("li", {}, text))) : null,
+        video.tmd.warnings?.length
+          ? h(
+              "ul",
+              { class: "notes" },
+              video.tmd.warnings.map((text) => h("li", {}, text)),
+            )
+          : null,
         h(
           "div",
           { class: "send" },
@@ -225,23 +299,41 @@ export async function openCompare(videos) {
   const media = videos.map((video, number) => mediaOf(video, urls[number], { loop: true, muted: true }));
   const players = media.filter((element) => element.tagName === "VIDEO");
   const sides = videos.map((video, number) =>
-    h("figure", {}, shaped(h("div", { class: "stage" }, media[number]), video), h("figcaption", {}, title(video)), settingsOf(video, videos[1 - number])),
+    h(
+      "figure",
+      {},
+      shaped(h("div", { class: "stage" }, media[number]), video),
+      h("figcaption", {}, title(video)),
+      settingsOf(video, videos[1 - number]),
+    ),
   );
-  const dialog = openDialog("compare", dialogHead("compare", "Side by side"), h("div", { class: "sides" }, sides), players.length ? controls(players) : null);
+  const dialog = openDialog(
+    "compare",
+    dialogHead("compare", "Side by side"),
+    h("div", { class: "sides" }, sides),
+    players.length ? controls(players) : null,
+  );
   dialog.addEventListener("close", () => players.forEach((player) => player.pause()), { once: true });
   await Promise.all(players.map(ready));
   if (!still()) players.forEach((player) => player.play().catch(() => {}));
 }
 
-const ready = (player) => (player.readyState >= 1 ? null : new Promise((resolve) => {
-  player.addEventListener("loadedmetadata", resolve, { once: true });
-  player.addEventListener("error", resolve, { once: true });
-}));
+const ready = (player) =>
+  player.readyState >= 1
+    ? null
+    : new Promise((resolve) => {
+        player.addEventListener("loadedmetadata", resolve, { once: true });
+        player.addEventListener("error", resolve, { once: true });
+      });
 
 /** One button and one slider for both players; the first one leads. */
 function controls(players) {
   const [leader] = players;
-  const button = h("button", { type: "button", class: "plain", onclick: () => (leader.paused ? both("play") : both("pause")) }, "Play");
+  const button = h(
+    "button",
+    { type: "button", class: "plain", onclick: () => (leader.paused ? both("play") : both("pause")) },
+    "Play",
+  );
   const slider = h("input", { type: "range", min: "0", max: "1000", value: "0", "aria-label": "Position in both" });
   const both = (what) => players.forEach((player) => player[what]()?.catch?.(() => {}));
   slider.addEventListener("input", () => {

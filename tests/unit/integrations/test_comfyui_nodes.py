@@ -16,6 +16,7 @@ import pytest
 import tmd_runtime
 from tests.helpers.built_in import BUILT_IN
 from tests.helpers.comfyui_host import PACK, Host, Interrupted, load_pack, run_workflow, unload_pack
+from tests.helpers.synthetic import GRAPHS, velocity_sampler, write_synthetic_bundle
 from tmd_runtime import UsageFailure
 
 torch = pytest.importorskip("torch")
@@ -112,6 +113,23 @@ def test_a_picture_becomes_another_one(pack: ModuleType) -> None:
         wishes: dict[str, Any] = {"seed": 1, "steps": 8, "strength": 0.6, "size": (64, 64)}
         expected = pipeline("a red star on a navy background", image=image, **wishes).frames
     assert np.array_equal((255 * done["6"][0]).round().numpy().astype(np.uint8), expected)
+
+
+def test_a_model_that_holds_a_first_frame_gets_it_without_a_strength(pack: ModuleType, tmp_path: Path) -> None:
+    sampler = velocity_sampler(rule="euler", steps=2, allowed_steps=[2], times=[1.0, 0.8], time_rounding="none")
+    folder = tmp_path / "models" / "tmd" / "holds"
+    folder.parent.mkdir(parents=True)
+    write_synthetic_bundle(folder, ("encoder", *GRAPHS), sampler, holds=True)
+    nodes = pack.NODE_CLASS_MAPPINGS
+    picture = np.random.default_rng(3).integers(0, 256, (32, 48, 3), np.uint8)
+    bundle, _ = nodes["TMDLoadBundle"]().load("holds")
+    (positive,) = nodes["TMDEncodePrompt"]().encode(bundle, PROMPT)
+    (first,) = nodes["TMDEncodeImage"]().encode(bundle, torch.from_numpy(picture[None] / np.float32(255)), 48, 32)
+    (latent,) = nodes["TMDSampler"]().sample(bundle, positive, 7, frames=5, latents=first, preview=False)
+    images, _ = nodes["TMDDecode"]().decode(bundle, latent)
+    with tmd_runtime.load(folder) as pipeline:
+        expected = pipeline(PROMPT, seed=7, frames=5, size=(48, 32), image=picture).frames
+    assert np.array_equal((255 * images).round().numpy().astype(np.uint8), expected)
 
 
 def test_the_button_stops_a_run_and_the_next_one_works(pack: ModuleType, host: Host) -> None:

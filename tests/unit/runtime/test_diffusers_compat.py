@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tmd_runtime
+from tests.helpers.synthetic import GRAPHS, velocity_sampler, write_synthetic_bundle
 from tmd_runtime import Cancelled, UsageFailure
 from tmd_runtime.compat.diffusers import TmdPipeline, TmdPipelineOutput
 
@@ -117,6 +118,20 @@ def test_timesteps_are_those_of_diffusers_scale() -> None:
     with tmd_runtime.load("builtin:tim-tiny") as pipeline:
         TmdPipeline(pipeline)(PROMPT, num_inference_steps=4, callback_on_step_end=lambda *step: seen.append(step[2]))
     assert len(seen) == 4 and seen[0] == 1000 and all(a > b > 0 for a, b in pairwise(seen))
+
+
+def test_a_picture_is_held_as_in_its_pipeline_for_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    sampler = velocity_sampler(rule="euler", steps=2, allowed_steps=[2], times=[1.0, 0.8], time_rounding="none")
+    bundle = write_synthetic_bundle(tmp_path / "holds", ("encoder", *GRAPHS), sampler, holds=True)
+    picture = np.random.default_rng(3).integers(0, 256, (32, 48, 3), np.uint8)
+    pipe = TmdPipeline.from_bundle(bundle)
+    frames = pipe(image=Image.fromarray(picture), prompt=PROMPT, **SMALL, generator=7).frames
+    expected = pipe.pipeline(PROMPT, seed=7, frames=5, size=(48, 32), image=picture).frames
+    assert np.array_equal(np.round(255 * frames[0]).astype(np.uint8), expected)
+    with pytest.raises(UsageFailure, match="has no argument 'last_image'"):
+        pipe(image=picture, prompt=PROMPT, last_image=picture)
 
 
 @pytest.mark.parametrize(
