@@ -254,14 +254,15 @@ def write_full_size(folder: Path, model: str = "wan1.3b", seed: int = 0) -> Path
 
 
 def fill(path: Path, value: Callable[[str], Tensor]) -> None:
-    """Write `value(name)` over each tensor of a safetensors file of float32, one at a time."""
+    """Write `value(name)` over each tensor of a safetensors file of float32 or bfloat16, one at a time."""
     with open(path, "r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             file.seek(8 + size + entry["data_offsets"][0])
-            file.write(value(name).detach().contiguous().numpy().data)
+            weight = value(name).detach().contiguous()
+            file.write((weight if entry["dtype"] == "F32" else weight.bfloat16().view(torch.int16)).numpy().data)
 
 
 def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> Path:
