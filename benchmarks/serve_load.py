@@ -2,6 +2,7 @@
 
     python benchmarks/serve_load.py local --clients 16 --jobs 300            # one tmd-serve
     python benchmarks/serve_load.py local --clients 16 --jobs 300 --kills 10 # the same, killed at random moments
+    python benchmarks/serve_load.py local --clients 2 --jobs 1200 --pause 5  # hours of use: memory
     python benchmarks/serve_load.py ray --jobs 40 --denoisers 2              # Ray Serve with so many denoisers
 
 Every client submits a video of the built-in model, waits for its end by its events, and submits the next one. A 429 is
@@ -134,8 +135,10 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes] | None = None) 
     raise click.ClickException("the server does not get ready.")
 
 
-def client(port: int, seeds: Iterator[int], body: dict[str, Any], seen: Seen, lock: threading.Lock) -> None:
-    """Makes one video after the other, as long as there are seeds."""
+def client(
+    port: int, seeds: Iterator[int], body: dict[str, Any], seen: Seen, lock: threading.Lock, pause: float = 0.0
+) -> None:
+    """Makes one video after the other, as long as there are seeds, with a pause behind each."""
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         while True:
             with lock:
@@ -152,6 +155,7 @@ def client(port: int, seeds: Iterator[int], body: dict[str, Any], seen: Seen, lo
                 seen.whole.append(time.perf_counter() - accepted)
                 if first is not None:
                     seen.first.append(first - accepted)
+            time.sleep(pause)
 
 
 def submit(http: httpx.Client, body: dict[str, Any], key: str, seen: Seen, lock: threading.Lock) -> str:
@@ -236,7 +240,8 @@ def quantiles(values: list[float]) -> str:
 @click.option("--denoisers", type=click.IntRange(1), default=1, show_default=True, help="And decoders, on Ray.")
 @click.option("--frames", type=click.IntRange(1), default=17, show_default=True)
 @click.option("--size", default="64x64", show_default=True)
-def main(kind: str, clients: int, jobs: int, kills: int, denoisers: int, frames: int, size: str) -> None:
+@click.option("--pause", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds between jobs.")
+def main(kind: str, clients: int, jobs: int, kills: int, denoisers: int, frames: int, size: str, pause: float) -> None:
     """Loads a server of the built-in model, and says what clients saw."""
     seen, lock, seeds = Seen(), threading.Lock(), iter(range(jobs))
     body = {"prompt": PROMPT, "frames": frames, "size": size}
@@ -248,7 +253,8 @@ def main(kind: str, clients: int, jobs: int, kills: int, denoisers: int, frames:
             begin = time.perf_counter()
             with watched(server, kills) as sizes:
                 threads = [
-                    threading.Thread(target=client, args=(server.port, seeds, body, seen, lock)) for _ in range(clients)
+                    threading.Thread(target=client, args=(server.port, seeds, body, seen, lock, pause))
+                    for _ in range(clients)
                 ]
                 for thread in threads:
                     thread.start()
@@ -259,7 +265,8 @@ def main(kind: str, clients: int, jobs: int, kills: int, denoisers: int, frames:
             ends = [http.get(f"/v1/videos/{job}").json()["status"] for job in seen.jobs]
         finally:
             server.close()
-    click.echo(f"{jobs} videos of {size}, {frames} frames, by {clients} clients: {60 * jobs / seconds:.1f} a minute")
+    rate = f"{60 * jobs / seconds:.1f} a minute, {seconds / 60:.1f} minutes"
+    click.echo(f"{jobs} videos of {size}, {frames} frames, by {clients} clients: {rate}")
     click.echo(
         f"submit: {quantiles(seen.submit)}; first progress: {quantiles(seen.first)}; end: {quantiles(seen.whole)}"
     )

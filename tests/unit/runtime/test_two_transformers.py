@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import tmd_engines
 import tmd_runtime
 from tests.helpers.synthetic import GRAPHS, SECOND, velocity_sampler, write_synthetic_bundle
 from tmd_engines import BundleError
 from tmd_engines.bundle.families.wan import WAN, WanSampler
+from tmd_engines.command.cli import main as tmd_engine
 from tmd_engines.cost.sizing import BASE_BYTES, estimate
 from tmd_runtime import RuntimeFailure, StepInfo
 from tmd_runtime.memory import DENOISER
@@ -159,3 +161,12 @@ def test_a_second_guidance_needs_a_boundary(tmp_path: Path) -> None:
 def test_the_sampler_is_described() -> None:
     said = WAN.describe(WanSampler.model_validate_json(json.dumps(GUIDED)))
     assert "guidance 4 and 3, two transformers that change at 0.875" in said
+
+
+def test_inspect_says_that_the_second_transformer_makes_calls_of_the_first(bundles: dict[str, Path]) -> None:
+    shown = CliRunner().invoke(tmd_engine, ["inspect", str(bundles["euler"])])
+    lines = [line.split() for line in shown.output.splitlines()]
+    calls = {
+        words[0]: words[3:5] for words in lines if words and words[0] in ("backbone", "backbone_2") and "M" in words
+    }
+    assert calls["backbone"][0] == "4" and calls["backbone_2"] == ["of", "backbone"]
