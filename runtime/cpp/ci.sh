@@ -75,7 +75,8 @@ if [ -z "${TMD_SKIP_PYTEST:-}" ]; then
 fi
 
 clang=$(command -v clang++ || compgen -c clang++- | sort -V | tail -n 1 || true)
-if [ -n "$clang" ]; then
+fuzzer='extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+if [ -n "$clang" ] && "$clang" -x c++ -fsanitize=fuzzer,address,undefined -o "$build/fuzzer" - <<<"$fuzzer" 2>/dev/null; then
   say fuzz
   configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER="${clang/++/}" -DCMAKE_CXX_COMPILER="$clang" \
     -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_TENSORRT_RTX=OFF \
@@ -101,7 +102,7 @@ if [ -n "$clang" ]; then
   done
   for one in "${running[@]}"; do wait "$one"; done
 else
-  say "no clang: the fuzzers are not built"
+  say "no clang, or none with libFuzzer (libclang-rt-*-dev): the fuzzers are not built"
 fi
 
 if [ -n "${SANITIZE:-}" ]; then
