@@ -104,6 +104,7 @@ def test_bodies_that_cannot_be_read_are_refused(place: Place) -> None:
     refused(post("/v1/videos", content=b"x", headers={"Content-Type": "multipart/form-data"}), code="invalid_form")
     refused(post("/v1/videos", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=y"}))
     refused(post("/v1/videos", data={"prompt": ["a", "b"]}), param="prompt")
+    refused(post("/v1/videos", data={"prompt": "a", "schedule": "[" * 20_000}), param="schedule")
     refused(post("/v1/videos", data={"prompt": "a"}, files={"other": b"x"}), param="other")
     refused(post("/v1/videos", data={f"f{i}": "x" for i in range(100)}))
     refused(post("/v1/videos", json={"prompt": " "}))
