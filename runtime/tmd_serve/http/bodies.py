@@ -16,7 +16,7 @@ def _listed(value: Any) -> Any:
         text = value.strip()
         try:
             return json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(",")]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("must be a list of numbers") from None
     return value
 

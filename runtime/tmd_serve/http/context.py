@@ -120,8 +120,8 @@ class Context:
 def _fingerprint(model: str, wanted: Wanted) -> str:
     """Equal for requests that ask for the same."""
     picture = None if wanted.picture is None else hashlib.sha256(wanted.picture).hexdigest()
-    said: list[Any] = [model, wanted.prompt, sorted(wanted.wishes.items()), wanted.seconds, wanted.preview]
-    return hashlib.sha256(json.dumps([*said, picture], default=list).encode()).hexdigest()
+    wishes: list[Any] = [wanted.prompt, sorted(wanted.wishes.items()), wanted.seconds, wanted.preview, picture]
+    return hashlib.sha256(json.dumps([model, *wishes], default=list).encode()).hexdigest()
 
 
 def context_of(request: Request) -> Context:

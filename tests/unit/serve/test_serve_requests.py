@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def test_bodies_that_cannot_be_read_are_refused(place: Place) -> None:
     refused(post("/v1/videos", content=b"x", headers={"Content-Type": "multipart/form-data"}), code="invalid_form")
     refused(post("/v1/videos", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=y"}))
     refused(post("/v1/videos", data={"prompt": ["a", "b"]}), param="prompt")
+    refused(post("/v1/videos", data={"prompt": "a", "schedule": "[" * 20_000}), param="schedule")
     refused(post("/v1/videos", data={"prompt": "a"}, files={"other": b"x"}), param="other")
     refused(post("/v1/videos", data={f"f{i}": "x" for i in range(100)}))
     refused(post("/v1/videos", json={"prompt": " "}))
@@ -188,3 +190,41 @@ def test_images_are_for_models_of_stills(place: Place) -> None:
     refused(ask("/v1/images/generations", json={"prompt": "x", "model": "clips"}), param="model")
     for body in ({"n": 0}, {"n": 11}, {"response_format": "url"}, {"frames": 5}):
         refused(ask("/v1/images/generations", json={"prompt": "x", **body}), param=next(iter(body)))
+
+
+def test_hostile_bodies_are_never_a_fault_of_the_server(place: Place) -> None:
+    """Bytes that no client of ours would send, which a document of the API does not describe."""
+    chance = random.Random(1)
+    names = [b"prompt", b"size", b"schedule", b"input_reference", b"seed", b"label", b"preview", b"", b"\xc3\xa4"]
+    values = [
+        b"",
+        b"x",
+        b"\xed\xa0\x80",
+        b"\xff",
+        b"\0",
+        b"1e999",
+        b"NaN",
+        b"[[1]]",
+        b"{}",
+        b"9" * 5000,
+        b"data:,",
+        b"1_0",
+    ]
+    for _ in range(200):
+        fields = [(b"prompt", b"x")] + [(chance.choice(names), chance.choice(values)) for _ in range(2)]
+        form = b"".join(
+            b'--B\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+            % (name, b'; filename="f"' if chance.random() < 0.2 else b"", value)
+            for name, value in fields
+        )
+        kind, body = chance.choice(
+            [
+                ("application/json", b"{" + b",".join(b'"%b":%b' % field for field in fields[1:]) + b"}"),
+                ("application/json", b"{" + b",".join(b'"%b":"%b"' % field for field in fields) + b"}"),
+                ("application/x-www-form-urlencoded", b"&".join(b"%b=%b" % field for field in fields)),
+                ("multipart/form-data; boundary=B", form + chance.choice([b"--B--\r\n", b"--B", b""])),
+                ("multipart/form-data; boundary=B; charset=nonsense", form + b"--B--\r\n"),
+            ]
+        )
+        answer = place.client.post("/v1/videos", content=body, headers={"Content-Type": kind})
+        assert answer.status_code < 500, (kind, body)
