@@ -27,10 +27,10 @@ class Forecast:
     def seconds(self, settings: Settings, encodes_image: bool = False) -> float | None:
         """Of a run with these settings, without loading; None where it has a deadline or cannot be counted.
         `encodes_image`: it takes a picture that is not encoded yet."""
-        from tmd_engines.cost.speed import speed_of
+        from tmd_engines.cost.speed import seconds_of
 
         flops = self._flops(settings, encodes_image)
-        return None if flops is None else flops / speed_of(self._bundle, self._engine, self._threads)
+        return None if flops is None else seconds_of(flops, self._bundle, self._engine, self._threads)
 
     def learn(self, settings: Settings, stage_seconds: Mapping[str, float], encodes_image: bool = False) -> None:
         """Takes note of a whole run that is over."""
@@ -39,7 +39,7 @@ class Forecast:
         flops = self._flops(settings, encodes_image)
         took = sum(stage_seconds.get(stage, 0.0) for stage in _WORK)
         if flops is not None and took > _SHORTEST:
-            learn(self._bundle, self._engine, self._threads, flops / took)
+            learn(flops, took, self._bundle, self._engine, self._threads)
 
     def _flops(self, settings: Settings, encodes_image: bool) -> int | None:
         from tmd_engines import BundleError

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import format_size
 from ..cost.sizing import STAGES, StageEstimate, available_bytes, estimate, step_counts
-from ..cost.speed import speed_of
+from ..cost.speed import seconds_of
 from ..device.cpu import resolve_threads
 from ..errors import EngineError
 from ..registry import ENGINES, check_engine, choose, engine_class
@@ -59,7 +59,7 @@ def size_run(
         "flops": needed.flops,
         "peak_bytes": {"all": needed.peak("all"), "low": needed.peak("low")},
         "available_bytes": available_bytes(),
-        "seconds": needed.flops / speed_of(bundle, "auto auto", resolve_threads(bundle, None)[0]),
+        "seconds": seconds_of(needed.flops, bundle, "auto auto", resolve_threads(bundle, None)[0]),
     }
     stages = {name: _stage(manifest, name, stage) for name, stage in needed.stages.items()}
     if _is_tensorrt(chosen):

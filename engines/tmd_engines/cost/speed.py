@@ -1,7 +1,8 @@
 """How long a run will take: its operations over a speed that was measured on this machine, once, and kept.
 
 The first estimate of a bundle rests on a product of matrices, of which a model reaches a share. From then on it rests
-on the speed of the latest run of that bundle.
+on the latest runs of that bundle: small ones are slower per operation than large ones, so each size has its own speed,
+and a run larger than all before is as fast as the largest one at least.
 """
 
 from __future__ import annotations
@@ -27,25 +28,37 @@ SHARE = 0.4
 _FILE = "speed.json"
 _MAX_BYTES, _MAX_ENTRIES = 1 << 20, 200
 _SIDE, _RUNS = 1024, 3
+_SIZES = 40  # classes of runs; 4^40 operations are more than there will be
 
 
-def speed_of(bundle: Bundle, engine: str, threads: int | None) -> float:
-    """Operations per second that runs of this bundle reach here: measured in a run, or a share of the machine's."""
-    known = _read()
-    own = known.get(_key(bundle, engine, threads))
-    if own is not None:
-        return own
+def seconds_of(flops: float, bundle: Bundle, engine: str, threads: int | None) -> float:
+    """How long so many operations of this bundle take here: by its runs, or by a share of the machine's speed."""
+    known, key, own = _read(), _key(bundle, engine, threads), _size_class(flops)
+    seen = {size: known[f"{key} {size}"] for size in range(_SIZES) if f"{key} {size}" in known}
+    enough = [size for size in seen if size >= own]
+    if enough:
+        return flops / seen[min(enough)]
+    share = SHARE * _machine_speed(known, threads)
+    return flops / (max(seen[max(seen)], share) if seen else share)
+
+
+def learn(flops: float, seconds: float, bundle: Bundle, engine: str, threads: int | None) -> None:
+    """Keeps what a run of this bundle reached, for the estimates to come."""
+    if flops > 0 and seconds > 0:
+        _write({f"{_key(bundle, engine, threads)} {_size_class(flops)}": flops / seconds})
+
+
+def _size_class(flops: float) -> int:
+    """Runs of one class differ in size by less than a factor of four."""
+    return min(int(flops).bit_length() // 2, _SIZES - 1)
+
+
+def _machine_speed(known: dict[str, float], threads: int | None) -> float:
     machine = _machine_key(threads)
     if machine not in known:
         _write({machine: _measure(threads)})
         known = {machine: _measured, **_read()}
-    return SHARE * known[machine]
-
-
-def learn(bundle: Bundle, engine: str, threads: int | None, speed: float) -> None:
-    """Keeps what a run of this bundle reached, for the estimates to come."""
-    if speed > 0:
-        _write({_key(bundle, engine, threads): speed})
+    return known[machine]
 
 
 _measured = 1e10  # the latest measurement of this process, where there is no cache; until then a slow core's

@@ -66,16 +66,24 @@ def test_the_machine_is_measured_once_and_runs_correct_it(tmp_path: Path, monkey
         return 1e11
 
     monkeypatch.setattr(speed, "_measure", measure)
-    assert speed.speed_of(bundle, "auto cpu", 2) == speed.speed_of(bundle, "auto cpu", 2) == speed.SHARE * 1e11
+    share = speed.SHARE * 1e11
+
+    def speed_of(flops: float, engine: str = "auto cpu") -> float:
+        return flops / speed.seconds_of(flops, bundle, engine, 2)
+
+    assert speed_of(1e9) == speed_of(1e9) == pytest.approx(share)
     assert measured == [2], "kept"
-    speed.learn(bundle, "auto cpu", 2, 5e9)
-    assert speed.speed_of(bundle, "auto cpu", 2) == 5e9
-    assert speed.speed_of(bundle, "openvino cpu", 2) == speed.SHARE * 1e11
+    speed.learn(1e9, 0.2, bundle, "auto cpu", 2)
+    assert speed_of(1e9) == speed_of(1e8) == pytest.approx(5e9)
+    assert speed_of(1e9, "openvino cpu") == pytest.approx(share)
+    assert speed_of(1e13) == pytest.approx(share), "a small run says nothing of a large one"
+    speed.learn(1e13, 50, bundle, "auto cpu", 2)
+    assert [speed_of(flops) for flops in (1e9, 1e12, 1e13, 1e16)] == pytest.approx([5e9, 2e11, 2e11, 2e11])
     for damage in (b"", b"[1]", b'{"a": "b"}', b"\xff", b'{"matmul": NaN}', b"{" * 100000):
         (tmp_path / "cache" / "speed.json").write_bytes(damage)
-        assert speed.speed_of(bundle, "auto cpu", 2) == speed.SHARE * 1e11
+        assert speed_of(1e9) == pytest.approx(share)
     monkeypatch.setenv("TMD_CACHE", "off")
-    assert speed.speed_of(bundle, "auto cpu", 2) > 0
+    assert speed_of(1e9) > 0
 
 
 def test_a_graph_that_is_compiled_anew_each_time_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
