@@ -102,8 +102,7 @@ class Guard:
         self._check_host(headers.get("host", ""))
         self._check_origin(scope, headers)
         self._intake.check(headers.get("content-length", ""))
-        is_open = not scope["path"].startswith("/v1/") and scope["path"] not in ("/v1", "/metrics")
-        if settings.needs_key and not is_open and not self._is_preflight(scope, headers):
+        if settings.needs_key and _is_guarded(scope) and not self._is_preflight(scope, headers):
             scope["state"]["owner"] = await self._owner(headers.get("authorization", ""))
 
     def _check_host(self, host: str) -> None:
@@ -149,6 +148,12 @@ class Guard:
                 "invalid_api_key",
             )
         return owner
+
+
+def _is_guarded(scope: Scope) -> bool:
+    """Whether a route needs a key. Where a proxy or Ray puts a prefix in front, the routes see what follows it."""
+    paths = scope["path"], scope["path"].removeprefix(scope.get("root_path", ""))
+    return any(path.startswith("/v1/") or path in ("/v1", "/metrics") for path in paths)
 
 
 def urlsplit_host(origin: str) -> str | None:

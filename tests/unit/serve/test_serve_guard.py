@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from starlette.types import Message
 
 from tests.helpers.serving import Place
@@ -46,6 +47,14 @@ def test_cors_is_off_unless_an_origin_is_named(tmp_path: Path) -> None:
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     assert opened.client.get("/v1/models", headers={"Origin": "https://page.example"}).status_code == 200
     assert opened.client.get("/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_a_key_is_needed_below_a_prefix_as_well(tmp_path: Path) -> None:
+    place = Place(tmp_path, SqlKeys(Database.of_file(tmp_path / "keys.sqlite3")), needs_key=True, hosts=None)
+    below = TestClient(place.app, base_url="http://localhost:8000", root_path="/tmd")
+    for path in ("/tmd/v1/models", "/tmd/metrics", "/v1/models", "/metrics"):
+        assert below.get(path).status_code == 401, path
+    assert below.get("/tmd/healthz").status_code == 200
 
 
 def test_a_key_opens_and_is_kept_as_a_hash_alone(tmp_path: Path) -> None:
