@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 INVALID, NOT_FOUND, FORBIDDEN, BUSY = "invalid_request_error", "not_found_error", "permission_error", "rate_limit_error"
 SERVER = "server_error"
 
@@ -10,7 +12,7 @@ class Refusal(Exception):
     """A request that cannot be granted. The message says what, why, and what to do.
 
     `param` is the field that is at fault, `code` a word for programs; `retry_after`, in seconds, is for requests that
-    may come again.
+    may come again; `headers` go with the answer.
     """
 
     def __init__(
@@ -20,9 +22,13 @@ class Refusal(Exception):
         code: str | None = "invalid_value",
         param: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.status, self.code, self.param, self.retry_after = message, status, code, param, retry_after
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+        self.message, self.status, self.code, self.param = message, status, code, param
 
     @property
     def type(self) -> str:

@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from tmd_runtime import RuntimeFailure, UsageFailure
 
@@ -54,6 +55,7 @@ def create_app(
     add_page(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(RuntimeFailure, _not_granted)
     app.add_exception_handler(StoreFailure, _not_kept)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -76,13 +78,17 @@ def _version() -> str:
 
 
 def _answer(refusal: Refusal) -> JSONResponse:
-    headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-    return JSONResponse(refusal.document(), refusal.status, headers)
+    return JSONResponse(refusal.document(), refusal.status, refusal.headers)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)
     return _answer(error)
+
+
+async def _left(_: Request, __: Exception) -> JSONResponse:
+    """For a client that went away within its body, and reads no answer; the log and the meters show this one."""
+    return _answer(Refusal("the client went away before its request was whole.", 400, "incomplete"))
 
 
 async def _not_granted(request: Request, error: Exception) -> JSONResponse:

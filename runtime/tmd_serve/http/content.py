@@ -63,9 +63,8 @@ def _part(wanted: str, size: int) -> tuple[int, int] | None:
         if last != "" and int(last) < start:
             return None
     if start >= size or start >= end:
-        raise Refusal(
-            f"the file has {size} bytes, and none of those in the header Range.", 416, "invalid_range", "Range"
-        )
+        why = f"the file has {size} bytes, and none of those in the header Range."
+        raise Refusal(why, 416, "invalid_range", "Range", headers={"Content-Range": f"bytes */{size}"})
     return start, end
 
 

@@ -28,8 +28,8 @@ def video(place: Place) -> str:
         ("bytes=-3", 206, b"789", "bytes 7-9/10"),
         ("bytes=-99", 206, CONTENT, "bytes 0-9/10"),
         ("bytes=8-99", 206, b"89", "bytes 8-9/10"),
-        ("bytes=10-", 416, None, None),
-        ("bytes=-0", 416, None, None),
+        ("bytes=10-", 416, None, "bytes */10"),  # RFC 9110, 15.5.17
+        ("bytes=-0", 416, None, "bytes */10"),
         ("bytes=5-2", 200, CONTENT, None),  # not understood: the whole file (RFC 9110, 14.2)
         ("bytes=0-1,3-4", 200, CONTENT, None),
         ("lines=1-2", 200, CONTENT, None),

@@ -151,6 +151,28 @@ def test_a_fault_is_an_answer_with_the_request_id_and_no_traceback(
     assert "r2" in answer.json()["error"]["message"] and "secret" not in answer.text
 
 
+def test_a_client_that_goes_away_within_its_body_is_no_fault_of_the_server(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    coming: list[Message] = [
+        {"type": "http.request", "body": b'{"prompt"', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return coming.pop(0)
+
+    async def send(_: Message) -> None: ...
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b"", "headers": headers}
+    asyncio.run(place.app(scope, receive, send))
+    assert place.store.counts()["queued"] == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert 'route="/v1/videos",status="400"' in place.client.get("/metrics").text
+
+
 def test_a_store_that_fails_is_no_lost_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tmd_serve.store.database._BUSY_SECONDS", 0.05)
     held = Place(place.settings.data)  # with the short patience

@@ -53,6 +53,11 @@ def test_json_and_form_ask_for_the_same(place: Place) -> None:
     }
 
 
+def test_a_form_s_list_is_read_however_deep_it_goes(place: Place) -> None:
+    answer = place.client.post("/v1/videos", data={"prompt": "x", "schedule": "[" * 20_000})
+    assert refused(answer, param="schedule") == "schedule must be a list of numbers."
+
+
 def test_a_new_video_is_queued_and_looks_like_openai_s(place: Place) -> None:
     video = place.client.post("/v1/videos", json={"prompt": "x", "seconds": "4"}).json()
     assert video["object"] == "video" and video["id"].startswith("video_")
