@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What the name of a model may be."""
+
+
+def place_name(place: str) -> str:
+    """The name of a model whose bundle was given none: its folder's, or what stands behind `builtin:`."""
+    return place.rstrip("/").replace("\\", "/").rpartition("/")[2].removeprefix("builtin:")
 
 
 class Amount(click.ParamType):
@@ -37,14 +43,14 @@ class Named(click.ParamType):
         if isinstance(value, tuple):
             return value
         head, equals, tail = str(value).partition("=")
-        if equals and _NAME.fullmatch(head):
+        if equals and NAME.fullmatch(head):
             name, place = head, tail
         else:
             place = str(value)
-            name = place.rstrip("/").replace("\\", "/").rpartition("/")[2].removeprefix("builtin:")
+            name = place_name(place)
         if not place or "\0" in place:
             self.fail("a bundle needs a folder, or builtin:NAME.", param, ctx)
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             self.fail(
                 f"{name!r} cannot be the name of a model: write NAME={place} with letters, digits, '.', '_' or '-'.",
                 param,

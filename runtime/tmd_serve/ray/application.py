@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -118,12 +118,14 @@ class Ingress:
             self._executor.stop(_GRACE_SECONDS)
 
 
-def build(arguments: Arguments) -> Application:
-    """The application for `serve run`, `serve deploy` and `ray.serve.run`.
+def build(arguments: Arguments | Mapping[str, Any]) -> Application:
+    """The application for `serve run`, `serve deploy` and `ray.serve.run`. The first two give it a dictionary.
 
-    Raises UsageFailure for several ingresses on a SQLite file, which only one may use.
+    Raises UsageFailure for wrong arguments, and for several ingresses on a SQLite file, which only one may use.
     """
-    if arguments.database is None and max(arguments.ingress.most, arguments.ingress.least) > 1:
+    if not isinstance(arguments, Arguments):
+        arguments = Arguments.read(arguments)
+    if arguments.database is None and arguments.ingress.limit > 1:
         raise UsageFailure("several ingresses need one PostgreSQL: name it (database=postgresql+psycopg://...).")
     stages: list[DeploymentHandle[Any]] = [
         _deployed(part, replicas, 1).bind(arguments)
@@ -145,7 +147,7 @@ def _deployed(part: type, replicas: Replicas, at_once: int) -> Any:
         graceful_shutdown_timeout_s=_GRACE_SECONDS + 5,
         autoscaling_config={
             "min_replicas": replicas.least,
-            "max_replicas": max(replicas.most, replicas.least),
+            "max_replicas": replicas.limit,
             "target_ongoing_requests": at_once,
         },
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},

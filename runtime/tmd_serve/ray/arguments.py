@@ -3,22 +3,60 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tmd_runtime import UsageFailure
+
+from ..command.options import NAME, place_name
 from ..settings import Limits
 
 
 def _from_words(value: Any) -> Any:
-    """On a command line everything is a string: `NAME=BUNDLE,...`, or JSON as in a config file."""
+    """On a command line everything is a string: `NAME=VALUE,...`, or JSON as in a config file."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("{"):
-        return json.loads(value)
-    named = (word.partition("=") for word in value.split(","))
-    return {name.removeprefix("builtin:"): bundle or name for name, _, bundle in named}
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("is not JSON") from None
+    found: dict[str, str] = {}
+    for word in value.split(","):
+        name, equals, meant = word.partition("=")
+        if not equals or name in found:
+            raise ValueError("must be NAME=VALUE,NAME=VALUE with each name once, or JSON")
+        found[name] = meant
+    return found
+
+
+def _bundles(value: Any) -> Any:
+    """As `tmd-serve --bundle` has them, with commas between them: a bundle without a name has its folder's."""
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        words = (word if "=" in word else f"{place_name(word)}={word}" for word in value.split(","))
+        value = ",".join(words)
+    found = _from_words(value)
+    for name in found if isinstance(found, Mapping) else ():
+        if not NAME.fullmatch(str(name)):
+            raise ValueError(f"{name!r} cannot be the name of a model: write NAME=FOLDER")
+    return found
+
+
+def _absolute(data: Path) -> Path:
+    """Replicas begin in folders of their own, so a relative path would be another place for each."""
+    if not data.is_absolute():
+        raise ValueError("must begin with a slash")
+    return data
+
+
+def _size(value: Any) -> Any:
+    """`WIDTHxHEIGHT`, as for `tmd-serve`."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value) if isinstance(value, str) else None
+    return value if match is None else match.groups()
 
 
 class _Part(BaseModel):
@@ -34,7 +72,13 @@ class Replicas(_Part):
     gpus: Annotated[float, Field(ge=0)] = 0.0
     cpus: Annotated[float, Field(gt=0)] = 1.0
 
+    @property
+    def limit(self) -> int:
+        """How many there may be: `most`, or `least` where that is more."""
+        return max(self.least, self.most)
 
+
+Whole = Annotated[int, Field(ge=1)]
 Group = Annotated[Replicas, BeforeValidator(_from_words)]
 
 
@@ -46,28 +90,43 @@ class Arguments(_Part):
     and decoders work beside them). `require_key` false is for an ingress that only this machine reaches.
     """
 
-    data: Path
-    bundles: Annotated[dict[str, str], BeforeValidator(_from_words)] = {"tiny": "builtin:tiny"}
+    data: Annotated[Path, AfterValidator(_absolute)]
+    bundles: Annotated[dict[str, str], BeforeValidator(_bundles), Field(min_length=1)] = {"tiny": "builtin:tiny"}
     database: str | None = None
     ingress: Group = Replicas()
     text_encoders: Group = Replicas()
     denoisers: Group = Replicas()
     decoders: Group = Replicas()
-    in_flight: Annotated[int, Field(ge=1)] | None = None
+    in_flight: Whole | None = None
     engine: str = "auto"
     device: str = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Whole | None = None
     memory: Literal["all", "low"] = "all"
-    max_loaded: Annotated[int, Field(ge=1)] | None = None
-    max_size: tuple[int, int] = (1280, 720)
-    max_frames: int = 161
-    max_steps: int = 100
+    max_loaded: Whole | None = None
+    max_size: Annotated[tuple[Whole, Whole], BeforeValidator(_size)] = (1280, 720)
+    max_frames: Whole = 161
+    max_steps: Whole = 100
     max_seconds: Annotated[float, Field(gt=0)] = 3600.0
-    max_waiting: int = 1000
-    attempts: Annotated[int, Field(ge=1)] = 3
+    max_waiting: Whole = 1000
+    attempts: Whole = 3
     keep_days: Annotated[float, Field(gt=0)] = 7.0
-    keep_bytes: Annotated[int, Field(gt=0)] = 1 << 40
+    keep_bytes: Whole = 1 << 40
     require_key: bool = True
+
+    @classmethod
+    def read(cls, words: Mapping[str, Any]) -> Arguments:
+        """The arguments that Ray got from a command line or a file. Raises UsageFailure for the first wrong one."""
+        try:
+            return cls.model_validate(words)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UsageFailure(f"there is no argument {name}: see tmd_serve.ray.arguments for those that there are.")
+        if first["type"] == "missing":
+            raise UsageFailure(f"the argument {name} is missing: give it, as {name}=... or in the config file.")
+        why = first["msg"].removeprefix("Value error, ")
+        raise UsageFailure(f"the argument {name} is refused: {why[:1].lower()}{why[1:]}.")
 
     @property
     def limits(self) -> Limits:
@@ -76,4 +135,4 @@ class Arguments(_Part):
 
     @property
     def slots(self) -> int:
-        return self.in_flight or max(2 * self.denoisers.most // max(self.ingress.least, 1), 1)
+        return self.in_flight or max(2 * self.denoisers.limit // max(self.ingress.least, 1), 1)
