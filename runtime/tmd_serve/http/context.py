@@ -59,8 +59,11 @@ class Context:
             raise Refusal(f"there is no model {shown} here: choose one of {known}.", 404, "model_not_found", "model")
         return found
 
-    def submit(self, model: str, wanted: Wanted, owner: str, idempotency: str | None) -> Job:
-        """Accepts a job: when this returns, it is kept. Raises Refusal, or tmd_runtime.UsageFailure."""
+    def submit(self, model: str, wanted: Wanted, owner: str, idempotency: str | None, index: int | None = None) -> Job:
+        """Accepts a job: when this returns, it is kept. `index` counts the jobs of one request with one key.
+
+        Raises Refusal, or tmd_runtime.UsageFailure.
+        """
         if idempotency is not None and not _IDEMPOTENCY.fullmatch(idempotency):
             raise Refusal(
                 "an Idempotency-Key has 1 to 200 characters of ASCII, without spaces.", param="Idempotency-Key"
@@ -77,7 +80,8 @@ class Context:
             group=plan.group,
             estimated_seconds=plan.seconds,
             owner=owner,
-            idempotency_key=idempotency,
+            # No client's key has a space in it, so this one is never another request's.
+            idempotency_key=idempotency if idempotency is None or index is None else f"{idempotency} {index}",
             fingerprint=_fingerprint(model, wanted),
         )
         if wanted.picture is not None:

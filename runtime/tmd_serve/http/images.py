@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request
@@ -49,8 +50,8 @@ async def create_images(
             wanted = Wanted(prompt=body.prompt, wishes=body.granted())
             if body.seed is not None and index:
                 wanted = replace(wanted, wishes={**wanted.wishes, "seed": (body.seed + index) % (MAX_SEED + 1)})
-            key = None if idempotency_key is None else f"{idempotency_key}#{index}"
-            jobs.append(await run_in_threadpool(context.submit, card.id, wanted, owner_of(request), key))
+            submit = partial(context.submit, card.id, wanted, owner_of(request), idempotency_key, index)
+            jobs.append(await run_in_threadpool(submit))
     except BaseException:
         for job in jobs if idempotency_key is None else []:  # all or none; those of a key may be older
             await run_in_threadpool(_drop, context, job)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.serving import Place
+from tmd_serve.http.context import Context
+from tmd_serve.jobs import Job
 from tmd_serve.settings import Limits
 
 PNG = base64.b64encode(b"\x89PNG").decode()
@@ -51,6 +53,23 @@ def test_json_and_form_ask_for_the_same(place: Place) -> None:
         "frames": 5,
         "fps": 12,
     }
+
+
+def test_a_key_of_pictures_is_as_long_as_one_of_videos_and_never_the_same(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(_: object, context: Context, job: Job) -> Job:
+        return job
+
+    monkeypatch.setattr("tmd_serve.http.images._wait", at_once)
+    monkeypatch.setattr("tmd_serve.http.images._picture", lambda *_: {"b64_json": "", "tmd": {}})
+
+    def ask(path: str, key: str) -> int:
+        return place.client.post(path, json={"prompt": "x"}, headers={"Idempotency-Key": key}).status_code
+
+    assert [ask("/v1/images/generations", "k" * count) for count in (200, 200, 201)] == [200, 200, 400]
+    assert place.store.counts()["queued"] == 1
+    assert [ask("/v1/videos", "a#0"), ask("/v1/images/generations", "a"), ask("/v1/videos", "a 0")] == [200, 200, 400]
 
 
 def test_a_form_s_list_is_read_however_deep_it_goes(place: Place) -> None:
