@@ -11,19 +11,32 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from tmd_runtime import RuntimeFailure
+
 from .jobs import JOB_ID
 
 PICTURE = "picture"
 THUMBNAIL, SHEET = "thumbnail.png", "spritesheet.png"
 
 
+def unusable(path: Path, error: OSError) -> RuntimeFailure:
+    """Why a server cannot begin on its data folder."""
+    return RuntimeFailure(f"{path} of the data folder cannot be used ({error.strerror}): name another, --data DIR.")
+
+
 class DataFolder:
-    """The files below `root`, which is made if it is not there, for this user alone."""
+    """The files below `root`, which is made if it is not there, for this user alone.
+
+    Raises RuntimeFailure if it cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._videos = root / "videos"
-        self._videos.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._videos.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise unusable(self._videos, error) from error
 
     def folder(self, job_id: str) -> Path:
         """The folder of a job. Raises ValueError for what is not an id."""

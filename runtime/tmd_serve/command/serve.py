@@ -6,6 +6,7 @@ import fcntl
 import ipaddress
 import logging
 import os
+import re
 import socket
 import time
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from tmd_engines.command.screen import tell
 from tmd_engines.cost.system_memory import available_bytes
 from tmd_runtime import RuntimeFailure
 
-from ..files import DataFolder
+from ..files import DataFolder, unusable
 from ..http.app import create_app
 from ..local.executor import LocalExecutor
 from ..local.model import EngineOptions, open_models
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from ..board import Board
 
 _LOG = logging.getLogger("tmd_serve")
+_HOST = re.compile(r"[^\s/:]+|[0-9A-Fa-f:]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+/?")
 _HEADER_BYTES = 1 << 15
 _IDLE_SECONDS, _CONNECTIONS = 15, 1000
 _LAST_ANSWERS = 2  # seconds that open connections have when the server ends
@@ -107,6 +110,9 @@ def serve(data: Path, database: str | None, **options: Any) -> None:
 
 def _settings(data: Path, options: dict[str, Any]) -> ServeSettings:
     width, height = options["max_size"]
+    if not width * height:
+        raise click.UsageError("--max-size must have at least one pixel: write 1280x720, say.")
+    _check_names(options["hosts"], options["origins"])
     local = is_loopback(options["host"])
     return ServeSettings(
         data=data,
@@ -122,6 +128,18 @@ def _settings(data: Path, options: dict[str, Any]) -> ServeSettings:
         hosts=_hosts(options["hosts"], local),
         origins=frozenset(origin.rstrip("/") for origin in options["origins"]),
     )
+
+
+def _check_names(hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
+    """Refuses what no request's header could ever equal."""
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise click.UsageError(f"--allow-host {host!r} is not a name: leave http:// and the port out.")
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise click.UsageError(
+                f"--allow-origin {origin!r} is not an origin: write https://example.org, without a path."
+            )
 
 
 def _executor(
@@ -159,7 +177,10 @@ def _hosts(more: tuple[str, ...], local: bool) -> frozenset[str] | None:
 
 def _lock(data: Path, stack: ExitStack) -> None:
     """Keeps a second server off the data folder, whose jobs it would take for those of a dead one."""
-    descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unusable(data / "lock", error) from error
     stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

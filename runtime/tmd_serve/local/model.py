@@ -189,7 +189,7 @@ class Model:
 
 def _too_much(param: str, value: float, most: float, unit: str) -> Refusal:
     return Refusal(
-        f"{value:g} {unit} are more than this server allows, {most:g}: choose fewer.",
+        f"{value:.10g} {unit} are more than this server allows, {most:.10g}: choose fewer.",
         param=param,
         code="limit_exceeded",
     )

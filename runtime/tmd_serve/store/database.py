@@ -49,8 +49,14 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         try:
             self._create()
-        except (SQLAlchemyError, StoreFailure) as error:
-            raise DatabaseFailure(f"{str(error).splitlines()[0]} Check its URL, its server and its rights.") from error
+        except StoreFailure as error:
+            raise DatabaseFailure(f"{error} Check its URL, its server and its rights.") from error
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise DatabaseFailure(
+                f"the database {self.url.render_as_string()} cannot be used ({reason}): bring a backup of it back, or "
+                "name another one."
+            ) from error
 
     @classmethod
     def of_file(cls, path: Path) -> Database:

@@ -73,6 +73,11 @@ def test_what_cannot_be_served_is_a_sentence_and_an_exit_code(tmp_path: Path) ->
             ("--database", "mysql://x", *data): (2, "postgresql://"),
             ("--port", port, *data): (1, "choose another --port"),
             ("--data", "/proc/nothing/here"): (1, "data folder"),
+            ("--max-size", "0x0", *data): (2, "at least one pixel"),
+            ("--allow-host", "http://name", *data): (2, "leave http://"),
+            ("--allow-host", "name:8000", *data): (2, "the port"),
+            ("--allow-origin", "example.org", *data): (2, "is not an origin"),
+            ("--allow-origin", "https://example.org/page", *data): (2, "is not an origin"),
             ("keys", "remove", "none", *data): (2, "there is no key"),
             ("keys", "add", "", *data): (2, "1 to 200"),
         }
@@ -80,6 +85,22 @@ def test_what_cannot_be_served_is_a_sentence_and_an_exit_code(tmp_path: Path) ->
             done = serve(*arguments)
             assert (done.exit_code, words in done.output) == (code, True), (arguments, done.output)
             assert "Traceback" not in done.output
+
+
+def test_a_damaged_data_folder_is_a_sentence_that_names_what_is_wrong(tmp_path: Path) -> None:
+    for name in ("lock", "jobs.sqlite3"):
+        (tmp_path / name / name).mkdir(parents=True)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "videos").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "jobs.sqlite3").write_bytes(b"not a database" * 100)
+    for folder, code in (("lock", 1), ("videos", 1), ("jobs.sqlite3", 2), ("damaged", 2)):
+        done = serve("--data", str(tmp_path / folder))
+        assert done.exit_code == code, done.output
+        assert str(tmp_path / folder) in done.output or "does not answer" in done.output, done.output
+        assert done.output.endswith(".\n") and "Errno" not in done.output and "sqlite3.Database" not in done.output
+    sentence = serve("--data", str(tmp_path / "damaged")).output
+    assert "cannot be used (file is not a database): bring a backup" in sentence
 
 
 def test_an_installation_without_the_server_s_packages_says_how_to_get_them(
