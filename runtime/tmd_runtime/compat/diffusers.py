@@ -141,18 +141,20 @@ class TmdPipeline:
         positive = None if prompt_embeds is None else _array(prompt_embeds, "prompt_embeds")
         negative = None if negative_prompt_embeds is None else _array(negative_prompt_embeds, "negative_prompt_embeds")
         texts = _texts(prompt, "prompt", None if positive is None else len(positive))
-        steered = [negative_prompt] if isinstance(negative_prompt, str | None) else list(negative_prompt)
+        steered = _steered(negative_prompt, len(texts))
         per_prompt = 1 if num_videos_per_prompt is None else num_videos_per_prompt
+        if not isinstance(per_prompt, int) or per_prompt < 1:
+            raise UsageFailure(f"{per_prompt!r} videos for each prompt cannot be made: give a whole number from 1.")
         count = len(texts) * per_prompt
         seeds = _seeds(generator, count)
-        guidance = None if guidance_scale is None else guidance_scale if guidance_scale > 1 else 1.0
+        guidance = None if guidance_scale is None else 1.0 if guidance_scale <= 1 else guidance_scale
         wishes: dict[str, Any] = {"steps": num_inference_steps, "frames": num_frames, "size": self._size(width, height)}
         guided = (self.pipeline.settings(seed=0, **wishes).guidance if guidance is None else guidance) != 1
         videos = []
         for number in range(count):
             which = number // per_prompt
             # diffusers steers away from the empty prompt where none is given.
-            away = (steered[which % len(steered)] or "") if guided and negative is None else None
+            away = (steered[which] or "") if guided and negative is None else None
             inputs: dict[str, Any] = {} if image is None else {"image": _picture(image)}
             if positive is not None:
                 inputs["prompt_embeds"] = positive[which : which + 1]
@@ -241,10 +243,30 @@ def _texts(prompt: str | Sequence[str] | None, name: str, embedded: int | None) 
         return [""] * embedded
     if prompt is None:
         raise UsageFailure("there is no prompt: give prompt or prompt_embeds.")
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = _listed(prompt, name)
     if not texts:
         raise UsageFailure("the list of prompts is empty: give at least one.")
     return texts
+
+
+def _listed(texts: str | Sequence[str], name: str) -> list[str]:
+    found = [texts] if isinstance(texts, str) or not isinstance(texts, list | tuple) else list(texts)
+    for text in found:
+        if not isinstance(text, str):
+            raise UsageFailure(f"{name} must be a text or a list of texts, not a {type(text).__name__}.")
+    return found
+
+
+def _steered(prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """A negative prompt for each of `count` prompts."""
+    if prompt is None:
+        return [None] * count
+    texts = _listed(prompt, "negative_prompt")
+    if isinstance(prompt, str):
+        texts *= count
+    if len(texts) != count:
+        raise UsageFailure(f"there are {count} prompts and {len(texts)} negative prompts: give one text, or {count}.")
+    return list(texts)
 
 
 def _seeds(generator: Any, count: int) -> list[int | None]:
@@ -262,6 +284,12 @@ def _seeds(generator: Any, count: int) -> list[int | None]:
 def _seed(generator: Any) -> int:
     """A seed as it is, or the one that a generator of torch started from, of which nothing may have been drawn yet."""
     if hasattr(generator, "initial_seed"):
+        fresh = type(generator)(generator.device).manual_seed(generator.initial_seed())
+        if generator.device.type != "cpu" or bool((fresh.get_state() != generator.get_state()).any()):
+            raise UsageFailure(
+                "noise is that of a fresh generator on the CPU, and this one is on another device or has drawn before: "
+                "give torch.Generator().manual_seed(SEED), or the seed."
+            )
         return int(generator.initial_seed())
     if isinstance(generator, bool) or not hasattr(generator, "__index__"):
         raise UsageFailure(f"a generator is a seed or a torch.Generator, not a {type(generator).__name__}.")

@@ -150,6 +150,12 @@ def test_a_picture_is_held_as_in_its_pipeline_for_pictures(tmp_path: Path) -> No
         ({"generator": [1, 2]}, "there are 1 videos and 2 generators: give a list of 1"),
         ({"prompt": None}, "there is no prompt"),
         ({"prompt": []}, "the list of prompts is empty"),
+        ({"prompt": 5}, "prompt must be a text or a list of texts, not a int"),
+        ({"prompt": [PROMPT, None]}, "prompt must be a text or a list of texts, not a NoneType"),
+        ({"negative_prompt": ["a", "b"]}, "there are 1 prompts and 2 negative prompts"),
+        ({"negative_prompt": []}, "there are 1 prompts and 0 negative prompts"),
+        ({"num_videos_per_prompt": 0}, "0 videos for each prompt cannot be made"),
+        ({"guidance_scale": float("nan")}, "guidance"),
         ({"prompt_embeds": np.zeros((1, 4, 8))}, "two prompts: give one of them"),
         ({"prompt": None, "prompt_embeds": np.zeros(3)}, r"prompt_embeds must be numbers \[videos, text, width\]"),
         ({"max_sequence_length": 7}, "this bundle reads prompts of"),
@@ -159,6 +165,14 @@ def test_a_picture_is_held_as_in_its_pipeline_for_pictures(tmp_path: Path) -> No
 def test_what_cannot_work_is_refused_in_a_sentence(pipe: TmdPipeline, more: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageFailure, match=message):
         pipe(**{"prompt": PROMPT, **more})
+
+
+def test_a_generator_whose_noise_is_not_ours_is_refused(pipe: TmdPipeline) -> None:
+    torch = pytest.importorskip("torch")
+    drawn = torch.Generator().manual_seed(7)
+    torch.randn(1, generator=drawn)
+    with pytest.raises(UsageFailure, match="has drawn before"):
+        pipe(prompt=PROMPT, generator=drawn)
 
 
 @pytest.mark.parametrize(
