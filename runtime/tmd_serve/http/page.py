@@ -36,7 +36,7 @@ def add_page(app: FastAPI, folder: Path = PAGE) -> None:
         if path.suffix in _TYPES and path.is_file():
             route = _route(path.read_bytes(), _TYPES[path.suffix])
             for name in [f"/{path.name}"] + ["/"] * (path.name == _START):
-                app.add_api_route(name, route, methods=["GET"], include_in_schema=False)
+                app.add_api_route(name, route, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _route(content: bytes, kind: str) -> Callable[[Request], Response]:

@@ -108,6 +108,7 @@ def cancel_video(video_id: str, context: The) -> Video:
     return context.video(job)
 
 
+@router.head("/{video_id}/content", include_in_schema=False)  # players ask for the length first
 @router.get(
     "/{video_id}/content",
     response_class=Response,

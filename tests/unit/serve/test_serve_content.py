@@ -58,6 +58,15 @@ def test_what_a_client_has_is_not_sent_again(place: Place, video: str) -> None:
     assert place.client.get(video, headers={**part, "If-Range": '"old"'}).content == CONTENT
 
 
+def test_head_says_what_get_would_send(place: Place, video: str) -> None:
+    for path, size in ((video, "10"), ("/healthz", "15"), ("/readyz", "18"), ("/", None)):
+        head, get = place.client.head(path), place.client.get(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        for name in ("content-length", "content-type", "etag", "accept-ranges"):
+            assert head.headers.get(name) == get.headers.get(name), (path, name)
+        assert size in (None, head.headers["content-length"])
+
+
 def test_the_thumbnail_is_another_file_with_another_tag(place: Place, video: str) -> None:
     small = place.client.get(video, params={"variant": "thumbnail"})
     assert (small.content, small.headers["content-type"]) == (b"png", "image/png")
