@@ -91,7 +91,6 @@ class OnRay:
         from ray import serve
 
         from tmd_serve.ray import build
-        from tmd_serve.ray.arguments import Arguments
 
         self.port = free_port()
         ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
@@ -101,7 +100,7 @@ class OnRay:
             "data": data, "ingress": share, "text_encoders": share, "decoders": {**share, "least": denoisers},
             "denoisers": {**share, "least": denoisers, "most": denoisers}, "threads": 1, "require_key": False,
         }  # fmt: skip
-        serve.run(build(Arguments.model_validate(words)), name="tmd", route_prefix="/")
+        serve.run(build(words), name="tmd", route_prefix="/")
         wait_until_ready(self.port)
 
     def memory(self) -> int:

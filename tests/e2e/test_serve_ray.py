@@ -28,7 +28,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     from ray import serve
 
     from tmd_serve.ray import build
-    from tmd_serve.ray.arguments import Arguments
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -37,15 +36,15 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         words = {
-            "data": tmp_path_factory.mktemp("data"),
+            "data": str(tmp_path_factory.mktemp("data")),
             "bundles": "builtin:tiny,builtin:tim-tiny",
             "ingress": SHARE,
             "text_encoders": SHARE,
-            "denoisers": {**SHARE, "least": 2, "most": 2},
+            "denoisers": "cpus=0.2,least=2,most=2",  # as on the command line of `serve run`
             "decoders": SHARE,
             "require_key": False,
         }
-        serve.run(build(Arguments.model_validate(words)), name="tmd", route_prefix="/")
+        serve.run(build(words), name="tmd", route_prefix="/")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as made:
             yield made
         serve.shutdown()
