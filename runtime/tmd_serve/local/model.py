@@ -75,10 +75,11 @@ class Model:
             if graph not in self.manifest.graphs:
                 raise missing_graph(graph)
         if self._runs_here and not self._scout.has_engines():
-            raise RuntimeFailure(
-                f"this machine has no engine for the model {self.name}: install one (pip install "
-                "'tmd-runtime[onnxruntime]'), or see tmd-engine doctor."
-            )
+            engine, device = self._options.engine, self._options.device
+            remedy = f"{engine} on {device} was chosen, and tmd-engine doctor says what it lacks"
+            if (engine, device) == ("auto", "auto"):
+                remedy = "install one (pip install 'tmd-runtime[onnxruntime]'), or see tmd-engine doctor"
+            raise RuntimeFailure(f"this machine has no engine for the model {self.name}: {remedy}.")
 
     def open(self, memory: Memory | None = None) -> Pipeline:
         """A pipeline to run, in this memory mode (None: as the server was told)."""

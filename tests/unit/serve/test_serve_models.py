@@ -318,3 +318,14 @@ def test_a_model_of_classes_takes_a_label_and_no_prompt(tmp_path: Path) -> None:
     assert runner.make(job, lambda _: True, lambda _: None)["type"] == "image/png"
     assert job.resolved["label"] == 1
     runner.close()
+
+
+def test_an_engine_that_is_not_here_is_named_if_it_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmd_runtime.pipeline.Pipeline.has_engines", lambda _: False)
+    for options, part in (
+        (EngineOptions(), "install one"),
+        (EngineOptions("tensorrt"), "tensorrt on auto was chosen, and tmd-engine doctor says"),
+        (EngineOptions(device="cuda"), "auto on cuda was chosen"),
+    ):
+        with pytest.raises(RuntimeFailure, match=part):
+            Model("tiny", "builtin:tiny", options, Limits())
