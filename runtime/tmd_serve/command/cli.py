@@ -252,9 +252,14 @@ def add(name: str, data: Path | None, database: str | None) -> None:
         raise click.UsageError("a name has 1 to 200 printable characters.")
     with _keys(data, database) as store:
         try:
-            say(store.add(name))
+            key = store.add(name)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        try:
+            say(key)
+        except BaseException:  # nobody has seen it
+            store.remove(name)
+            raise
 
 
 @keys.command("list", context_settings=SETTINGS, epilog=f"{_EXIT_CODES}  tmd-serve keys list")

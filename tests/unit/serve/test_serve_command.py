@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.helpers.serving import SERVE
 from tmd_serve.command.cli import command
 from tmd_serve.command.options import Amount, Named
 from tmd_serve.command.serve import is_loopback
@@ -85,6 +87,13 @@ def test_what_cannot_be_served_is_a_sentence_and_an_exit_code(tmp_path: Path) ->
             done = serve(*arguments)
             assert (done.exit_code, words in done.output) == (code, True), (arguments, done.output)
             assert "Traceback" not in done.output
+
+
+def test_a_key_that_could_not_be_shown_is_not_kept(tmp_path: Path) -> None:
+    add = [*SERVE, "keys", "add", "laptop", "--data", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(add, stdout=full, stderr=subprocess.DEVNULL).returncode == 1
+    assert subprocess.run(add, capture_output=True, text=True, check=True).stdout.startswith("tmd-")
 
 
 def test_a_damaged_data_folder_is_a_sentence_that_names_what_is_wrong(tmp_path: Path) -> None:
