@@ -250,7 +250,7 @@ def _texts(prompt: str | Sequence[str] | None, name: str, embedded: int | None) 
 
 
 def _listed(texts: str | Sequence[str], name: str) -> list[str]:
-    found = [texts] if isinstance(texts, str) or not isinstance(texts, list | tuple) else list(texts)
+    found: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
     for text in found:
         if not isinstance(text, str):
             raise UsageFailure(f"{name} must be a text or a list of texts, not a {type(text).__name__}.")
