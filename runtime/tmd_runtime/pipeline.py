@@ -252,6 +252,12 @@ class Pipeline:
         return settings.passes == 2 and negative_embeds is None and not self._conditions.stores_negative(settings)
 
     @in_turn
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UsageFailure for a prompt that has nothing to read; loads the tokenizer alone."""
+        check_prompt(prompt)
+        self._conditions.encoder.tokens(prompt, Timings())
+
+    @in_turn
     def encode(self, prompt: str) -> NDArray[np.float32]:
         """Prompt embeddings float32 `[1, text, E]`.
 

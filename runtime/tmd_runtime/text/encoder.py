@@ -10,7 +10,7 @@ import numpy as np
 from ..clock import Timings, check_finite
 from ..errors import RuntimeFailure
 from .embedding import TokenEmbedding
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,24 +45,7 @@ class PromptEncoder:
         unless `allow_empty`, RuntimeFailure if the bundle cannot read prompts or the encoder gives NaN or Inf.
         """
         text = self._bundle.manifest.text
-        if self._tokenizer is None:
-            if text.tokenizer is None:
-                raise RuntimeFailure(
-                    f"this bundle has no tokenizer, so it cannot read a prompt. {EMBEDS_INSTEAD}"
-                    "Export it again with text_encoder among --parts."
-                )
-            with timings.stage("load"):
-                self._tokenizer = Tokenizer(
-                    self._bundle.folder / text.tokenizer,
-                    text.max_length,
-                    text.pad_id,
-                    text.eos_id,
-                    text.bos_id,
-                    plain=text.tokenization == "plain",
-                    content=self._bundle.read_tokenizer(),
-                )
-        with timings.stage("text"):
-            tokens = self._tokenizer(prompt, allow_empty)
+        tokens = self.tokens(prompt, timings, allow_empty)
         encoder = load_encoder()
         start = perf_counter()
         prompt_embeds = encoder.empty("prompt_embeds", batch=1, text=tokens.input_ids.shape[1])
@@ -87,3 +70,25 @@ class PromptEncoder:
         timings.add("text", seconds)
         timings.report("text", done, total, seconds)
         return prompt_embeds, [tokens.warning] if tokens.warning else []
+
+    def tokens(self, prompt: str, timings: Timings, allow_empty: bool = False) -> Tokens:
+        """The tokens of a prompt, without any graph. Raises as a call."""
+        text = self._bundle.manifest.text
+        if self._tokenizer is None:
+            if text.tokenizer is None:
+                raise RuntimeFailure(
+                    f"this bundle has no tokenizer, so it cannot read a prompt. {EMBEDS_INSTEAD}"
+                    "Export it again with text_encoder among --parts."
+                )
+            with timings.stage("load"):
+                self._tokenizer = Tokenizer(
+                    self._bundle.folder / text.tokenizer,
+                    text.max_length,
+                    text.pad_id,
+                    text.eos_id,
+                    text.bos_id,
+                    plain=text.tokenization == "plain",
+                    content=self._bundle.read_tokenizer(),
+                )
+        with timings.stage("text"):
+            return self._tokenizer(prompt, allow_empty)

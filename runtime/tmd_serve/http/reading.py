@@ -50,6 +50,8 @@ async def _read_form(request: Request, kind: type[Body], limits: Limits) -> tupl
                     raise Refusal(f"the field {short(name)} comes twice: give it once.", param=short(name))
                 if not isinstance(value, UploadFile):
                     fields[name] = value
+                elif name == "input_reference" and not value.filename and not value.size:
+                    continue  # a browser's form with no file chosen
                 elif name == "input_reference":
                     upload = await value.read(limits.upload_bytes + 1)
                 else:

@@ -123,8 +123,8 @@ class Model:
         settings = self._scout.settings(**{**wishes, "size": size})
         check_start(family_of(self.manifest).takes_picture(self.manifest), settings, None, image)
         check_condition(settings, wanted.prompt)
-        if settings.label is None and not wanted.prompt.strip():
-            raise Refusal("the prompt is empty: describe the video in a few words.", param="prompt")
+        if settings.label is None:
+            self._check_words(wanted.prompt)
         self._check_limits(settings)
         estimated, memory = self._check_cost(settings, image is not None, budget)
         stored = {**wishes, "seed": settings.seed, "size": [settings.width, settings.height]}
@@ -140,6 +140,13 @@ class Model:
             seconds=estimated,
             memory_bytes=memory,
         )
+
+    def _check_words(self, prompt: str) -> None:
+        try:
+            with self._lock:
+                self._scout.check_prompt(prompt)
+        except UsageFailure as error:
+            raise Refusal(str(error), param="prompt") from error
 
     def _frames(self, seconds: float, fps: int | None) -> int:
         """The number of frames that comes nearest to a length, at `fps` or as fast as the model's videos are shown."""

@@ -243,7 +243,8 @@ class Worker:
             code, message = CANCELLED, _WORDS[CANCELLED]
         else:
             code, message = verdict(error)
-            _LOG.warning("a run failed", exc_info=error, extra={"job": job.id})
+            fault = error if code == "server_error" else None
+            _LOG.warning("a run failed: %s", message, exc_info=fault, extra={"job": job.id})
         self._store.fail(job.id, self._name, code, message)
         if self._meters is not None:
             self._meters.failed(job, code)

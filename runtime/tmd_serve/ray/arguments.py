@@ -65,12 +65,13 @@ class _Part(BaseModel):
 
 class Replicas(_Part):
     """Of one deployment: at least `least`, and at most `most` while jobs wait. Each has `gpus` GPUs (a fraction shares
-    one) and `cpus` cores to itself."""
+    one). `cpus` is what Ray counts of a machine's cores for it, so that a small machine has room for all four; what an
+    engine takes is bounded by `threads`."""
 
     least: Annotated[int, Field(ge=0)] = 1
     most: Annotated[int, Field(ge=1)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    cpus: Annotated[float, Field(gt=0)] = 1.0
+    cpus: Annotated[float, Field(gt=0)] = 0.25
 
     @property
     def limit(self) -> int:

@@ -96,7 +96,13 @@ def test_what_a_model_or_the_server_does_not_do_is_refused(tiny: Model, wishes: 
 
 
 def test_prompts_are_checked_before_a_job_is_taken(tiny: Model) -> None:
-    for prompt, error in (("", "empty"), (" \n", "empty"), ("x" * 8001, "8001 characters"), ("\ud800", "UTF-8")):
+    for prompt, error in (
+        ("", "empty"),
+        (" \n", "empty"),
+        ("\u200b\x1b\0", "empty"),
+        ("x" * 8001, "8001 characters"),
+        ("\ud800", "UTF-8"),
+    ):
         with pytest.raises((Refusal, UsageFailure), match=error):
             tiny.plan(Wanted(prompt), None)
 
