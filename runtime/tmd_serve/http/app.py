@@ -100,7 +100,13 @@ async def _not_granted(request: Request, error: Exception) -> JSONResponse:
 async def _not_kept(request: Request, error: Exception) -> JSONResponse:
     _LOG.error("the store fails", exc_info=error, extra={"request_id": request.state.request_id})
     return _answer(
-        Refusal("the server's database does not answer; nothing has happened.", 503, "store_failed", retry_after=5)
+        Refusal(
+            "the server's database does not answer, or its disk is full; nothing has happened: come again, and look "
+            "into the server's log if this stays.",
+            503,
+            "store_failed",
+            retry_after=5,
+        )
     )
 
 
