@@ -9,7 +9,9 @@ import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
 
+from tmd_engines.bundle.manifest import MANIFEST_NAME
 from tmd_runtime import UsageFailure
+from tmd_runtime.built_in import locate
 
 from ..board import Board
 from ..command.serve import open_database, recover
@@ -121,12 +123,18 @@ class Ingress:
 def build(arguments: Arguments | Mapping[str, Any]) -> Application:
     """The application for `serve run`, `serve deploy` and `ray.serve.run`. The first two give it a dictionary.
 
-    Raises UsageFailure for wrong arguments, and for several ingresses on a SQLite file, which only one may use.
+    Raises UsageFailure for wrong arguments, for a folder that is not a bundle, and for several ingresses on a SQLite
+    file, which only one may use.
     """
     if not isinstance(arguments, Arguments):
         arguments = Arguments.read(arguments)
     if arguments.database is None and arguments.ingress.limit > 1:
         raise UsageFailure("several ingresses need one PostgreSQL: name it (database=postgresql+psycopg://...).")
+    for name, bundle in arguments.bundles.items():
+        if not (locate(bundle) / MANIFEST_NAME).is_file():
+            raise UsageFailure(
+                f"the bundle of {name} is not here ({bundle}): every machine must have it at this place."
+            )
     stages: list[DeploymentHandle[Any]] = [
         _deployed(part, replicas, 1).bind(arguments)
         for part, replicas in (

@@ -74,3 +74,5 @@ def test_the_application_is_built_from_what_ray_gives_it() -> None:
     assert isinstance(build({"data": "/x", "require_key": "false"}), Application)
     with pytest.raises(UsageFailure, match="several ingresses need one PostgreSQL"):
         build({"data": "/x", "ingress": "least=2,most=2"})
+    with pytest.raises(UsageFailure, match="the bundle of wan is not here"):
+        build({"data": "/x", "bundles": "wan=/nowhere"})
