@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from tmd_engines.command.help import SETTINGS, Grouped
-from tmd_engines.command.options import offered_list
+from tmd_engines.command.options import offered_list, version_option
 from tmd_engines.command.program import FAILED, INTERRUPTED, run_program, sweep, verdict
 from tmd_engines.utf8 import json_text
 
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
     from .export import ExportResult
     from .quantization.calibration import Calibration
     from .sources.source import Source
-
-
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"tmd-export {version('tmd-runtime')}")
-    except PackageNotFoundError:
-        click.echo("tmd-export (not installed, run from its sources)")
-    ctx.exit()
 
 
 _GROUPS = {
@@ -223,9 +211,7 @@ Examples:
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
-@click.option(
-    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
-)
+@version_option("tmd-export")
 def command(
     model: str | None,
     checkpoint: tuple[Path, ...],

@@ -65,3 +65,22 @@ def offered_list(*names: str) -> Callable[[click.Context, click.Parameter, str],
         return plain((f"{before}{comma}{name}" for name in rest), incomplete)
 
     return complete
+
+
+def version_option(program: str) -> Callable[[Any], Any]:
+    """`--version` of one of the commands."""
+
+    def show(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+        if not wanted or ctx.resilient_parsing:
+            return
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"{program} {version('tmd-runtime')}")
+        except PackageNotFoundError:
+            click.echo(f"{program} (not installed, run from its sources)")
+        ctx.exit()
+
+    return click.option(
+        "--version", is_flag=True, callback=show, expose_value=False, is_eager=True, help="Print the version."
+    )

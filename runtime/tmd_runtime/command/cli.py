@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from tmd_engines.command.help import SETTINGS, Grouped
-from tmd_engines.command.options import BundleFolder, Size, offered
+from tmd_engines.command.options import BundleFolder, Size, offered, version_option
 from tmd_engines.command.program import ending_of_program, run_program, verdict
 from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
@@ -26,19 +26,6 @@ from .failures import INTERRUPTED, check_address_space, failures
 from .job import Job
 from .options import Number, Output, Schedule, Whole
 from .prompts import read_prompts
-
-
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"tmd-run {version('tmd-runtime')}")
-    except PackageNotFoundError:
-        click.echo("tmd-run (not installed, run from its sources)")
-    ctx.exit()
-
 
 _GROUPS = {
     "What to show": ("prompts", "prompt_file", "negative_prompt", "label"),
@@ -212,9 +199,7 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
-@click.option(
-    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
-)
+@version_option("tmd-run")
 def command(
     prompts: tuple[str, ...],
     prompt_file: Any,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from tmd_engines.command.help import SETTINGS, GroupedGroup
-from tmd_engines.command.options import Size, offered
+from tmd_engines.command.options import Size, offered, version_option
 from tmd_engines.command.program import BAD_USAGE, FAILED, ending_of_program, run_program
 from tmd_engines.command.screen import say, tell
 from tmd_engines.registry import engine_names
@@ -26,18 +26,6 @@ from tmd_runtime.memory import MODES
 from .options import Amount, Named
 
 DEFAULT_PORT = 8000
-
-
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        click.echo(f"tmd-serve {version('tmd-runtime')}")
-    except PackageNotFoundError:
-        click.echo("tmd-serve (not installed, run from its sources)")
-    ctx.exit()
 
 
 def _place(command: Any) -> Any:
@@ -210,9 +198,7 @@ Examples:
     show_default=True,
     help="Lines of JSON on stderr, from this level on.",
 )
-@click.option(
-    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True, help="Print the version."
-)
+@version_option("tmd-serve")
 @click.pass_context
 def command(ctx: click.Context, data: Path | None, database: str | None, **options: Any) -> None:
     """Serve few-step models over HTTP: OpenAI's videos API and a page, with jobs that survive a crash."""
