@@ -116,5 +116,16 @@ def twin() -> Twin:
     return Twin()
 
 
+def ask_bundle(do: str, bundle: Path, engine: str, **more: Any) -> dict[str, Any]:
+    """A question about a bundle on an engine."""
+    library = str(onnxruntime_library()) if engine == "onnxruntime" else ""
+    return twin().ask(do, bundle=str(bundle), engine=engine, library=library, **more)
+
+
+def pixels(hexed: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Frames as the twin writes them."""
+    return np.frombuffer(bytes.fromhex(hexed), np.uint8).reshape(shape)
+
+
 # tmd_status
 USAGE, BUNDLE, RUN = 1, 2, 4

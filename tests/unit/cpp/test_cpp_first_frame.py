@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import tmd_runtime
-from tests.helpers.cpp_tools import USAGE, engine_options, onnxruntime_library, twin
+from tests.helpers.cpp_tools import USAGE, ask_bundle, engine_options, pixels
 from tests.helpers.synthetic import GRAPHS, velocity_sampler, write_synthetic_bundle
 
 PROMPT, SIZE, FRAMES = "a red circle moving right", (48, 32), 9
@@ -44,15 +44,6 @@ def pipelines(bundles: dict[str, Path], engine: str) -> Iterator[dict[str, tmd_r
         pipeline.close()
 
 
-def ask(do: str, bundle: Path, engine: str, **more: Any) -> dict[str, Any]:
-    library = str(onnxruntime_library()) if engine == "onnxruntime" else ""
-    return twin().ask(do, bundle=str(bundle), engine=engine, library=library, **more)
-
-
-def pixels(hexed: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(hexed), np.uint8).reshape(shape)
-
-
 def picture(size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
 
@@ -64,14 +55,14 @@ def test_videos_and_previews_from_a_picture_are_bit_equal(
     """With the picture, then without: a run leaves nothing to the next one."""
     image, seen = picture(SIZE), list[NDArray[np.uint8]]()
     asked = {"rgb": image.tobytes().hex(), "width": SIZE[0], "height": SIZE[1]}
-    first = ask("encode_image", bundles[name], engine, **asked)["ok"]
+    first = ask_bundle("encode_image", bundles[name], engine, **asked)["ok"]
     wishes = {"seed": 5, "frames": FRAMES, "width": SIZE[0], "height": SIZE[1]}
     for init in (first, None):
         seen.clear()
         given: Any = {} if init is None else {"image": image}
         expected = pipelines[name](PROMPT, seed=5, frames=FRAMES, size=SIZE, on_preview=seen.append, **given)
         wished = wishes | ({} if init is None else {"init_latents": init})
-        found = ask("run", bundles[name], engine, prompt=PROMPT, wishes=wished, previews=True)
+        found = ask_bundle("run", bundles[name], engine, prompt=PROMPT, wishes=wished, previews=True)
         assert "ok" in found, found
         assert expected.frames.std() > 1, "a picture, not a flat colour"
         np.testing.assert_array_equal(pixels(found["ok"], expected.frames.shape), expected.frames)
@@ -91,7 +82,7 @@ def test_a_large_picture_is_encoded_as_a_whole(
     asked = {"rgb": image.tobytes().hex(), "width": size[0], "height": size[1]}
     expected = pipelines["euler"].encode_image(image, size)
     assert expected.shape == (1, 16, 1, 2, 160)
-    assert ask("encode_image", bundles["euler"], engine, **asked)["ok"] == expected.tobytes().hex()
+    assert ask_bundle("encode_image", bundles["euler"], engine, **asked)["ok"] == expected.tobytes().hex()
 
 
 def test_what_cannot_be_done_is_refused_and_what_can_is_described(
@@ -106,10 +97,10 @@ def test_what_cannot_be_done_is_refused_and_what_can_is_described(
         ({"init_latents": bad}, "hold NaN or Inf"),
     ]
     for changes, said in refused:
-        answer = ask("run", bundles["euler"], engine, prompt=PROMPT, wishes=wishes | changes)
+        answer = ask_bundle("run", bundles["euler"], engine, prompt=PROMPT, wishes=wishes | changes)
         assert answer["status"] == USAGE and said in answer["error"]
     plain = write_synthetic_bundle(tmp_path / "plain", sampler=SAMPLERS["euler"])
-    answer = ask("run", plain, engine, prompt=PROMPT, wishes=wishes)
+    answer = ask_bundle("run", plain, engine, prompt=PROMPT, wishes=wishes)
     assert answer["status"] == USAGE and "This model does neither" in answer["error"]
     for bundle, first in ((bundles["euler"], 1), (plain, 0)):
-        assert ask("describe", bundle, engine)["ok"]["first_frame"] == first
+        assert ask_bundle("describe", bundle, engine)["ok"]["first_frame"] == first

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import tmd_runtime
-from tests.helpers.cpp_tools import RUN, USAGE, engine_options, onnxruntime_library, twin
+from tests.helpers.cpp_tools import RUN, USAGE, ask_bundle, engine_options, pixels, twin
 from tests.helpers.synthetic import TEXT_LENGTH, velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_tim import CLASSES, write_plain_bundle, write_tim_bundle
 from tmd_engines import Bundle
@@ -53,18 +53,9 @@ def pipelines(bundles: dict[str, Path], engine: str) -> Iterator[dict[str, tmd_r
         pipeline.close()
 
 
-def ask(do: str, bundle: Path, engine: str, **more: Any) -> dict[str, Any]:
-    library = str(onnxruntime_library()) if engine == "onnxruntime" else ""
-    return twin().ask(do, bundle=str(bundle), engine=engine, library=library, **more)
-
-
-def pixels(hexed: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(hexed), np.uint8).reshape(shape)
-
-
 def in_cpp(bundle: Path, engine: str, prompt: str | None = PROMPT, **wishes: Any) -> dict[str, Any]:
     given = {} if prompt is None else {"prompt": prompt}
-    answer = ask("run", bundle, engine, wishes=wishes, **given)
+    answer = ask_bundle("run", bundle, engine, wishes=wishes, **given)
     assert "ok" in answer, answer
     return answer
 
@@ -110,7 +101,7 @@ def test_previews_are_bit_equal_and_change_nothing(
 ) -> None:
     seen: list[NDArray[np.uint8]] = []
     expected = pipelines["guided"](PROMPT, seed=5, steps=3, on_preview=seen.append)
-    answer = ask("run", bundles["guided"], engine, prompt=PROMPT, wishes={"seed": 5, "steps": 3}, previews=True)
+    answer = ask_bundle("run", bundles["guided"], engine, prompt=PROMPT, wishes={"seed": 5, "steps": 3}, previews=True)
     assert len(answer["previews"]) == len(seen) == 2
     for found, wanted in zip(answer["previews"], seen, strict=True):
         np.testing.assert_array_equal(pixels(found, wanted.shape), wanted)
@@ -128,7 +119,7 @@ def test_previews_of_videos_are_bit_equal(tmp_path: Path, engine: str, rule: str
     seen: list[NDArray[np.uint8]] = []
     with tmd_runtime.load(bundle, engine=engine, threads=1) as pipeline:
         expected = pipeline(PROMPT, on_preview=seen.append, **wishes)  # type: ignore[arg-type]
-    answer = ask("run", bundle, engine, prompt=PROMPT, wishes=wishes, previews=True)
+    answer = ask_bundle("run", bundle, engine, prompt=PROMPT, wishes=wishes, previews=True)
     assert len(answer["previews"]) == len(seen) == expected.steps - 1
     for found, wanted in zip(answer["previews"], seen, strict=True):
         np.testing.assert_array_equal(pixels(found, wanted.shape), wanted)
@@ -143,7 +134,7 @@ def test_a_picture_is_encoded_and_changed_alike(
         image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
         latents = pipelines["text"].encode_image(image, (width, height))
         asked = {"rgb": image.tobytes().hex(), "width": width, "height": height}
-        answer = ask("encode_image", bundles["text"], engine, **asked)
+        answer = ask_bundle("encode_image", bundles["text"], engine, **asked)
         assert answer["ok"] == latents.tobytes().hex() and answer["seconds"] > 0
         wishes: dict[str, Any] = {"strength": 0.6, "steps": 3, "seed": 5}
         expected = pipelines["text"](PROMPT, image=image, size=(width, height), **wishes)
@@ -165,7 +156,7 @@ def test_stages_one_by_one_give_the_same(
         expected = pipelines[name].denoise(pipelines[name].encode(PROMPT), **wishes)
     else:
         expected = pipelines[name].denoise(pipelines[name].encode(PROMPT), **wishes)  # guided: null rows of the bundle
-    answer = ask("stages", bundles[name], engine, prompt=PROMPT, wishes=wishes)
+    answer = ask_bundle("stages", bundles[name], engine, prompt=PROMPT, wishes=wishes)
     assert answer["latents"] == expected.tobytes().hex()
     frames = pipelines[name].decode(expected)
     np.testing.assert_array_equal(pixels(answer["ok"], frames.shape), frames)
@@ -203,7 +194,7 @@ def test_a_deadline_decides_and_its_way_can_be_repeated(bundles: dict[str, Path]
 def test_what_cannot_be_done_is_refused(bundles: dict[str, Path], engine: str) -> None:
     def status(name: str, prompt: str | None = PROMPT, previews: bool = False, memory: int = 0, **wishes: Any) -> Any:
         given = {} if prompt is None else {"prompt": prompt}
-        answer = ask("run", bundles[name], engine, wishes=wishes, previews=previews, memory=memory, **given)
+        answer = ask_bundle("run", bundles[name], engine, wishes=wishes, previews=previews, memory=memory, **given)
         return answer.get("status"), answer.get("error", "")
 
     assert status("text", strength=0.5) == (USAGE, status("text", strength=0.5)[1])
@@ -227,9 +218,12 @@ def test_what_cannot_be_done_is_refused(bundles: dict[str, Path], engine: str) -
     code, text = status("text", memory=1)
     assert code is None
     image = {"rgb": "00" * 3 * 60 * 64, "width": 60, "height": 64}
-    assert ask("encode_image", bundles["text"], engine, **image)["status"] == USAGE
+    assert ask_bundle("encode_image", bundles["text"], engine, **image)["status"] == USAGE
     image["width"] = 64
-    assert ask("encode_image", bundles["guided"], engine, rgb="00" * 3 * 64 * 64, width=64, height=64)["status"] == RUN
+    assert (
+        ask_bundle("encode_image", bundles["guided"], engine, rgb="00" * 3 * 64 * 64, width=64, height=64)["status"]
+        == RUN
+    )
 
 
 @pytest.mark.parametrize("text", [PROMPT, "Ünïcode  kept &amp; “as it is” cafÃ©", "a " * 60, "", "\u3000"], ids=ascii)
