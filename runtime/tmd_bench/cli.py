@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import gettempdir
@@ -24,8 +25,8 @@ from tmd_runtime.command.failures import failures
 from tmd_runtime.command.options import Whole
 from tmd_runtime.files.target import Target, write_text
 
-from .families import REFERENCE, default_preset
-from .spec import RIVALS, Work
+from .families import REFERENCE
+from .spec import RIVALS, STAGE_OF, Work
 
 if TYPE_CHECKING:
     from .contest import Entry
@@ -49,7 +50,7 @@ _GROUPS = {
     "A bundle to export first": (
         *("model", "checkpoint", "random_weights", "blocks", "kind", "parts", "precision", "keep"),
     ),
-    "How it is measured": ("engine", "threads", "rounds", "compare"),
+    "How it is measured": ("engine", "threads", "rounds", "apart", "compare"),
     "Reports": ("json_file",),
 }
 
@@ -63,20 +64,20 @@ _GROUPS = {
 \b
 Output:
 Every contender has its own process; they are loaded one after the other, run
-once (cold), and then in turn (--rounds). Only what the bundle holds is run;
-rivals in torch run the denoising loop alone. diffusers has no flow head: its
-figure is the time of full passes, scaled to the same number of evaluations.
-Beside a bundle in int8, fp8 or nvfp4, rivals in torch compute in bf16.
-cpu is what the loop took of the processor, on all threads together: on a shared
-machine a fairer figure than the time by the clock.
+once (cold), and then in turn (--rounds). Only the stages that the bundle has
+graphs for are run, by every contender. diffusers and stable-diffusion.cpp have
+no flow head: their figure for the loop is the time of full passes, scaled to
+the same number of evaluations. Beside a bundle in int8, fp8 or nvfp4, rivals in
+torch compute in bf16, and stable-diffusion.cpp in q8_0; it computes bf16 in f16.
+cpu is what the loop (or a stage that is measured alone) took of the processor,
+on all threads together: on a shared machine fairer than the time by the clock.
 The limit is one large float32 matrix product of numpy with as many threads.
 
 \b
 --json FILE: machine, versions, work, limit_flops and per contender load_seconds,
 cold_seconds, seconds (median and p90 by stage), flops (by stage), peak_bytes,
-peak_anonymous_bytes (without mapped files) and every round; ratio.NAME is
-NAME's median time for the loop over ours, ratio_cpu.NAME the same of processor
-time.
+peak_anonymous_bytes (without mapped files) and every round; ratio.NAME is, by
+stage, NAME's median time over ours.
 
 \b
 Exit codes: 0 done, 1 the measurement failed, 2 bad usage, 130 stopped by Ctrl-C
@@ -87,12 +88,20 @@ Examples:
   tmd-bench                                     # the built-in model, stage by stage
   tmd-bench --bundle my-bundle --compare openvino
   tmd-bench --model wan1.3b --random-weights 0 --size 256x256 --compare torch,diffusers
+  tmd-bench --model wan1.3b --random-weights 0 --parts text_encoder --compare diffusers
   tmd-bench --model wan1.3b --random-weights 0 --blocks 6 --precision int8 --compare torch-compile
   tmd-bench --model wan1.3b --checkpoint Wan2.1-T2V-1.3B --kind wan --steps 4 --json bench.json""",
 )
 @click.version_option(package_name="tmd-runtime", message="tmd-bench %(version)s", help="Print the version.")
-@click.option("--bundle", type=BundleFolder(path_type=Path), metavar="DIR", help="Measure this bundle.")
-@click.option("--model", type=click.Choice(MODELS), help="Export a bundle of this model first (and give rivals it).")
+@click.option(
+    "--bundle",
+    type=BundleFolder(path_type=Path),
+    metavar="DIR",
+    help="Measure this bundle; rivals get the weights of --model.",
+)
+@click.option(
+    "--model", type=click.Choice(MODELS), help="Export a bundle of this model first, and give rivals its weights."
+)
 @click.option("--checkpoint", multiple=True, metavar="PATH", help="Weights of --model, as in tmd-export.")
 @click.option("--random-weights", type=Whole(0), metavar="SEED", help="Random weights for --model.")
 @click.option("--blocks", type=Whole(2), metavar="B",
@@ -116,6 +125,7 @@ Examples:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
 @click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
 @click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")
+@click.option("--apart", is_flag=True, help="One contender after the other, for models that memory holds once.")
 @click.option(
     "--compare",
     callback=_rivals,
@@ -138,8 +148,8 @@ def command(
     **options: Any,
 ) -> None:
     """Measure a bundle stage by stage, beside what a user would run instead."""
-    if bundle is not None and model is not None:
-        raise click.UsageError("--bundle is measured as it is: leave --model out, or let --model make the bundle.")
+    if bundle is not None and keep is not None:
+        raise click.UsageError("--bundle is there already: leave --keep out, or let --model make the bundle.")
     origin = {"model": model, "checkpoint": checkpoint, "random_seed": random_weights, "kind": kind, "blocks": blocks}
     if blocks is not None and (model is None or random_weights is None):
         raise click.UsageError("--blocks shortens a model with random weights: give --model and --random-weights too.")
@@ -177,36 +187,46 @@ def _bench(
     sweep("tmd-bench", [place, *([keep.absolute().parent] if keep else [])])
     folder = unfinished.begin(place, is_folder=True)
     try:
-        out = keep or folder / "bundle"
-        _export(origin, parts, precision, out)
-        _measure(out, origin, json_file, options)
+        out = bundle or keep or folder / "bundle"
+        if bundle is None:
+            _export(origin, parts, precision, out)
+        _measure(out, origin, json_file, options, folder)
     finally:
         unfinished.discard(folder)
 
 
 def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) -> None:
-    """The bundle to measure, by a process of its own, whose memory goes with it. Raises click.ClickException."""
+    """The bundle to measure. Raises click.ClickException."""
+    if origin["random_seed"] is not None:
+        plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
+        work = ["tmd_bench.random_model", json.dumps(plan)]
+    else:
+        arguments = ["--model", origin["model"], "--parts", parts, "--precision", precision, "--out", str(out)]
+        arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
+        work = ["tmd_export.cli", *arguments, "--no-verify"]
+    click.echo("exporting", err=True)
+    _in_child(work, "the bundle could not be exported")
+
+
+def _in_child(work: list[str], problem: str) -> None:
+    """A module of ours in a process of its own, whose memory goes with it. Raises click.ClickException."""
     import subprocess
 
-    arguments = ["--model", origin["model"], "--parts", parts, "--precision", precision, "--out", str(out)]
-    arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
-    if origin["random_seed"] is not None:
-        arguments += ["--random-weights", str(origin["random_seed"])]
-        preset = default_preset(origin["kind"], origin["model"])
-        arguments += [] if preset is None else ["--preset", preset]
-    work = ["tmd_export.cli", *arguments, "--no-verify"]
-    if origin["blocks"] is not None:
-        plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
-        work = ["tmd_bench.shortened", json.dumps(plan)]
-    click.echo("exporting", err=True)
     command = [sys.executable, "-m", "tmd_bench.child", *work]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2) as process:  # it ends at the end of its stdin
         code = process.wait()
     if code:
-        raise click.ClickException("the bundle could not be exported; the lines above say why.")
+        raise click.ClickException(f"{problem}; the lines above say why.")
 
 
-def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, options: Mapping[str, Any]) -> None:
+def _measure(
+    bundle: Path,
+    origin: Mapping[str, Any],
+    json_file: Path | None,
+    options: Mapping[str, Any],
+    folder: Path | None = None,
+) -> None:
+    """`folder` is for the weights of rivals that read no bundle; it is there when `origin` names a model."""
     from tmd_engines import Bundle
     from tmd_engines.cost.sizing import estimate
     from tmd_engines.device.cpu import describe_cpu
@@ -219,25 +239,40 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
     settings = resolve_settings(
         opened.manifest, 0, options["steps"], options["inner_steps"], options["frames"], options["size"], guidance=1.0
     )
+    graphs = opened.manifest.graphs
+    stages = {stage: graph for graph, stage in STAGE_OF.items() if graph in graphs}
+    if "denoise" not in stages and len(stages) != 1:
+        raise click.UsageError("without backbone and flow head, one stage can be measured: name its --parts alone.")
     work = Work(
-        str(bundle), opened.manifest.graphs["backbone"].precision, settings.width, settings.height, settings.frames,
-        settings.steps, settings.inner_steps, options["threads"], **origin,
+        str(bundle), "", settings.width, settings.height, settings.frames, settings.steps, settings.inner_steps,
+        options["threads"], stages=tuple(stages), **origin,
     )  # fmt: skip
+    precision = graphs[stages[work.main_stage]].precision
+    rivals = [name for name in options["compare"] if name != options["engine"]]
+    published = None
+    if "stable-diffusion.cpp" in rivals:
+        assert folder is not None  # its weights are a model's, which was exported first
+        published = str(folder / "published")
+    work = replace(work, precision=precision, published=published)
+    if published is not None:
+        _in_child(["tmd_bench.published", work.to_json(), published], "the weights could not be written for a rival")
     inner_steps = None if opened.manifest.family.inner_steps(opened.manifest.sampler) is None else work.inner_steps
     needed = estimate(opened, width=work.width, height=work.height, frames=work.frames, steps=work.steps,
                       inner_steps=inner_steps)  # fmt: skip
     flops = {name: stage.flops * stage.calls for name, stage in needed.stages.items()}
     flops = {"text" if name == "text_encoder" else "decode" if name == "decoder" else name: count
              for name, count in flops.items()}  # fmt: skip
-    flops["denoise"] = flops["cpu"] = flops["backbone"] + flops["flow_head"]
+    flops["denoise"] = flops.get("backbone", 0) + flops.get("flow_head", 0)
+    flops = {"cpu": flops[work.main_stage], **{name: count for name, count in flops.items() if count}}
     engine = options["engine"]
-    rivals = [name for name in options["compare"] if name != engine]
-    entries = contest([engine, *rivals, "limit"], work, options["rounds"], _progress())
+    entries = contest([engine, *rivals, "limit"], work, options["rounds"], _progress(), apart=options["apart"])
     limit = FLOPS / entries.pop("limit").median("matmul")
-    ratio, ratio_cpu = (
-        {name: entries[name].median(stage) / entries[engine].median(stage) for name in rivals}
-        for stage in ("denoise", "cpu")
-    )
+    ours = entries[engine]
+    ratio = {
+        name: {stage: entries[name].median(stage) / ours.median(stage)
+               for stage in (*work.stages, "cpu") if all(stage in one.rounds[0] for one in (ours, entries[name]))}
+        for name in rivals
+    }  # fmt: skip
     document = {
         "machine": {**describe_cpu(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {name: found for name in _LIBRARIES if (found := _version(name))},
@@ -246,14 +281,16 @@ def _measure(bundle: Path, origin: Mapping[str, Any], json_file: Path | None, op
         "limit_flops": limit,
         "contenders": {name: {**entry.summary(), "flops": flops} for name, entry in entries.items()},
         "ratio": ratio,
-        "ratio_cpu": ratio_cpu,
     }
     if json_file is not None:
         write_text(json_file, json_text(document, 1) + "\n")
-    _show(work, entries, flops, limit, ratio, ratio_cpu)
+    _show(work, entries, flops, limit, ratio)
 
 
-_LIBRARIES = ("tmd-runtime", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers")
+_LIBRARIES = (
+    *("tmd-runtime", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "diffusers"),
+    *("transformers", "stable-diffusion-cpp-python"),
+)
 
 
 def _version(name: str) -> str | None:
@@ -274,8 +311,7 @@ def _show(
     entries: Mapping[str, Entry],
     flops: Mapping[str, int],
     limit: float,
-    ratio: Mapping[str, float],
-    ratio_cpu: Mapping[str, float],
+    ratio: Mapping[str, Mapping[str, float]],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -303,7 +339,8 @@ def _show(
     console.print(table)
     for name, entry in entries.items():
         loading = sum(entry.load.values())
-        beside = f", loop {ratio[name]:.2f} x our time, {ratio_cpu[name]:.2f} x of cpu" if name in ratio else ""
+        times = [f"{stage} {found:.2f} x" for stage, found in ratio.get(name, {}).items()]
+        beside = f"; of our time: {', '.join(times)}" if times else ""
         click.echo(
             f"{name}: {loading:.2f} s to load, peak {entry.peak_bytes / 1e6:.0f} MB "
             f"({entry.peak_anonymous_bytes / 1e6:.0f} MB without mapped files){beside}"

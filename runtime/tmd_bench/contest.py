@@ -89,9 +89,22 @@ class _Process:
 
 
 def contest(
-    names: Sequence[str], work: Work, rounds: int, report: Callable[[str], None] = lambda line: None
+    names: Sequence[str],
+    work: Work,
+    rounds: int,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    apart: bool = False,
 ) -> dict[str, Entry]:
-    """Load every contender, run each once cold, then `rounds` times in turn. Raises BenchError."""
+    """Load every contender, run each once cold, then `rounds` times in turn. Raises BenchError.
+
+    `apart`: one contender is loaded and runs all its rounds before the next one loads.
+    """
+    if apart:
+        entries: dict[str, Entry] = {}
+        for name in names:
+            entries |= contest([name], work, rounds, report)
+        return entries
     processes: list[_Process] = []
     try:
         for name in names:

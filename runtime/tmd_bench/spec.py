@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-RIVALS = ("torch", "torch-compile", "diffusers", "onnxruntime", "openvino")
+RIVALS = ("torch", "torch-compile", "diffusers", "stable-diffusion.cpp", "onnxruntime", "openvino")
+
+STAGE_OF = {"text_encoder": "text", "backbone": "denoise", "decoder_first": "decode"}
+"""A graph of a bundle -> the stage that the bundle can be measured in."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,8 @@ class Work:
 
     `model`, `checkpoint` and `random_seed` as in `tmd_export.open_source`, None where only a bundle is given; `kind` is
     the family of random weights. Width and height are in pixels. `blocks`: transformer blocks of a shortened model with
-    random weights.
+    random weights. `stages` are those that are measured, in their order: some of "text", "denoise" and "decode".
+    `published` is the folder with the weights in their authors' files, None where no contender reads them.
     """
 
     bundle: str
@@ -32,6 +36,13 @@ class Work:
     random_seed: int | None = None
     kind: str = "tmd"
     blocks: int | None = None
+    stages: tuple[str, ...] = ("text", "denoise", "decode")
+    published: str | None = None
+
+    @property
+    def main_stage(self) -> str:
+        """The stage whose processor time is told: the loop, or what is measured alone."""
+        return "denoise" if "denoise" in self.stages else self.stages[-1]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -39,4 +50,4 @@ class Work:
     @classmethod
     def from_json(cls, text: str) -> Work:
         values = json.loads(text)
-        return cls(**{**values, "checkpoint": tuple(values["checkpoint"])})
+        return cls(**{**values, "checkpoint": tuple(values["checkpoint"]), "stages": tuple(values["stages"])})

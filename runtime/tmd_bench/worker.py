@@ -33,6 +33,10 @@ def contender(name: str, work: Work) -> Any:
         from .rivals import DiffusersRun
 
         return DiffusersRun(work)
+    if name == "stable-diffusion.cpp":
+        from .sdcpp import StableDiffusionCpp
+
+        return StableDiffusionCpp(work)
     from .ours import BundleRun
 
     return BundleRun(work, name)
