@@ -48,7 +48,8 @@ def _rivals(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 _GROUPS = {
     "What is measured": ("bundle", "size", "frames", "steps", "inner_steps"),
     "A bundle to export first": (
-        *("model", "checkpoint", "random_weights", "blocks", "kind", "parts", "precision", "keep"),
+        *("model", "checkpoint", "random_weights", "blocks", "kind", "parts"),
+        *("precision", "text_encoder_weights", "keep"),
     ),
     "How it is measured": ("engine", "threads", "rounds", "apart", "compare"),
     "Reports": ("json_file",),
@@ -123,6 +124,7 @@ Examples:
 @click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per step.  [default: the bundle's]")
 @click.option("--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="Ours.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
+@click.option("--text-encoder-weights", type=click.Choice(("int8",)), help="Of --model, as in tmd-export.")
 @click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
 @click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")
 @click.option("--apart", is_flag=True, help="One contender after the other, for models that memory holds once.")
@@ -144,6 +146,7 @@ def command(
     parts: str,
     keep: Path | None,
     precision: str,
+    text_encoder_weights: str | None,
     json_file: Path | None,
     **options: Any,
 ) -> None:
@@ -151,19 +154,19 @@ def command(
     if bundle is not None and keep is not None:
         raise click.UsageError("--bundle is there already: leave --keep out, or let --model make the bundle.")
     origin = {"model": model, "checkpoint": checkpoint, "random_seed": random_weights, "kind": kind, "blocks": blocks}
+    graphs = {"parts": parts, "precision": precision, "text_encoder_weights": text_encoder_weights}
     if blocks is not None and (model is None or random_weights is None):
         raise click.UsageError("--blocks shortens a model with random weights: give --model and --random-weights too.")
     with failures(_fail):
         if json_file is not None:
             Target(json_file, is_folder=False).discard()  # now, not after the measurement
-        _bench(bundle, model, parts, precision, keep, json_file, origin, options)
+        _bench(bundle, model, graphs, keep, json_file, origin, options)
 
 
 def _bench(
     bundle: Path | None,
     model: str | None,
-    parts: str,
-    precision: str,
+    graphs: dict[str, Any],
     keep: Path | None,
     json_file: Path | None,
     origin: dict[str, Any],
@@ -189,19 +192,22 @@ def _bench(
     try:
         out = bundle or keep or folder / "bundle"
         if bundle is None:
-            _export(origin, parts, precision, out)
+            _export(origin, graphs, out)
         _measure(out, origin, json_file, options, folder)
     finally:
         unfinished.discard(folder)
 
 
-def _export(origin: Mapping[str, Any], parts: str, precision: str, out: Path) -> None:
+def _export(origin: Mapping[str, Any], graphs: Mapping[str, Any], out: Path) -> None:
     """The bundle to measure. Raises click.ClickException."""
     if origin["random_seed"] is not None:
-        plan = {**origin, "parts": parts, "precision": precision, "out": str(out)}
+        plan = {**origin, **graphs, "out": str(out)}
         work = ["tmd_bench.random_model", json.dumps(plan)]
     else:
-        arguments = ["--model", origin["model"], "--parts", parts, "--precision", precision, "--out", str(out)]
+        arguments = ["--model", origin["model"], "--out", str(out)]
+        arguments += [
+            word for name, value in graphs.items() if value for word in (f"--{name.replace('_', '-')}", value)
+        ]
         arguments += [word for path in origin["checkpoint"] for word in ("--checkpoint", path)]
         work = ["tmd_export.cli", *arguments, "--no-verify"]
     click.echo("exporting", err=True)

@@ -47,7 +47,8 @@ def main() -> None:
         source.tokenizer = built_in_folder() / TOKENIZER
         export_bundle(
             source, plan["out"], ordered(plan["parts"].split(",")), precision=plan["precision"],
-            preset=default_preset(plan["kind"], plan["model"]), verify=False,
+            text_encoder_weights=plan["text_encoder_weights"], preset=default_preset(plan["kind"], plan["model"]),
+            verify=False, keep_layers=False,  # which of their layers suffer most says nothing about trained ones
         )  # fmt: skip
     except (ExportError, ValueError) as error:
         sys.exit(f"tmd-bench: {error}")
