@@ -38,6 +38,7 @@ _GROUPS = {
     "Where the weights come from": ("model", "checkpoint", "random_weights", "decoder", "text_encoder", "loras"),
     "How the model is sampled": ("preset", "grid"),
     "The bundle": ("out", "parts", "overwrite", "inspect"),
+    "Instead of a bundle": ("transformer",),
     "Precision": ("precision", "text_encoder_weights", "calibration", "keep_no_layers", "no_verify"),
     "Reports": ("as_json", "quiet"),
 }
@@ -114,6 +115,7 @@ Examples:
   tmd-export --model wan1.3b --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --preset rcm \\
       --checkpoint Wan2.1-T2V-1.3B --precision bf16 --out rcm
   tmd-export --checkpoint FastWan2.2-TI2V-5B-FullAttn-Diffusers --precision bf16 --out fastwan
+  tmd-export --checkpoint rCM_Wan2.1_T2V_1.3B_480p.pt --transformer runs/wan/rcm.safetensors
   tmd-export --model wan14b --checkpoint Wan2.1-T2V-14B --lora 4steps.safetensors \\
       --lora style.safetensors=0.7 --preset lightx2v --precision bf16 --out fast""",
 )
@@ -161,6 +163,12 @@ Examples:
     "diffusers or PEFT write it; may be given several times.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle to write.")
+@click.option(
+    "--transformer",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the transformer under Wan's own names, LoRAs merged, as safetensors: for tmd-distill.",
+)
 @click.option("--inspect", is_flag=True, help="Say what the checkpoint is and what would be exported; write nothing.")
 @click.option(
     "--parts",
@@ -220,6 +228,7 @@ def command(
     text_encoder: Path | None,
     loras: tuple[LoraFile, ...],
     out: Path | None,
+    transformer: Path | None,
     inspect: bool,
     parts: tuple[str, ...] | None,
     precision: str,
@@ -243,13 +252,18 @@ def command(
     for option, given in (("--calibration", calibration), ("--keep-no-layers", keep_no_layers)):
         if given and not set(QUANTIZED) & set(parse_precision(precision).values()):
             raise click.UsageError(f"{option} is for --precision int8, fp8 or nvfp4: nothing else needs it.")
-    if out is None and not inspect:
+    if transformer is not None and (out is not None or inspect):
+        raise click.UsageError("--transformer is written in the place of a bundle: leave --out and --inspect out.")
+    if out is None and transformer is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     means = (model, checkpoint, random_weights, decoder, preset, text_encoder, loras)
     start = perf_counter()
     if out is not None:
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
+        if transformer is not None:
+            _write_transformer(_local(means, ("backbone", "flow_head"), None if quiet else _say), transformer)
+            return
         if out is None or inspect:
             with TemporaryDirectory(prefix="tmd-headers-") as room:
                 local = _local(means, parts, None, Path(room))
@@ -322,6 +336,14 @@ def _export(
                 click.echo(f"tmd-export: {note}", err=True)
         options["calibration"] = _calibration(options["calibration"])
         return export_bundle(source, out, parts, **options, report=line or reporter(quiet))
+
+
+def _write_transformer(means: tuple[Any, ...], path: Path) -> None:
+    """`means` are the arguments of `open_source`."""
+    from .families.open import open_source
+    from .transformer_file import write_transformer
+
+    write_transformer(open_source(*means), path)
 
 
 def _inspect(means: tuple[Any, ...], as_json: bool, *wishes: Any) -> None:

@@ -10,25 +10,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tmd_engines.command.signals import Ending
 from tmd_export import ExportError
-from tmd_export.checkpoints.names import converted, uncut
+from tmd_export.checkpoints.names import converted
+from tmd_export.transformer_file import write_transformer
 
 from .rivals import source_of
 from .spec import Work
 
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer.safetensors", "vae.safetensors", "text_encoder.safetensors"
-
-
-def transformer_weights(work: Work) -> Iterator[tuple[str, Tensor]]:
-    """Original name and weight of every block, the flow head's own layers left out: they belong to no Wan."""
-    source = source_of(work)
-    first = source.wan.num_layers - source.head_blocks
-    for name, _ in source.module("student").named_parameters():
-        if not name.startswith(("head.interval_", "head.fusion.")):
-            yield uncut(name, first), source.tensor("student", name)
 
 
 def vae_weights(work: Work) -> Iterator[tuple[str, Tensor]]:
@@ -49,10 +42,11 @@ def write(work: Work, folder: Path) -> None:
     """Writes the files that `work` needs. Raises ExportError if a weight is missing."""
     from safetensors.torch import save_file
 
-    files = {TRANSFORMER: transformer_weights(work), VAE: vae_weights(work)}
+    files = {VAE: vae_weights(work)}
     if "text" in work.stages:
         files[TEXT_ENCODER] = text_encoder_weights(work)
     folder.mkdir(parents=True, exist_ok=True)
+    write_transformer(source_of(work), folder / TRANSFORMER, torch.float16)
     for name, weights in files.items():
         save_file({key: weight.half().contiguous() for key, weight in weights}, folder / name)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tmd_export import open_source
@@ -99,6 +100,23 @@ def test_a_finished_stage_is_not_kept_when_its_input_was_replaced(made, tmp_path
     assert other.exit_code == 1 and f"was made with another input {teacher}" in other.output
     missing = distill("stage1", tmp_path / "empty", "--set", "sources.teacher=nowhere.safetensors")
     assert missing.exit_code == 1 and "--inputs DIR" in missing.output and "--set sources.NAME=FILE" in missing.output
+
+
+def test_a_student_starts_from_a_few_step_model_if_one_is_given(made, tmp_path):
+    """Its weights, not the teacher's, are those of the first step; the teacher stays the one of stage 2."""
+    run, _ = made
+    few = {name: weight + 0.25 for name, weight in load_file(run / "teacher.safetensors").items()}
+    with safe_open(run / "teacher.safetensors", "pt") as file:
+        save_file(few, tmp_path / "few.safetensors", file.metadata())
+    given = ("--inputs", str(run), "--set", "sources.student=few.safetensors", "--set", "stage1.optimizer.lr=1e-12")
+    done = distill("stage1", tmp_path, *given)
+    assert done.exit_code == 0, done.output
+    made_of = load_file(tmp_path / "student_stage1.safetensors")
+    for theirs, ours in (("blocks.0.ffn.0.weight", "backbone.blocks.0.ffn.0.weight"),
+                         ("blocks.7.ffn.0.weight", "head.blocks.1.ffn.0.weight")):  # fmt: skip
+        assert (made_of[ours] - few[theirs]).abs().max() < 1e-4
+    missing = distill("stage1", tmp_path / "other", *given)
+    assert missing.exit_code == 1 and "there is no few.safetensors" in missing.output
 
 
 def test_plan_says_what_fits_where():

@@ -72,9 +72,13 @@ class Data(_Part):
 
 
 class Sources(_Part):
-    """Weights that are given. A file name alone is looked up in the run folder; see `tmd_ref.distill.weights`."""
+    """Weights that are given. A file name alone is looked up in the run folder; see `tmd_ref.distill.weights`.
+
+    `student` is a few-step transformer (rCM, FastWan) that the student starts from; None: from the teacher.
+    """
 
     teacher: str = "teacher.safetensors"
+    student: str | None = None
     vae: str = "vae.safetensors"
     text_encoder: str = "umt5.safetensors"
     tokenizer: str = "tokenizer.model"

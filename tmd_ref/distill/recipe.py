@@ -60,8 +60,8 @@ class Job:
         where = " or ".join(str(path.parent) for path in places[1:])
         raise FileNotFoundError(
             f"there is no {name} in {where}: run the command that makes it, name the run folder that "
-            "has it (--inputs DIR), or the file itself (--set sources.NAME=FILE, where NAME is teacher, tokenizer, "
-            "text_encoder or vae)."
+            "has it (--inputs DIR), or the file itself (--set sources.NAME=FILE, where NAME is teacher, student, "
+            "tokenizer, text_encoder or vae)."
         )
 
     def data(self) -> LatentDataset:
@@ -73,6 +73,11 @@ class Job:
 
     def load_teacher(self) -> WanTransformer:
         return load_teacher(self.find(self.config.sources.teacher), self.config.wan)
+
+    def load_start(self) -> WanTransformer:
+        """The transformer that the student is made of: the teacher, or a few-step student of another method."""
+        sources = self.config.sources
+        return load_teacher(self.find(sources.student or sources.teacher), self.config.wan)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.find(self.config.sources.tokenizer), self.config.wan.text_len)
@@ -191,7 +196,7 @@ def stage1(job: Job) -> None:
     if not student.is_tmd:
         return _knowledge_distillation(job, data)
     torch.manual_seed(0)
-    wan = job.load_teacher().requires_grad_(True)
+    wan = job.load_start().requires_grad_(True)
     # the differences of stage 1 are taken in float32, so blocks are gathered in float32
     network = job.place(TMDStudent.from_teacher(wan, student.head_blocks, student.fusion, student.grids), half=False)
     del wan
@@ -247,7 +252,7 @@ def stage2(job: Job) -> None:
     elif config.stage1.objective == "kd":
         generator = load_teacher(job.find("generator_stage1.safetensors"), config.wan)
     else:
-        generator = job.load_teacher()
+        generator = job.load_start()
     torch.manual_seed(0)
     networks = {
         "generator": job.place(generator.requires_grad_(True)),
