@@ -340,10 +340,17 @@ def _export(
 
 def _write_transformer(means: tuple[Any, ...], path: Path) -> None:
     """`means` are the arguments of `open_source`."""
+    from .errors import ExportError
     from .families.open import open_source
     from .transformer_file import write_transformer
 
-    write_transformer(open_source(*means), path)
+    source = open_source(*means)
+    if source.family == "tmd" and source.trained:
+        raise ExportError(
+            f"{source.origin}: a TMD student is no Wan without its flow head's own layers. Give the Wan that it was "
+            "distilled from."
+        )
+    write_transformer(source, path)
 
 
 def _inspect(means: tuple[Any, ...], as_json: bool, *wishes: Any) -> None:

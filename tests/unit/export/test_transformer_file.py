@@ -50,8 +50,8 @@ def test_loras_are_merged(tmp_path):
 
 
 def test_what_is_not_one_transformer_is_refused(tmp_path):
-    student = refusal(lambda: write_transformer(open_source("tiny"), tmp_path / "t.safetensors"))
-    assert "is a TMD student" in student and "distilled from" in student
+    done = CliRunner().invoke(command, ["--model", "tiny", "--transformer", str(tmp_path / "t.safetensors")])
+    assert done.exit_code == 1 and "a TMD student is no Wan" in done.output and "distilled from" in done.output
     still = refusal(lambda: write_transformer(open_source("tim-tiny"), tmp_path / "t.safetensors"))
     assert "not one transformer of Wan" in still
     assert not list(tmp_path.iterdir())
