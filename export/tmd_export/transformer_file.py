@@ -37,9 +37,9 @@ def names_of(source: Source) -> dict[str, str]:
 def write_transformer(source: Source, path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the transformer, whole or not at all, one weight in memory at a time.
 
-    `dtype`: that of the file (None: float32 and the 16-bit types as they are stored). A student's transformer is written
-    without the layers that its flow head alone has. Raises ExportError if the source has no transformer of Wan, or if
-    `path` cannot be written.
+    `dtype`: that of the file (None: float32 and the 16-bit types as they are stored). A student's transformer is
+    written without the layers that its flow head alone has. Raises ExportError if the source has no transformer of
+    Wan, or if `path` cannot be written.
     """
     names = names_of(source)
     shapes = {name: parameter.shape for name, parameter in source.module("student").named_parameters()}
