@@ -129,7 +129,12 @@ def test_graphs_that_passed_are_not_parsed_again_and_others_are(
 ) -> None:
     parsed: list[str] = []
     parse = reader.parse_graph
-    monkeypatch.setattr(reader, "parse_graph", lambda data, where: parsed.append(where) or parse(data, where))
+
+    def parsing(data: bytes, where: str) -> Any:
+        parsed.append(where)
+        return parse(data, where)
+
+    monkeypatch.setattr(reader, "parse_graph", parsing)
     Bundle.open(synthetic_bundle)
     first = len(parsed)
     Bundle.open(synthetic_bundle)
