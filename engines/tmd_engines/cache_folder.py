@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def distrust(folder: Path) -> str | None:
     return None
 
 
+@cache
 def code_key(*files: Path) -> str | None:
     """Tells one version of these modules from another, for the key of what they make; None: they cannot be read."""
     try:

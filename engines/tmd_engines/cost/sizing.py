@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Literal
 from ..bundle.graph_file import parse_graph
 from ..cache_folder import Facts, code_key
 from ..errors import BundleError
-from .operations import flops, peak_activation_bytes, weight_bytes
-from .shapes import infer_shapes
 from .system_memory import available_bytes
 from .tiling import tile_size, tile_starts
 
@@ -243,6 +241,10 @@ def _stage(
     bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int], picture: int
 ) -> StageEstimate:
     """`sizes` are those of one call, `picture` the pixels of one frame of the whole."""
+    # Not needed where the counts are kept, and then a good part of what a first run would import for them.
+    from .operations import flops, peak_activation_bytes, weight_bytes
+    from .shapes import infer_shapes
+
     work = parameters = weights = activations = 0
     for name in names:
         info = bundle.graph_info(name)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _SHEET_GAP = 2
 _SHEET_SHADE = 255
 _QUEUED_PIECES = 2
+_PATIENCE = 0.5  # seconds
 _GIF_FPS = 50
 # FFmpeg's numbers for BT.709 and for limited range ("MPEG"). Untagged files are read with BT.601 by some players:
 # shifted colours.
@@ -121,6 +122,7 @@ class VideoFile:
         self._error: Exception | None = None
         self._stop = False
         self._is_empty = True
+        self._begun = threading.Event()
         self._pieces: queue.Queue[Frames | None] = queue.Queue(_QUEUED_PIECES)
         self._thread = threading.Thread(target=self._work, name="video-file", daemon=True)
         self._thread.start()
@@ -133,6 +135,7 @@ class VideoFile:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype.name != "uint8" or 0 in frames.shape:
             raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
         self._is_empty = False
+        self._begun.set()
         if self._error is None:
             self._pieces.put(frames)
         self._raise_error()
@@ -147,6 +150,7 @@ class VideoFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._stop = kind is not None
+            self._begun.set()
             self._pieces.put(None)
             self._thread.join()
             if kind is None:
@@ -171,8 +175,11 @@ class VideoFile:
 
     def _work(self) -> None:
         encoder = None
+        # PyAV takes long to import, and would hold back the threads that load graphs. What is wrong with it shall be
+        # known long before a long run is over.
+        self._begun.wait(_PATIENCE)
         try:
-            encoder = self._open_encoder()  # imports PyAV, beside the loading of graphs
+            encoder = self._open_encoder()
         except Exception as error:
             self._error = error
         # Pieces are taken off the queue even after an error, or the caller would wait for room in it for ever.
