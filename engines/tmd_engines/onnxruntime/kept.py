@@ -58,7 +58,8 @@ class KeptGraph:
             settings.graph_optimization_level = self._onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             return self._onnxruntime.InferenceSession(entry, settings, providers=["CPUExecutionProvider"])
 
-        entry = self._plans.load(self._key)
+        found = self._plans.map(self._key)
+        entry = None if found is None else bytes(found)
         if entry:
             with suppress(Exception):  # an entry that ONNX Runtime does not take is made anew
                 return read(entry)

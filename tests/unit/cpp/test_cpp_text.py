@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from pathlib import Path
 
 import ftfy
@@ -166,7 +167,7 @@ NEAR_WORDS = st.text("aAzZ'_-0 \u0301\u00e9\u0130\u03a3\u661f\u0663\u200d\U0001f
 @FUZZ
 @given(text=st.one_of(NEAR_WORDS, st.text(max_size=60), st.sampled_from([*PROMPTS, "A Red STAR, don't", "x" * 50])))
 def test_unknown_words_are_found_as_in_python(text: str) -> None:
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        return
-    note = twin().ask("unknown_words", text=text, **DRAWS.model_dump(mode="json"))["ok"]  # type: ignore[operator]
+    # Surrogates are refused before, and characters that Python's version of Unicode does not know may be known here.
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cs", "Cn"))
+    note = twin().ask("unknown_words", text=text, **DRAWS.model_dump(mode="json"))["ok"]
     assert [note] * bool(note) == unknown_words(text, DRAWS)

@@ -20,7 +20,7 @@ from tmd_runtime import graphs
 from tmd_runtime.ahead import Ahead
 from tmd_runtime.text.tokenizer import clean_prompt
 
-SIZE = {"frames": 5, "size": (32, 32), "seed": 1}
+SIZE: dict[str, Any] = {"frames": 5, "size": (32, 32), "seed": 1}
 
 
 class Opened:
