@@ -8,6 +8,8 @@ not a benchmark of video quality.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -121,6 +123,27 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
         speed=pick(_SPEED_WORDS[scene.speed]),
     )
     return " ".join(text.split()).replace(" ,", ",").replace("a orange", "an orange")
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can have, in lower case and in alphabetical order."""
+    unsaid = {"medium", "normal"}
+    phrases = [*COLORS, *BACKGROUNDS, *SHAPES, *(set(SIZES) - unsaid), "an"]
+    phrases += [words for ways in (*_MOTION_WORDS.values(), *_SPEED_WORDS.values()) for words in ways]
+    phrases += [re.sub(r"\{\w+\}|,", " ", sentence) for sentence in _SENTENCES]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def in_words() -> str:
+    """What scenes show, in half a sentence."""
+    others = [motion for motion in MOTIONS if motion not in _STEPS]
+    place = f"on a {_or(BACKGROUNDS)} background"
+    return f"one {_or(SHAPES)} in {_or(COLORS)} {place}, moving {_or(_STEPS)}, or {_or(others)}"
+
+
+def _or(words: Iterable[str]) -> str:
+    *before, last = words
+    return f"{', '.join(before)} or {last}"
 
 
 def coverage(shape: str, radius: np.ndarray, x: np.ndarray, y: np.ndarray, angle: np.ndarray, size: tuple[int, int]):

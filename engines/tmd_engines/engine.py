@@ -65,6 +65,7 @@ class Engine(ABC):
     buffer_type: type | None = None  # of the buffers from `empty`; None: numpy arrays, as every engine takes them
     records = False  # whether several steps can be one launch
     remark: str | None = None  # what people should know of this engine's graph, in one sentence or two
+    opens_beside = False  # whether threads may open several graphs at the same time
     shares = False  # whether threads may bind and run it at the same time, each on buffers and steps of its own
 
     def __init__(self, graph: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:

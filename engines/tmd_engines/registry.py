@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .device.gpu import split_device
+from .device.gpu import has_gpu, split_device
 from .errors import EngineError, quote
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto
     if engine != "auto":
         return engine, next(iter(ENGINES[engine])) if device == "auto" else device
     info = bundle.graph_info(graph)
-    for where in ("cuda", "cpu") if kind == "auto" else (kind,):
+    kinds = ("cuda", "cpu") if has_gpu() else ("cpu",)  # without a GPU its engines need not be imported to be asked
+    for where in kinds if kind == "auto" else (kind,):
         for name, found in _on(where):
             if found.is_here() and found.prefers(info):
                 return name, where if device == "auto" else device

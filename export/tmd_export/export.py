@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle.reader import format_size
+from tmd_ref import scenes
 
 from .errors import ExportError
-from .families import FAMILIES, sampling_of
+from .families import FAMILIES, built_in, sampling_of
 from .families.build import build
 from .graph_export import GraphReport, Tell, export_graph
 from .parts import QUANTIZED, UPDATE
@@ -129,6 +130,7 @@ def _manifest(
         "latents": source.latents_entry(),
         "video": dict(FAMILIES[source.family].videos.get(source.model, preset.video)),
         "text": {"tokenizer": tokenizer, **source.text_entry()},
+        **({"draws": _draws()} if source.model in built_in() else {}),
         "graphs": graphs,
         "provenance": {
             "source": source.origin,
@@ -139,6 +141,12 @@ def _manifest(
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         },
     }
+
+
+def _draws() -> dict[str, Any]:
+    """What the built-in models were trained on, and so all that they can draw."""
+    example = scenes.caption(scenes.Scene("circle", "red", "black", "right"))
+    return {"words": scenes.vocabulary(), "description": scenes.in_words(), "example": example}
 
 
 def _version(distribution: str) -> str | None:

@@ -8,12 +8,13 @@ from os import PathLike
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-from tmd_engines.device.cpu import resolve_threads
+from tmd_engines.device.cpu import SMALL_BYTES, resolve_threads
 
+from .ahead import Ahead
 from .checks import missing_graph
 from .errors import UsageFailure
 from .forecast import Forecast
-from .memory import DENOISER, MODES, SECOND, TOGETHER, MemoryChooser
+from .memory import DECODER, DENOISER, MODES, READER, SECOND, TOGETHER, MemoryChooser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -107,6 +108,7 @@ class Graphs:
         self.shared = Engines() if engines is None else engines
         self.memory: Memory = "low" if memory == "low" else "all"
         self._engines: dict[str, Engine] = {}
+        self._ahead: Ahead | None = None
         self.remarks: list[str] = []  # of the engines that were loaded
 
     def choose_memory(self, settings: Settings, unused: Collection[str]) -> Memory:
@@ -135,14 +137,8 @@ class Graphs:
         graphs = self._bundle.manifest.graphs
         if name not in graphs:
             raise missing_graph(name)
-        from tmd_engines import load as load_engine
-
         start = perf_counter()
-        engine, _, device, _, plans = self.arguments
-        options: dict[str, Any] = {"engine": engine, "device": device, "threads": self.threads}
-        if plans is not None:
-            options["plans"] = plans
-        made = self.shared.take(name, lambda: load_engine(self._bundle, name, **options))
+        made = self.shared.take(name, lambda: self._opened_ahead(name) or self._open(name))
         seconds = perf_counter() - start
         self._engines[name] = made
         if made.remark is not None and made.remark not in self.remarks:
@@ -150,6 +146,50 @@ class Graphs:
         timings.add("load", seconds)
         timings.report("load", len(self._engines), len(graphs), seconds)
         return made
+
+    def load_ahead(self, unused: Collection[str]) -> None:
+        """Begins to open the graphs of a run that keeps all of them, each in a thread, where engines allow it.
+
+        Of small models alone: their loading is most of a first run. `load` waits for them, and raises what failed.
+        """
+        small = sum(file.size for file in self._bundle.manifest.files.values()) <= SMALL_BYTES
+        if self.memory == "low":
+            self._close_ahead()
+        if self.memory == "low" or not small or self._ahead is not None:
+            return
+        order = (*READER, *DENOISER, *DECODER)
+        missing = [name for name in order if name in self._bundle.manifest.graphs and name not in unused]
+        missing = [name for name in missing if name not in self.shared.names() and self._opens_beside(name)]
+        self._ahead = Ahead(missing, self._open)
+
+    def _opens_beside(self, name: str) -> bool:
+        from tmd_engines import EngineError
+        from tmd_engines.device.gpu import split_device
+        from tmd_engines.registry import choose, engine_class
+
+        engine, _, device, _, plans = self.arguments
+        try:
+            chosen, where = choose(self._bundle, name, engine, device)
+        except EngineError:  # which is raised when the graph is needed
+            return False
+        return plans is None and engine_class(chosen, split_device(where)[0]).opens_beside
+
+    def _close_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _opened_ahead(self, name: str) -> Engine | None:
+        return None if self._ahead is None else self._ahead.take(name)
+
+    def _open(self, name: str) -> Engine:
+        from tmd_engines import load as load_engine
+
+        engine, _, device, _, plans = self.arguments
+        options: dict[str, Any] = {"engine": engine, "device": device, "threads": self.threads}
+        if plans is not None:
+            options["plans"] = plans
+        return load_engine(self._bundle, name, **options)
 
     @contextmanager
     def stage(self, graph: str) -> Iterator[None]:
@@ -175,6 +215,7 @@ class Graphs:
 
     def close(self) -> None:
         """Closes every engine. A later stage loads them again."""
+        self._close_ahead()
         self._free(set(self._engines))
 
     def _free(self, graphs: set[str]) -> None:

@@ -201,8 +201,7 @@ class Pipeline:
         check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._takes_picture, settings, init_latents, image)
         check_condition(settings, prompt, prompt_embeds is not None)
-        unused = () if prompt_embeds is None else READER
-        self.choose_memory(settings, unused if image is not None else (*unused, *ENCODER))
+        self.prepare(settings, reads=prompt_embeds is None, encodes_image=image is not None, last=last)
         if on_preview is not None:
             check_preview(settings, self._graphs.memory)
         timings = Timings(callback, no_seconds())
@@ -246,6 +245,24 @@ class Pipeline:
         A run does this itself. Raises RuntimeFailure if such a run would not fit at all. Returns the mode.
         """
         return self._graphs.choose_memory(settings, unused)
+
+    def prepare(
+        self, settings: Settings, *, reads: bool = True, encodes_image: bool = False, last: LastStage = "decode"
+    ) -> None:
+        """Settles the memory mode of such a run, and begins to load its graphs if they are small.
+
+        A run does this itself; a caller with something else to do before the run has it done meanwhile. `reads`: it
+        starts from a prompt. Raises as `choose_memory`.
+        """
+        unused = (*(() if reads else READER), *(() if encodes_image else ENCODER))
+        self.choose_memory(settings, unused)
+        later = {"text": (*DENOISER, *DECODER), "denoise": DECODER, "decode": ()}[last]
+        if settings.label is not None:
+            later = (*READER, *later)
+        if settings.latent_shape[2] == 1:
+            later = (*later, DECODER[1])
+        self._graphs.load_ahead((*unused, *later))
+        import numpy.random  # noqa: F401  # which the noise needs, and numpy loads late
 
     def encodes_negative(self, settings: Settings, negative_embeds: NDArray[Any] | None) -> bool:
         """Whether a run with these settings needs the text encoder for its negative prompt."""

@@ -100,17 +100,22 @@ def external_tensors(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def name_data(model: onnx.ModelProto, data: Path | None, folder: Path) -> Path:
-    """Makes the weights of `model` name the file `data`, where it really is; returns its folder, or `folder`.
+    """Makes the weights of `model` name the file `data`, where it really is; returns its `data_folder`.
 
     The data file of a bundle may be a link, and engines refuse weights outside the folder that they are told.
     """
-    if data is None or not is_utf8(data.name):
-        return folder
-    for tensor in external_tensors(model):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = data.name
-    return data.parent
+    found = data_folder(data, folder)
+    if data is not None and is_utf8(data.name):
+        for tensor in external_tensors(model):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = data.name
+    return found
+
+
+def data_folder(data: Path | None, folder: Path) -> Path:
+    """Where an engine looks for a graph's weights: beside the file that they really are in, or in the bundle."""
+    return folder if data is None or not is_utf8(data.name) else data.parent
 
 
 def all_tensors(message: Any) -> Iterator[onnx.TensorProto]:

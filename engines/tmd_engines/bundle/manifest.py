@@ -27,12 +27,12 @@ from .sections import (
     VideoInfo,
 )  # fmt: skip
 from .strict_json import read_json
-from .text import EmbeddingTable, TextInfo
+from .text import DrawsInfo, EmbeddingTable, TextInfo
 
 __all__ = [
-    "MANIFEST_NAME", "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "Accuracy", "EmbeddingTable", "FileInfo", "GraphInfo",
-    "LatentInfo", "Manifest", "ModelInfo", "Provenance", "SamplerInfo", "TensorSpec", "TextInfo", "VideoInfo",
-    "parse_manifest",
+    "MANIFEST_NAME", "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "Accuracy", "DrawsInfo", "EmbeddingTable", "FileInfo",
+    "GraphInfo", "LatentInfo", "Manifest", "ModelInfo", "Provenance", "SamplerInfo", "TensorSpec", "TextInfo",
+    "VideoInfo", "parse_manifest",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -52,6 +52,7 @@ class Manifest(Part):
     latents: LatentInfo
     video: VideoInfo
     text: TextInfo
+    draws: DrawsInfo | None = None
     graphs: Annotated[dict[Identifier, GraphInfo], Field(min_length=1, max_length=MAX_GRAPHS)]
     files: Annotated[dict[FileName, FileInfo], Field(min_length=1, max_length=MAX_FILES)]
     provenance: Provenance

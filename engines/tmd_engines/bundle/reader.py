@@ -2,7 +2,9 @@
 
 A bundle is untrusted input. `Bundle.open` returns only when the whole folder has been checked, in this order: the
 folder, the manifest (size, JSON, schema version, types, ranges, references), the kind and size of every file, the
-sha256 of every file, and last the graphs (external data, interface, patches and blocks). Writing is in `writer.py`.
+sha256 of every file, and last the graphs (external data, interface, patches and blocks). That a bundle's graphs passed
+is kept between runs, in a folder that only the user can write: reading them takes longer than all the rest of opening a
+small bundle. Writing is in `writer.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from ..cache_folder import Facts, code_key
 from ..errors import BundleError, EngineError, quote
 from .files import file_size, open_regular, read_up_to, sha256_hex
 from .geometry import DENOISER, check_geometry, facts
@@ -47,7 +50,8 @@ class Bundle:
                     f"{where} is {format_size(file_size(file))}, more than the {format_size(MAX_MANIFEST_BYTES)} that "
                     "a manifest may have: this is another file. Copy the bundle anew, or make it again with tmd-export."
                 )
-            manifest = parse_manifest(read_up_to(file, MAX_MANIFEST_BYTES + 1), where)
+            written = read_up_to(file, MAX_MANIFEST_BYTES + 1)
+            manifest = parse_manifest(written, where)
 
         graph_of = {info.file: info for info in manifest.graphs.values()}
         name_of = {info.file: name for name, info in manifest.graphs.items()}
@@ -61,15 +65,20 @@ class Bundle:
             for name, file in opened.items():
                 contents[name] = _check_content(file, manifest.files[name], folder / name, keep=name in graph_of)
 
-        known = {}
-        for name, info in graph_of.items():
-            where = str(folder / name)
-            data_size = manifest.files[info.data].size if info.data else 0
-            model = parse_graph(contents.pop(name), where)
-            check_graph(model, info, data_size, where)
-            if name_of[name] in DENOISER:
-                known[name_of[name]] = facts(model, info)
-        check_geometry(manifest, known, str(folder / MANIFEST_NAME))
+        # The manifest names the sha256 of every file, so what was found of these graphs stays true.
+        verdict = _verdict_key(written)
+        if verdict is None or _FACTS.read().get(verdict) is not True:
+            known = {}
+            for name, info in graph_of.items():
+                where = str(folder / name)
+                data_size = manifest.files[info.data].size if info.data else 0
+                model = parse_graph(contents.pop(name), where)
+                check_graph(model, info, data_size, where)
+                if name_of[name] in DENOISER:
+                    known[name_of[name]] = facts(model, info)
+            check_geometry(manifest, known, str(folder / MANIFEST_NAME))
+            if verdict is not None:
+                _FACTS.add({verdict: True})
         return cls(folder, manifest)
 
     def graph_path(self, graph: str) -> Path:
@@ -105,6 +114,16 @@ class Bundle:
                 "It was exported without that part: export it again with that graph among --parts."
             )
         return self.manifest.graphs[graph]
+
+
+_FACTS = Facts("bundles.json")
+
+
+def _verdict_key(manifest: bytes) -> str | None:
+    """Names the checks of the graphs of such a bundle, as this version of them is; None: it cannot be told."""
+    here = Path(__file__).parent
+    code = code_key(*sorted(here.glob("*.py")), *sorted(here.glob("families/*.py")))
+    return None if code is None else f"graphs {hashlib.sha256(code.encode() + manifest).hexdigest()}"
 
 
 def format_size(count: int) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from .fields import Count, FileName, Part
+from .fields import Count, FileName, Part, Text
 
+Word = Annotated[str, StringConstraints(pattern=r"^[a-z0-9']{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
 
 
@@ -23,6 +24,24 @@ class EmbeddingTable(Part):
     def size(self) -> int:
         """Bytes of the file."""
         return self.rows * self.dim * (4 if self.dtype == "float32" else 2)
+
+
+class DrawsInfo(Part):
+    """What a model of few words draws: all `words` that it knows, in lower case, ascending, what it shows, as half a
+    sentence, and a prompt of that kind.
+
+    A prompt with other words gets a note that says so.
+    """
+
+    words: Annotated[tuple[Word, ...], Field(min_length=1, max_length=4096)]
+    description: Text
+    example: Text
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.words) != sorted(set(self.words)):
+            raise ValueError("words must be ascending without repeats")
+        return self
 
 
 class TextInfo(Part):

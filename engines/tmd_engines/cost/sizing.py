@@ -9,15 +9,16 @@ mapped files, which the kernel may drop; `docs/wan.md` compares the figures with
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..bundle.graph_file import parse_graph
+from ..cache_folder import Facts, code_key
 from ..errors import BundleError
-from .operations import flops, peak_activation_bytes, weight_bytes
-from .shapes import infer_shapes
 from .system_memory import available_bytes
 from .tiling import tile_size, tile_starts
 
@@ -144,8 +145,9 @@ def estimate(
         "update": steps,
         "decoder": tiles,
     }
-    stages = {}
-    for stage, names in STAGES.items():
+    key = _facts_key(manifest, run.rows, calls, sizes, from_picture)
+    stages = _kept_stages(key)
+    for stage, names in STAGES.items() if not stages else ():
         present = [name for name in names if name in manifest.graphs]
         if present and (from_picture or stage != "encoder"):
             if stage in ("backbone", "flow_head", "backbone_2", "flow_head_2", "update"):
@@ -154,7 +156,37 @@ def estimate(
                 call_sizes = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
             picture = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
             stages[stage] = _stage(bundle, stage, present, calls[stage], call_sizes, picture)
+    if key is not None:
+        _FACTS.add({key: {name: astuple(stage) for name, stage in stages.items()}})
     return Estimate(stages, memory, family.nfe(model, steps, inner_steps or 1, guidance_passes))
+
+
+_FACTS = Facts("sizes.json")
+_CODE = ("cost", "bundle", "bundle/families")
+
+
+def _facts_key(manifest: Manifest, *asked: object) -> str | None:
+    """Names what `estimate` counts for such a bundle and run, as this version counts it; None: it cannot be told."""
+    root = Path(__file__).parents[1]
+    code = code_key(*(file for folder in _CODE for file in sorted((root / folder).glob("*.py"))))
+    text = f"{code} {manifest.model_dump_json()} {asked}"
+    return None if code is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kept_stages(key: str | None) -> dict[str, StageEstimate]:
+    """What was counted before; nothing where that is not known, or damaged."""
+    found = _FACTS.read().get(key) if key is not None else None
+    if not isinstance(found, dict) or not all(_are_counts(counts) for counts in found.values()):
+        return {}
+    return {name: StageEstimate(*counts) for name, counts in found.items() if name in STAGES}
+
+
+def _are_counts(counts: object) -> bool:
+    return (
+        isinstance(counts, list)
+        and len(counts) == len(fields(StageEstimate))
+        and all(type(count) is int and count >= 0 for count in counts)
+    )
 
 
 def step_counts(manifest: Manifest, steps: int | None, inner_steps: int | None) -> tuple[int, int | None]:
@@ -209,6 +241,10 @@ def _stage(
     bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int], picture: int
 ) -> StageEstimate:
     """`sizes` are those of one call, `picture` the pixels of one frame of the whole."""
+    # Not needed where the counts are kept, and then a good part of what a first run would import for them.
+    from .operations import flops, peak_activation_bytes, weight_bytes
+    from .shapes import infer_shapes
+
     work = parameters = weights = activations = 0
     for name in names:
         info = bundle.graph_info(name)

@@ -8,25 +8,18 @@ and a run larger than all before is as fast as the largest one at least.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import unfinished
+from ..cache_folder import Facts
 from ..device.cpu import describe_cpu
-from ..device.plan_cache import cache_folder, distrust
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..bundle.reader import Bundle
 
 SHARE = 0.4
 """What graphs reach of the speed of a large product (docs/reliability.md)."""
-_FILE = "speed.json"
-_MAX_BYTES, _MAX_ENTRIES = 1 << 20, 200
+_FACTS = Facts("speed.json")
 _SIDE, _RUNS = 1024, 3
 _SIZES = 40  # classes of runs; 4^40 operations are more than there will be
 
@@ -45,7 +38,7 @@ def seconds_of(flops: float, bundle: Bundle, engine: str, threads: int | None) -
 def learn(flops: float, seconds: float, bundle: Bundle, engine: str, threads: int | None) -> None:
     """Keeps what a run of this bundle reached, for the estimates to come."""
     if flops > 0 and seconds > 0:
-        _write({f"{_key(bundle, engine, threads)} {_size_class(flops)}": flops / seconds})
+        _FACTS.add({f"{_key(bundle, engine, threads)} {_size_class(flops)}": flops / seconds})
 
 
 def _size_class(flops: float) -> int:
@@ -56,7 +49,7 @@ def _size_class(flops: float) -> int:
 def _machine_speed(known: dict[str, float], threads: int | None) -> float:
     machine = _machine_key(threads)
     if machine not in known:
-        _write({machine: _measure(threads)})
+        _FACTS.add({machine: _measure(threads)})
         known = {machine: _measured, **_read()}
     return known[machine]
 
@@ -102,38 +95,7 @@ def _machine_key(threads: int | None) -> str:
     return f"matmul {hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _folder() -> Path | None:
-    folder = cache_folder()
-    if folder is None:
-        return None
-    with suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return None if distrust(folder) else folder
-
-
 def _read() -> dict[str, float]:
-    """The figures that are kept; a file that is damaged holds none."""
-    folder = _folder()
-    found: Any = None
-    if folder is not None:
-        with suppress(OSError, ValueError), open(folder / _FILE, "rb") as file:
-            found = json.loads(file.read(_MAX_BYTES))
-    if not isinstance(found, dict):
-        return {}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    """The figures that are kept, as far as they can be true."""
+    numbers = {name: value for name, value in _FACTS.read().items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in numbers.items() if 1e3 < value < 1e18}
-
-
-def _write(news: dict[str, float]) -> None:
-    folder = _folder()
-    if folder is None:
-        return
-    known = {name: value for name, value in _read().items() if name not in news} | news
-    latest = dict(list(known.items())[-_MAX_ENTRIES:])
-    with suppress(OSError):
-        path = unfinished.begin(folder)
-        try:
-            path.write_text(json.dumps(latest), encoding="utf-8")
-            os.replace(path, folder / _FILE)
-        finally:
-            unfinished.discard(path)

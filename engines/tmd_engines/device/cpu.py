@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,15 @@ def describe_cpu() -> dict[str, Any]:
         "name": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "features": [feature for feature in _FEATURES if feature in flags] if flags else None,
+    }
+
+
+def cpu_key() -> dict[str, str]:
+    """What a compiled graph depends on of the processor, for the key of a cache."""
+    cpu = describe_cpu()
+    return {
+        "cpu": f"{sys.platform} {cpu['name']}, {cpu['cores']} cores",
+        "features": " ".join(cpu["features"] or ()),
     }
 
 

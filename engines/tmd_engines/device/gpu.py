@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
-from pathlib import Path
 
 
 def split_device(device: str) -> tuple[str, int]:
@@ -19,9 +17,12 @@ def has_gpu() -> bool:
     """A device of the kernel driver: desktop and server GPUs, or Jetson's."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
-    return any(Path("/dev", name).exists() for name in ("nvidia0", "nvhost-gpu", "nvgpu/igpu0")) or bool(
-        list(Path("/dev").glob("nvidia[0-9]*"))
-    )
+    if any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvhost-gpu", "nvgpu/igpu0")):
+        return True
+    try:
+        return any(re.match("nvidia[0-9]", name) for name in os.listdir("/dev"))
+    except OSError:
+        return False
 
 
 def has_cuda_bindings() -> bool:
@@ -35,6 +36,8 @@ def has_onnxruntime_cuda() -> bool:
     """A GPU and ONNX Runtime in its build for it, which is a package of another name."""
     if not has_gpu():
         return False
+    from importlib.metadata import PackageNotFoundError, distribution  # slow to import
+
     try:
         distribution("onnxruntime-gpu")
     except PackageNotFoundError:

@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -22,27 +21,15 @@ from typing import BinaryIO
 
 from .. import unfinished
 from ..bundle.files import file_size, open_regular, read_up_to
+from ..cache_folder import distrust
 from ..errors import BundleError, quote
 
-VARIABLE = "TMD_CACHE"
 MAX_ENTRY_BYTES = 256 << 20  # larger graphs compile about as fast as their entry is read, checked and unpacked
 MAX_FOLDER_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
 _NEW = ".new-"
 
 Key = Mapping[str, str]
-
-
-def cache_folder() -> Path | None:
-    """The folder that the environment asks for; None: switched off. Looks at nothing on the disk."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted.lower() == "off":
-        return None
-    if wanted:
-        return Path(wanted)
-    base = os.environ.get("XDG_CACHE_HOME", "")  # the specification: what is not absolute is ignored
-    home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    return home / "tmd"
 
 
 class PlanCache:
@@ -206,19 +193,6 @@ def _key_of(path: Path) -> dict[str, str] | None:
 
 def _file_name(key: Key) -> str:
     return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest() + ".plan"
-
-
-def distrust(folder: Path) -> str | None:
-    """Why a folder that is there cannot be used; None: it can. Who writes an entry decides what our process runs."""
-    try:
-        status = folder.stat()
-    except OSError as error:
-        return f"{folder} cannot be used: {error.strerror}"
-    if not stat.S_ISDIR(status.st_mode):
-        return f"{folder} is not a folder"
-    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        return f"{folder} can be written by others: chmod 700 it, or name another folder in {VARIABLE}"
-    return None
 
 
 def _make_room(folder: Path, limit: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..bundle.graph_file import name_data, parse_graph
+from ..bundle.graph_file import data_folder, name_data, parse_graph
 from ..bundle.reader import Bundle
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import describe_cpu
@@ -17,9 +17,10 @@ from ..device.gpu import has_gpu, has_onnxruntime_cuda
 from ..device.paths import utf8_name
 from ..device.running import RUNNING
 from ..engine import Engine
-from ..errors import EngineError, one_line
+from ..errors import BundleError, EngineError, one_line
 from . import SILENT
 from .float4 import float4_to_float8
+from .kept import KeptGraph
 from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
 
 _LITERAL = ("fp8", "nvfp4")  # computed in float32 on rounded values
@@ -34,7 +35,7 @@ class OnnxRuntimeEngine(Engine):
     products are int8 here too.
     """
 
-    shares = True
+    shares = opens_beside = True
     package, install = "onnxruntime", "pip install onnxruntime"
 
     @classmethod
@@ -58,7 +59,8 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(
                 f"The engine onnxruntime cannot be imported ({error}). Install it: pip install onnxruntime"
             ) from None
-        self._session = _open_session(onnxruntime, bundle, graph, threads, as_stored)
+        self._kept = None if as_stored else KeptGraph(onnxruntime, bundle, self, threads)
+        self._session = _open_session(onnxruntime, bundle, graph, threads, self._kept)
         self._options = onnxruntime.RunOptions
         self._steps: weakref.WeakSet[_BoundStep] = weakref.WeakSet()
 
@@ -71,6 +73,8 @@ class OnnxRuntimeEngine(Engine):
         if self._session is None:
             raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
         check_buffers(self, inputs, outputs)
+        if self._kept is not None:
+            self._kept.check(self._session, {name: array.shape for name, array in inputs.items()})
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -135,38 +139,52 @@ class _BoundStep:
         raise EngineError(f"ONNX Runtime failed in graph {self._graph}: {one_line(error)}") from error
 
 
-def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | None, as_stored: bool) -> Any:
-    """The lowered graph as a session. Its weights stay in the bundle's data file, which ONNX Runtime maps."""
+def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | None, kept: KeptGraph | None) -> Any:
+    """The lowered graph as a session. Its weights stay in the bundle's data file, which ONNX Runtime maps, unless
+    `kept` has them. Without `kept` the graph is computed as it is stored."""
     path = bundle.graph_path(graph)
-    model = parse_graph(bundle.read_graph(graph), str(path))
-    float4_to_float8(model, str(path))
-    low_precision_to_float32(model, rounding=as_stored, where=str(path))
-    attention_to_multi_head_attention(model)
-    literal = as_stored or bundle.graph_info(graph).precision in _LITERAL
-    if not literal and fast_unsigned_products():
-        signed_to_unsigned_activations(model)
+    stored = bundle.read_graph(graph)
+    literal = kept is None or bundle.graph_info(graph).precision in _LITERAL
 
-    folder = name_data(model, bundle.data_path(graph), bundle.folder)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = SILENT
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_name(folder))
-    # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than needed.
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.enable_mem_pattern = False
-    if literal:  # the fusion of Q/DQ with products takes every type for int8, and skips roundings
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if as_stored:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
+    def lowered() -> bytes:
+        model = parse_graph(stored, str(path))
+        float4_to_float8(model, str(path))
+        low_precision_to_float32(model, rounding=kept is None, where=str(path))
+        attention_to_multi_head_attention(model)
+        if not literal and fast_unsigned_products():
+            signed_to_unsigned_activations(model)
+        name_data(model, bundle.data_path(graph), bundle.folder)
+        return model.SerializeToString()
+
+    def options() -> Any:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = SILENT
+        settings.intra_op_num_threads = threads or 0
+        folder = utf8_name(data_folder(bundle.data_path(graph), bundle.folder))
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than
+        # needed.
+        settings.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        settings.enable_mem_pattern = False
+        # The search for a buffer to use again grows with the square of the nodes where sizes are open, takes longer
+        # than all else of loading, and finds what the arena finds anyway (docs/speed.md).
+        settings.enable_mem_reuse = False
+        if literal:  # the fusion of Q/DQ with products takes every type for int8, and skips roundings
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
+        if kept is None:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+            settings.enable_cpu_mem_arena = False
+        return settings
+
     try:
+        if kept is not None:
+            return kept.open(lowered, options)
         return onnxruntime.InferenceSession(
-            model.SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if as_stored else None,
+            lowered(), options(), providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
+    except BundleError:
+        raise
     except Exception as error:
         raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {one_line(error)}") from error

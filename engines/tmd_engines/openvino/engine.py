@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,11 +23,12 @@ import numpy as np
 from .. import unfinished
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
+from ..cache_folder import cache_folder, distrust
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
-from ..device.cpu import describe_cpu
+from ..device.cpu import cpu_key, describe_cpu
 from ..device.numbers import decimal_point
 from ..device.paths import utf8_name
-from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache, cache_folder, distrust
+from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import BundleError, EngineError, one_line, quote
@@ -318,11 +318,9 @@ def _folder_in(place: Path) -> Iterator[Path]:
 
 def _base_key(openvino: Any, hashes: list[str], properties: dict[str, str]) -> dict[str, str]:
     """Everything but the shapes that a compiled graph depends on."""
-    cpu = describe_cpu()
     return {
         "engine": f"openvino {openvino.__version__}",
         "graph": " ".join(hashes),
         "properties": str(sorted(properties.items())),
-        "cpu": f"{sys.platform} {cpu['name']}, {cpu['cores']} cores",
-        "features": " ".join(cpu["features"] or ()),
+        **cpu_key(),
     }

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
-from ..device.plan_cache import PlanCache, cache_folder, map_file
+from ..cache_folder import cache_folder
+from ..device.plan_cache import PlanCache, map_file
 from ..errors import EngineError
 from . import library as libraries
 from .float4 import check_version, use_dynamic_quantize

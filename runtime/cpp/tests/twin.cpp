@@ -24,6 +24,7 @@
 #include "text/embedding.hpp"
 #include "text/mojibake.hpp"
 #include "text/tokenizer.hpp"
+#include "text/vocabulary.hpp"
 #include "twin_plans.hpp"
 #include "twin_tools.hpp"
 
@@ -228,6 +229,11 @@ json answer(const json& question) {
     return {{"ok", shapes}, {"peak", peak_activation_bytes(graph)}};
   }
   if (what == "charsmaps") return {{"ok", has_sound_charsmaps(from_hex(question.at("data")))}};
+  if (what == "unknown_words") {
+    const DrawsInfo draws = {question.at("words").get<std::vector<std::string>>(), question.at("description"),
+                             question.at("example")};
+    return {{"ok", unknown_words(question.at("text").get<std::string>(), draws)}};
+  }
   if (what == "clean") return {{"ok", clean_prompt(question.at("text").get<std::string>())}};
   if (what == "is_bad") return {{"ok", looks_wrongly_decoded(decode_utf8(question.at("text").get<std::string>()))}};
   if (what == "tokens") {

@@ -333,4 +333,6 @@ def main() -> NoReturn:
     """Runs `tmd-run`."""
     # Nothing here multiplies in numpy, and its threads take address space, which a container may count.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Pydantic would read the metadata of every package that is installed, in search of plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     run_program(command, "tmd-run")

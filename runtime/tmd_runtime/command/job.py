@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..clock import StepInfo
     from ..pipeline import Pipeline
     from ..result import Result
     from ..sampling import Denoised
@@ -183,17 +184,24 @@ class Job:
                 save_latents(made.latents, taken)
 
         totals = steps_of(pipeline.manifest, settings, reads="prompt_embeds" not in inputs)
-        estimated = self._foretell(pipeline, settings, "image" in inputs)
         begin = perf_counter()
+        pipeline.prepare(settings, reads="prompt_embeds" not in inputs, encodes_image="image" in inputs, last=last)
+        estimated = self._foretell(pipeline, settings, "image" in inputs)
         with ExitStack() as stack:
             bars = watch(totals, self.quiet)
             stack.enter_context(bars)
             video = stack.enter_context(open_video(target, settings.fps, texts)) if target is not None else None
+
+            def step(info: StepInfo) -> None:
+                if video is not None:
+                    video.check()  # not after minutes of work
+                bars(info)
+
             result = pipeline.run(
                 settings,
                 prompt,
                 last=last,
-                callback=bars,
+                callback=step,
                 on_denoised=denoised,
                 on_frames=video.write if video is not None else None,
                 **inputs,

@@ -16,6 +16,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +30,7 @@ from .tags import tags, with_comment
 from .target import FRAME_NAME, FolderPath, Target, cannot_write, named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Self
 
     import numpy as np
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _SHEET_GAP = 2
 _SHEET_SHADE = 255
 _QUEUED_PIECES = 2
+_PATIENCE = 0.5  # seconds
 _GIF_FPS = 50
 # FFmpeg's numbers for BT.709 and for limited range ("MPEG"). Untagged files are read with BT.601 by some players:
 # shifted colours.
@@ -63,13 +65,17 @@ def open_video(path: str | Path, fps: int, texts: Mapping[str, str] | None = Non
     `fps` is a whole number of frames per second, 1 to 1000; a GIF takes at most 50. `texts`, by keyword, go into the
     file as they are when the first frame comes: into a PNG by themselves, into the others as `tags` says.
     Raises UsageFailure for an unknown ending or another `fps`, RuntimeFailure if `path` cannot be written or PyAV is
-    not installed.
+    not installed. What is wrong with PyAV itself is seen by a thread while the caller goes on, and raised by `check`
+    or `write`.
     """
     path = named(path)
     _check_fps(fps, _ending(path))
     target = _open_target(path)
     try:
-        return VideoFile(target, _ENCODERS[_ending(path)](target.temporary, fps, {} if texts is None else texts))
+        if find_spec("av") is None:
+            _import_av()
+        kind = _ENCODERS[_ending(path)]
+        return VideoFile(target, lambda: kind(target.temporary, fps, {} if texts is None else texts))
     except BaseException:
         target.discard()
         raise
@@ -109,13 +115,14 @@ class VideoFile:
     run.
     """
 
-    def __init__(self, target: Target, encoder: _Encoder) -> None:
+    def __init__(self, target: Target, open_encoder: Callable[[], _Encoder]) -> None:
         self.path = target.path
         self.seconds = 0.0
-        self._target, self._encoder = target, encoder
+        self._target, self._open_encoder = target, open_encoder
         self._error: Exception | None = None
         self._stop = False
         self._is_empty = True
+        self._begun = threading.Event()
         self._pieces: queue.Queue[Frames | None] = queue.Queue(_QUEUED_PIECES)
         self._thread = threading.Thread(target=self._work, name="video-file", daemon=True)
         self._thread.start()
@@ -128,8 +135,13 @@ class VideoFile:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype.name != "uint8" or 0 in frames.shape:
             raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
         self._is_empty = False
+        self._begun.set()
         if self._error is None:
             self._pieces.put(frames)
+        self._raise_error()
+
+    def check(self) -> None:
+        """Raises RuntimeFailure if it is known by now that no piece can be written."""
         self._raise_error()
 
     def __enter__(self) -> Self:
@@ -138,6 +150,7 @@ class VideoFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._stop = kind is not None
+            self._begun.set()
             self._pieces.put(None)
             self._thread.join()
             if kind is None:
@@ -161,15 +174,23 @@ class VideoFile:
             raise self._error
 
     def _work(self) -> None:
+        encoder = None
+        # PyAV takes long to import, and would hold back the threads that load graphs. What is wrong with it shall be
+        # known long before a long run is over.
+        self._begun.wait(_PATIENCE)
+        try:
+            encoder = self._open_encoder()
+        except Exception as error:
+            self._error = error
         # Pieces are taken off the queue even after an error, or the caller would wait for room in it for ever.
         while True:
             piece = self._pieces.get()
             start = perf_counter()
             try:
-                if piece is not None and not self._stop and self._error is None:
-                    self._encoder.add(piece)
-                if piece is None:
-                    self._encoder.close(complete=not self._stop and self._error is None)
+                if encoder is not None and piece is not None and not self._stop and self._error is None:
+                    encoder.add(piece)
+                if encoder is not None and piece is None:
+                    encoder.close(complete=not self._stop and self._error is None)
             except Exception as error:
                 self._error = self._error or error
             self.seconds += perf_counter() - start

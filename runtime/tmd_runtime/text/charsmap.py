@@ -7,7 +7,14 @@ Versions of sentencepiece before 0.2.3 follow offsets of the map that lead out o
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
+
+from tmd_engines.cache_folder import Facts, code_key
+
+_FACTS = Facts("tokenizers.json")
 
 
 def is_sound(charsmap: bytes) -> bool:
@@ -32,7 +39,22 @@ def is_sound(charsmap: bytes) -> bool:
 
 
 def has_sound_charsmaps(model: bytes) -> bool:
-    """Whether the maps of a serialised sentencepiece model are sound. False too for what is no such model."""
+    """Whether the maps of a serialised sentencepiece model are sound. False too for what is no such model.
+
+    That those of a model are is kept between runs: protobuf and its schema take longer to import than a small model to
+    load.
+    """
+    code = code_key(Path(__file__))
+    key = None if code is None else f"charsmaps {hashlib.sha256(code.encode() + model).hexdigest()}"
+    if key is not None and _FACTS.read().get(key) is True:
+        return True
+    sound = _has_sound_charsmaps(model)
+    if sound and key is not None:
+        _FACTS.add({key: True})
+    return sound
+
+
+def _has_sound_charsmaps(model: bytes) -> bool:
     from importlib import import_module
 
     from google.protobuf.message import DecodeError

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import RuntimeFailure
 from .embedding import TokenEmbedding
 from .encoder import PromptEncoder
+from .vocabulary import unknown_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +60,7 @@ class Conditions:
         if prompt_embeds is None:
             prompt_embeds, notes = self.encoder(prompt, load_encoder, timings, total=total)
             warnings += notes
+            warnings += unknown_words(prompt, self._manifest.draws)
         if encodes_negative:
             negative = settings.negative_prompt
             negative_embeds, notes = self.encoder(negative, load_encoder, timings, total, total, allow_empty=True)

@@ -22,6 +22,8 @@ def clean_prompt(text: str) -> str:
 
     Case and punctuation stay. Never fails: what cannot be encoded (lone surrogates) becomes '?'.
     """
+    if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair, and ftfy is slow to import
+        return " ".join(text.split())
     import ftfy
 
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -66,8 +68,6 @@ class Tokenizer:
     ) -> None:
         import sentencepiece
 
-        if not plain:
-            import ftfy  # noqa: F401  (slow to import: part of loading, not of the first prompt)
         self.max_length, self.pad_id, self.plain = max_length, pad_id, plain
         self._before, self._behind = ([] if mark is None else [mark] for mark in (bos_id, eos_id))
         self._model = sentencepiece.SentencePieceProcessor()

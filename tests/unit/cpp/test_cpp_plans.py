@@ -12,8 +12,9 @@ from tests.helpers.built_in import BUNDLES
 from tests.helpers.cpp_tools import twin
 from tests.helpers.synthetic import GRAPHS
 from tmd_engines import Bundle
+from tmd_engines.cache_folder import cache_folder
 from tmd_engines.command.sizes import input_shapes, run_sizes
-from tmd_engines.device.plan_cache import PlanCache, cache_folder
+from tmd_engines.device.plan_cache import PlanCache
 from tmd_engines.tensorrt.engine import TensorRtForRtxEngine
 from tmd_engines.tensorrt.plans import plan_key
 from tmd_engines.tensorrt.profile import exactly

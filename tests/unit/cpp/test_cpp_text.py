@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from pathlib import Path
 
 import ftfy
@@ -12,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.cpp_tools import SOURCES, USAGE, twin
+from tmd_engines.bundle.text import DrawsInfo
 from tmd_runtime.built_in import BUILT_IN
 from tmd_runtime.text.tokenizer import Tokenizer, clean_prompt
+from tmd_runtime.text.vocabulary import unknown_words
 
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -155,3 +158,16 @@ def test_tables_are_those_of_the_packages_in_use(monkeypatch: pytest.MonkeyPatch
     tables |= {make_onnx_schema.FOLDER / name: text for name, text in make_onnx_schema.FILES.items()}
     for file, text in tables.items():
         assert file.read_text() == text(), f"{file}: run the script in {Path('runtime/cpp/tools')}"
+
+
+DRAWS = DrawsInfo(words=("a", "don't", "red", "star"), description="one red star", example="a red star")
+NEAR_WORDS = st.text("aAzZ'_-0 \u0301\u00e9\u0130\u03a3\u661f\u0663\u200d\U0001f3a5", max_size=40)
+
+
+@FUZZ
+@given(text=st.one_of(NEAR_WORDS, st.text(max_size=60), st.sampled_from([*PROMPTS, "A Red STAR, don't", "x" * 50])))
+def test_unknown_words_are_found_as_in_python(text: str) -> None:
+    # Surrogates are refused before, and characters that Python's version of Unicode does not know may be known here.
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cs", "Cn"))
+    note = twin().ask("unknown_words", text=text, **DRAWS.model_dump(mode="json"))["ok"]
+    assert [note] * bool(note) == unknown_words(text, DRAWS)

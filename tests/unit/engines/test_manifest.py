@@ -499,3 +499,41 @@ def test_fuzz_damaged_text_never_escapes(data: st.DataObject) -> None:
         start = data.draw(st.integers(0, len(text) - 1))
         text[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=8))
     outcome(bytes(text))
+
+
+DRAWS = {"words": ["a", "circle", "don't", "red2"], "description": "circles", "example": "a circle"}
+
+
+def test_what_a_model_draws_is_optional_and_read() -> None:
+    assert parse(valid_document()).draws is None
+    assert parse({**valid_document(), "draws": None}).draws is None
+    draws = parse({**valid_document(), "draws": DRAWS}).draws
+    assert draws is not None and draws.model_dump(mode="json") == DRAWS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"words": []},
+        {"words": ["b", "a"]},
+        {"words": ["a", "a"]},
+        {"words": ["A"]},
+        {"words": ["two words"]},
+        {"words": ["\u00e9toile"]},
+        {"words": [""]},
+        {"words": ["x" * 65]},
+        {"words": [1]},
+        {"words": "a"},
+        {"words": None},
+        {"words": ["a\n"]},
+        {"words": [f"{number:04d}" for number in range(4097)]},
+        {"description": ""},
+        {"description": "x\u001by"},
+        {"description": None},
+        {"example": "x" * 1025},
+        {"more": "x"},
+    ],
+)
+def test_other_words_of_what_a_model_draws_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match="draws"):
+        parse({**valid_document(), "draws": {**DRAWS, **change}})

@@ -15,7 +15,8 @@ from tmd_engines import Bundle, EngineError, load
 
 
 @pytest.fixture
-def bundle(synthetic_bundle: Path) -> Bundle:
+def bundle(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setenv("TMD_CACHE", "off")  # what is kept is in `test_kept_graphs.py`
     return Bundle.open(synthetic_bundle)
 
 

@@ -17,7 +17,8 @@ from tests.helpers.bundle_tools import edit_graph, edit_manifest
 from tests.helpers.engine_tools import Buffers, buffers, plain_session
 from tests.helpers.synthetic_tim import write_plain_bundle
 from tmd_engines import Bundle, EngineError, engine, load
-from tmd_engines.device.plan_cache import PlanCache, cache_folder
+from tmd_engines.cache_folder import cache_folder
+from tmd_engines.device.plan_cache import PlanCache
 from tmd_engines.openvino import engine as openvino_engine
 from tmd_engines.registry import choose
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.built_in import BUILT_IN
-from tmd_engines import Bundle, EngineError, load
+from tmd_engines import Bundle, EngineError, load, registry
 from tmd_engines.command.plan_folder import build_plans
 from tmd_engines.command.sizes import Sizes, run_sizes
 from tmd_engines.device.array import DeviceArray
@@ -96,7 +96,8 @@ class World:
         monkeypatch.setattr(module, "use", lambda used: None)
         monkeypatch.setattr(library.TensorRt, "version", lambda self: "11.4.0")
         monkeypatch.setattr(library.TensorRtForRtx, "version", lambda self: "1.7.1")
-        monkeypatch.setattr(module, "has_gpu", lambda: True)
+        for place in (module, registry):
+            monkeypatch.setattr(place, "has_gpu", lambda: True)
         monkeypatch.setattr(module.TensorRtEngine, "is_here", classmethod(lambda cls: cls.package in self.installed))
         self.installed = {"tensorrt", "tensorrt_rtx"}
         cuda = SimpleNamespace(

@@ -99,6 +99,7 @@ Manifest parse_manifest(std::string_view data, const std::string& where) {
   manifest.latents = read_latents(object.need("latents"));
   manifest.video = read_video(object.need("video"));
   manifest.text = read_text(object.need("text"));
+  if (const Field draws = object.maybe("draws"); !draws.is_null()) manifest.draws = read_draws(draws);
   object.need("graphs").entries(1, kMaxGraphs, [&](const Field& key, const Field& value) {
     manifest.graphs[key.identifier()] = read_graph(value);
   });

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -24,6 +25,7 @@ struct Manifest {
   LatentInfo latents;
   VideoInfo video;
   TextInfo text;
+  std::optional<DrawsInfo> draws;
   std::map<std::string, GraphInfo> graphs;
   std::map<std::string, FileInfo> files;
   std::string source;  // provenance.source

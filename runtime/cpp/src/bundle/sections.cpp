@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kMaxTensors = 256;
 constexpr std::int64_t kMaxCount = 1 << 20;
 constexpr std::int64_t kMaxTokenId = 1 << 24;
-constexpr std::size_t kMaxLoras = 64;
+constexpr std::size_t kMaxLoras = 64, kMaxWords = 4096;
 constexpr double kMaxStrength = 1000.0;
 
 // [[1-9]digits*]symbol: "height", "8*height".
@@ -178,6 +178,23 @@ TextInfo read_text(const Field& field) {
   if (text.null_embeds && (text.null_embeds->rows != text.max_length || text.null_embeds->dim != text.dim))
     object.refuse("null_embeds has not max_length x dim values");
   return text;
+}
+
+DrawsInfo read_draws(const Field& field) {
+  Object object(field);
+  DrawsInfo draws;
+  for (const Field& item : object.need("words").list(1, kMaxWords)) {
+    const std::string word = item.string();
+    bool good = !word.empty() && word.size() <= 64;
+    for (const char c : word) good = good && (is_ascii_lower(static_cast<unsigned char>(c)) || is_ascii_digit(static_cast<unsigned char>(c)) || c == '\'');
+    if (!good) item.refuse("must be 1 to 64 letters from a to z, digits and apostrophes");
+    if (!draws.words.empty() && word <= draws.words.back()) item.refuse("words must be ascending without repeats");
+    draws.words.push_back(word);
+  }
+  draws.description = object.need("description").text();
+  draws.example = object.need("example").text();
+  object.done();
+  return draws;
 }
 
 std::string read_provenance(const Field& field) {

@@ -98,6 +98,12 @@ struct TextInfo {
   bool is_padded() const { return tokenization == "wan"; }
 };
 
+// What a model of few words draws: all words that it knows, ascending, what it shows as half a sentence, and a prompt.
+struct DrawsInfo {
+  std::vector<std::string> words;
+  std::string description, example;
+};
+
 class Family;
 
 std::shared_ptr<const ModelInfo> read_model(const Field& field, const Family& family);
@@ -105,6 +111,7 @@ std::shared_ptr<const SamplerInfo> read_sampler(const Field& field, const Family
 LatentInfo read_latents(const Field& field);
 VideoInfo read_video(const Field& field);
 TextInfo read_text(const Field& field);
+DrawsInfo read_draws(const Field& field);
 GraphInfo read_graph(const Field& field);
 FileInfo read_file(const Field& field);
 std::string read_provenance(const Field& field);  // its `source`

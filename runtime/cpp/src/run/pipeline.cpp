@@ -6,6 +6,7 @@
 #include "autoencoder/encoder.hpp"
 #include "base/stopping.hpp"
 #include "bundle/files.hpp"
+#include "text/vocabulary.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -145,6 +146,7 @@ std::vector<float> Pipeline::encode(std::string_view prompt, Progress& progress,
   const Tokens tokens = tokenize(prompt);
   progress.add(TMD_STAGE_TEXT, tokenizing.seconds());
   if (tokens.dropped) warnings += tokens.warning() + "\n";
+  if (const std::string note = unknown_words(prompt, manifest().draws); !note.empty()) warnings += note + "\n";
   *dropped = tokens.dropped;
   return encode_tokens(tokens, progress, 1, expected);
 }
