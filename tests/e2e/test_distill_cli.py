@@ -6,15 +6,20 @@ import shutil
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tmd_export import open_source
+import tmd_runtime
+from tmd_export import export_bundle, open_source
 from tmd_ref.distill import config, tiny
 from tmd_ref.distill.cli import main
+from tmd_ref.distill.evaluate_videos import write_mp4
+from tmd_ref.distill.prepare import read_video
+from tmd_ref.scenes import caption, render, sample_scene
 
 SHORT = ["data.clips=16", "data.shard=8", "teacher.steps=2", "teacher.batch=4", "stage1.steps=2", "stage1.batch=4",
          "stage2.steps=5", "stage2.batch=4", "evaluate.captions=12", "evaluate.teacher_steps=2",
@@ -117,6 +122,37 @@ def test_a_student_starts_from_a_few_step_model_if_one_is_given(made, tmp_path):
         assert (made_of[ours] - few[theirs]).abs().max() < 1e-4
     missing = distill("stage1", tmp_path / "other", *given)
     assert missing.exit_code == 1 and "there is no few.safetensors" in missing.output
+
+
+def test_real_clips_become_a_bundle_and_are_compared_with(made, tmp_path):
+    """mp4 files and captions -> shards -> teacher -> student -> bundle -> evaluation, with clips named for VBench."""
+    inputs, _ = made
+    run, rng = tmp_path / "run", np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(4)]
+    captions = [caption(scene, rng) for scene in scenes]
+    for name, chosen in (("train", range(4)), ("held", range(2, 4))):
+        lines = [{"video": f"{number}.mp4", "caption": captions[number]} for number in chosen]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number, scene in enumerate(scenes):
+        write_mp4(tmp_path / f"{number}.mp4", render(scene), 8)
+    size = ["data.size=[32, 32]", "data.frames=5", "data.fps=8", "data.clips=null"]
+    settings = [*SHORT, *size, "stage2.steps=1"]
+    training, held_out = (str(tmp_path / f"{name}.jsonl") for name in ("train", "held"))
+    for command, *more in (("prepare", "--videos", training), ("teacher",), ("stage1",), ("stage2",),
+                           ("evaluate", "--videos", held_out, "--clips", "2")):  # fmt: skip
+        done = distill(command, run, "--inputs", str(inputs), *more, settings=settings)
+        assert done.exit_code == 0, done.output
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    assert list(rows) == ["autoencoder", "teacher 2x2", "TMD stage 1 M=2 N=2", "TMD M=2 N=2"]
+    assert rows["autoencoder"]["frechet"] < rows["TMD M=2 N=2"]["frechet"]
+    names = {path.name for path in (run / "videos" / "TMD-M=2-N=2").iterdir()}
+    assert names == {f"{captions[number]}-{index}.mp4" for number in (2, 3) for index in (0, 1)}
+    one = run / "videos" / "TMD-M=2-N=2" / f"{captions[2]}-0.mp4"
+    assert read_video(one, 5, (32, 32), 8).shape == (3, 5, 32, 32)
+    export_bundle(open_source("tiny", checkpoint=run), tmp_path / "bundle", ("backbone", "flow_head"), verify=False)
+    with tmd_runtime.load(tmp_path / "bundle", engine="onnxruntime", threads=1) as pipeline:
+        latents = pipeline.denoise(np.ones((1, 8, 64), np.float32), seed=1, frames=5, size=(32, 32))
+    assert latents.shape == (1, 16, 2, 4, 4)
 
 
 def test_plan_says_what_fits_where():

@@ -161,7 +161,11 @@ _command("tim", "Train a Transition Model, or the same network by flow matching 
 _command("pack", "Write a trained Transition Model and its helpers in float16, ready for tmd-export --checkpoint.",
          "Write a trained Transition Model for tmd-export.", "tim-tiny")  # fmt: skip
 _command("evaluate", "Measure what was trained on held-out captions; write a table and a contact sheet.",
-         "Measure what was trained on held-out captions.", "tiny")  # fmt: skip
+         "Measure what was trained on held-out captions.", "tiny",
+         click.option("--videos", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE",
+                      help="Held-out videos and captions as for prepare; clips are written for VBench too."),
+         click.option("--clips", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                      help="Clips of each caption with --videos; VBench wants 5."))  # fmt: skip
 
 
 @main.command(

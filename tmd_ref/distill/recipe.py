@@ -273,19 +273,19 @@ def stage2(job: Job) -> None:
     job.save("student.safetensors" if student.is_tmd else "generator.safetensors", trained["generator"])
 
 
-def evaluate(job: Job, out: Path | None = None) -> None:
-    """Teacher and what was distilled from it, on held-out captions of rendered scenes -> `evaluation.json`, `.png`.
+def evaluate(job: Job, out: Path | None = None, videos: Path | None = None, clips: int = 1) -> None:
+    """Teacher and what was distilled from it -> `evaluation.json`, `.png`: on held-out captions of rendered scenes, or
+    on the captions of `videos`, a list as for `prepare`, `clips` of each (and `videos/`).
 
     `out`: where the results go; None: the run folder.
     """
     from tmd_ref.distill import evaluate as table
+    from tmd_ref.distill.evaluate_videos import measure_videos
+    from tmd_ref.distill.prepare import read_list
 
     config, settings, student = job.config, job.config.evaluate, job.config.student
-    if config.model != "tiny":
-        raise ConfigError(
-            "evaluate measures models of rendered scenes. Export a Wan model with tmd-export, run it with tmd-run, and "
-            "judge its videos with VBench, as the paper does."
-        )
+    if config.model != "tiny" and videos is None:
+        raise ConfigError("without rendered scenes there is nothing to compare with: list held-out videos (--videos).")
     encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)), job.tokenizer()
     vae = load_vae(job.find(config.sources.vae))
     negative = encode_prompts(encoder, tokenizer, [config.data.negative_prompt])
@@ -302,6 +302,10 @@ def evaluate(job: Job, out: Path | None = None) -> None:
         if not student.is_tmd and (path := _found(job, f"{name}.safetensors")):
             wan = load_teacher(path, config.wan)
             rows.append(table.baseline_row(f"{kind} M={m}", wan, m, student.outer_shift, shape))
+    if videos is not None:
+        measure_videos(rows, vae, encoder, tokenizer, read_list(videos), config.data, out or job.run, clips=clips,
+                       seed=settings.seed, report=job.report)  # fmt: skip
+        return
     table.measure(
         rows, vae, encoder, tokenizer, out or job.run, count=settings.captions, seed=settings.seed,
         frames=config.data.frames, size=config.data.size, report=job.report,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from tmd_ref.checkpoint import load_model, save_model
 from tmd_ref.distill import recipe
+from tmd_ref.distill.config import ConfigError
 from tmd_ref.distill.data import encode_prompts
 from tmd_ref.distill.parallel import bare
 from tmd_ref.distill.state import gather
@@ -94,8 +96,10 @@ def pack(job: TiMJob) -> None:
     job.report(f"{out}: {size / 1e6:.1f} MB")
 
 
-def evaluate(job: TiMJob) -> None:
+def evaluate(job: TiMJob, videos: Path | None = None, clips: int = 1) -> None:
     """The model on held-out captions of rendered stills, at each number of steps -> `evaluation.json`, `.png`."""
+    if videos is not None:
+        raise ConfigError("a Transition Model makes stills: --videos is for models of videos.")
     from tmd_ref.distill import tim_evaluate
 
     config = job.config
