@@ -44,6 +44,11 @@ class Line:
     rounds: int = 2
 
     @property
+    def stage_part(self) -> str:
+        """The graphs of the stage, as `--precision` calls them."""
+        return {"text": "text_encoder", "decode": "decoder"}[self.stage]
+
+    @property
     def name(self) -> str:
         steps = {"tmd": f" {self.steps}x{self.inner_steps} steps", "wan": f" {self.steps} steps"}[self.kind]
         work = f" {self.kind}{steps}" if self.stage == "denoise" else ""
@@ -54,13 +59,14 @@ class Line:
 TORCH = ("torch-compile", "diffusers")
 PLAN = (
     Line("denoise", "bf16", (*TORCH, "onnxruntime", SDCPP)),
-    Line("denoise", "bf16", TORCH, threads=1),
     Line("denoise", "int8", (*TORCH, SDCPP)),
+    Line("denoise", "bf16", TORCH, threads=1),
     Line("denoise", "bf16", TORCH, kind="wan", steps=1),
     Line("denoise", "bf16", TORCH, size="480x272", frames=33, steps=1, rounds=1),
-    Line("decode", "bf16", (*TORCH, "onnxruntime", SDCPP), rounds=1),
-    Line("decode", "bf16", TORCH, threads=1, rounds=1),
-    Line("decode", "bf16", TORCH, size="480x272", frames=33, rounds=1),
+    Line("decode", "int8", (*TORCH, SDCPP), rounds=1),
+    Line("decode", "bf16", (*TORCH, "onnxruntime"), rounds=1),
+    Line("decode", "int8", TORCH, threads=1, rounds=1),
+    Line("decode", "int8", TORCH, size="480x272", frames=33, rounds=1),
     Line("text", "bf16", TORCH),
     Line("text", "int8", TORCH),
 )
@@ -75,7 +81,7 @@ def measure(line: Line, work: Path) -> dict[str, Any]:
     if not bundle.is_dir() and line.stage == "text" and line.precision == "int8":
         place += ["--text-encoder-weights", "int8"]
     elif not bundle.is_dir():
-        place += ["--precision", line.precision]
+        place += ["--precision", line.precision if line.stage == "denoise" else f"{line.stage_part}={line.precision}"]
     how = ["--size", line.size, "--frames", line.frames, "--steps", line.steps, "--threads", line.threads]
     how += ["--inner-steps", line.inner_steps] if line.kind == "tmd" else []
     how += ["--engine", OURS, "--compare", ",".join(line.rivals), "--rounds", line.rounds, "--apart", "--json", found]
