@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from onnx import helper, numpy_helper
 import tmd_runtime
 from tests.helpers.built_in import BUNDLES
 from tests.helpers.bundle_tools import edit_graph
-from tests.helpers.cpp_tools import BUNDLE, twin
+from tests.helpers.cpp_tools import BUNDLE, ask_bundle, twin
+from tests.helpers.resident import resident_file_bytes, widen_backbone
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_quantized import write_quantized_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
@@ -26,7 +28,7 @@ from tmd_engines.cost.sizing import estimate
 from tmd_runtime import RuntimeFailure
 from tmd_runtime.built_in import BUILT_IN
 
-MEMORY, AUTO = 5, 2  # a tmd_status and a tmd_memory
+MEMORY, ALL, AUTO = 5, 0, 2  # a tmd_status, and two of tmd_memory
 
 
 def put(root: Path, files: dict[str, str]) -> str:
@@ -83,6 +85,17 @@ def test_tensors_have_the_shapes_and_the_peak_that_python_finds(tmp_path: Path, 
             answer = twin().ask("graph_memory", bundle=str(bundle.folder), graph=graph, shapes=shapes)
             assert answer["ok"] == {key: list(tensor.shape) for key, tensor in found.tensors.items()}, graph
             assert answer["peak"] == peak_activation_bytes(found), graph
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps is Linux's")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_packed_weights_are_in_memory_once(synthetic_bundle: Path, engine: str) -> None:
+    """While the graph is loaded; Python's twin is tests/unit/engines/test_resident_pages.py."""
+    pytest.importorskip(engine)
+    data = widen_backbone(synthetic_bundle)
+    wishes = {"seed": 1, "frames": 1, "steps": 1, "inner_steps": 1}
+    assert "ok" in ask_bundle("run", synthetic_bundle, engine, prompt="a red circle", wishes=wishes, memory=ALL)
+    assert resident_file_bytes("backbone.onnx.data", twin().pid) < data / 20
 
 
 def huge_text_encoder(folder: Path, depends_on_data: bool) -> Path:
