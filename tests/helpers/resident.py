@@ -6,26 +6,30 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.bundle_tools import reseal
 from tests.helpers.synthetic import TEXT_DIM
 
 WIDTH = 32768
+_FLOAT = np.dtype("float32")
 
 
-def widen_backbone(folder: Path) -> int:
-    """Puts a layer of `WIDTH` channels before the synthetic backbone's text; returns the size of its data file."""
+def widen_backbone(folder: Path, dtype: np.dtype = _FLOAT) -> int:
+    """Puts a layer of `WIDTH` channels, computed in `dtype`, before the synthetic backbone's text; returns the size of
+    its data file."""
     path, data = folder / "backbone.onnx", folder / "backbone.onnx.data"
     model = onnx.load(path)
     rng = np.random.default_rng(1)
     weights = [
-        numpy_helper.from_array(rng.normal(0, 1 / np.sqrt(rows), (rows, columns)).astype(np.float32), name)
+        numpy_helper.from_array(rng.normal(0, 1 / np.sqrt(rows), (rows, columns)).astype(dtype), name)
         for name, rows, columns in (("wide.up", TEXT_DIM, WIDTH), ("wide.down", WIDTH, TEXT_DIM))
     ]
     layers = [
-        helper.make_node("MatMul", ["prompt_embeds", "wide.up"], ["wide"]),
-        helper.make_node("MatMul", ["wide", "wide.down"], ["narrow"]),
+        helper.make_node("Cast", ["prompt_embeds"], ["text.typed"], to=helper.np_dtype_to_tensor_dtype(dtype)),
+        helper.make_node("MatMul", ["text.typed", "wide.up"], ["wide"]),
+        helper.make_node("MatMul", ["wide", "wide.down"], ["wide.typed"]),
+        helper.make_node("Cast", ["wide.typed"], ["narrow"], to=TensorProto.FLOAT),
     ]
     for node in model.graph.node:
         node.input[:] = ["narrow" if name == "prompt_embeds" else name for name in node.input]

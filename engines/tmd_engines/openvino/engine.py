@@ -33,6 +33,7 @@ from ..device.resident_pages import Range, dropping, mapped_ranges
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import BundleError, EngineError, one_line, quote
+from ..holding import OPENVINO
 
 if TYPE_CHECKING:
     from ..bundle.sections import GraphInfo, TensorSpec
@@ -77,6 +78,7 @@ class OpenVinoEngine(Engine):
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     shares = True
     package, install = "openvino", "pip install openvino"
+    holding = OPENVINO
 
     @classmethod
     def prefers(cls, info: GraphInfo) -> bool:

@@ -25,6 +25,7 @@ from tmd_engines.bundle.graph_file import parse_graph
 from tmd_engines.cost.operations import peak_activation_bytes
 from tmd_engines.cost.shapes import infer_shapes
 from tmd_engines.cost.sizing import estimate
+from tmd_engines.holding import ONNXRUNTIME, OPENVINO
 from tmd_runtime import RuntimeFailure
 from tmd_runtime.built_in import BUILT_IN
 
@@ -51,11 +52,16 @@ def test_free_memory_of_this_machine_is_read() -> None:
     assert twin().ask("available", root="")["ok"] > 1e6
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("width", "height", "frames"), [(64, 64, 17), (256, 256, 1), (512, 512, 33), (832, 480, 81)])
-def test_need_is_within_a_factor_of_two_of_what_python_counts(width: int, height: int, frames: int) -> None:
-    """Python goes through the graphs node by node, and was compared with real runs (docs/wan.md)."""
-    counted = estimate(Bundle.open(BUILT_IN), width=width, height=height, frames=frames)
-    guessed = twin().ask("need", bundle=str(BUILT_IN), size=latent_size(width, height, frames))["ok"]
+def test_need_is_within_a_factor_of_two_of_what_python_counts(
+    width: int, height: int, frames: int, engine: str
+) -> None:
+    """Python goes through the graphs node by node, and was compared with real runs (docs/speed.md)."""
+    pytest.importorskip(engine)
+    counted = estimate(Bundle.open(BUILT_IN), width=width, height=height, frames=frames, engine=engine)
+    size = latent_size(width, height, frames)
+    guessed = twin().ask("need", bundle=str(BUILT_IN), size=size, engine=engine)["ok"]
     for mode, bytes_ in zip(("all", "low"), guessed, strict=True):
         assert 0.5 < bytes_ / counted.peak(mode) < 2  # type: ignore[arg-type]
 
@@ -82,9 +88,11 @@ def test_tensors_have_the_shapes_and_the_peak_that_python_finds(tmp_path: Path, 
             dims |= {"tokens": sizes[1] * sizes[2] * sizes[3] // 4, "text": bundle.manifest.text.max_length}
             shapes = {spec.name: spec.resolve(**dims) for spec in info.inputs}
             found = infer_shapes(parse_graph(bundle.read_graph(graph), graph), shapes, graph)
-            answer = twin().ask("graph_memory", bundle=str(bundle.folder), graph=graph, shapes=shapes)
-            assert answer["ok"] == {key: list(tensor.shape) for key, tensor in found.tensors.items()}, graph
-            assert answer["peak"] == peak_activation_bytes(found), graph
+            for engine, holding in (("onnxruntime", ONNXRUNTIME), ("openvino", OPENVINO)):
+                question = {"bundle": str(bundle.folder), "graph": graph, "shapes": shapes, "engine": engine}
+                answer = twin().ask("graph_memory", **question)
+                assert answer["ok"] == {key: list(tensor.shape) for key, tensor in found.tensors.items()}, graph
+                assert answer["peak"] == peak_activation_bytes(found, holding), graph
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps is Linux's")

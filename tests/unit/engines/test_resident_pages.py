@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
-from tests.helpers.engine_tools import buffers
+from tests.helpers.engine_tools import buffers, plain_session
 from tests.helpers.resident import resident_file_bytes, widen_backbone
 from tests.helpers.synthetic_tim import write_plain_bundle
 from tmd_engines import Bundle, load
@@ -87,3 +91,20 @@ def test_packed_weights_for_any_length_of_text_are_in_memory_once(tmp_path: Path
     with load(Bundle.open(folder), "backbone", "openvino", threads=1) as loaded:
         loaded.bind(*buffers(loaded))()
         assert resident_file_bytes("backbone.onnx.data") < LARGE / 20
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_onnx_runtime_leaves_large_weights_in_16_bits_in_their_file(synthetic_bundle: Path, dtype: str) -> None:
+    """Widened once, they would be anonymous memory of twice the size, and no page of the file would be left."""
+    pytest.importorskip("onnxruntime")
+    plain = Bundle.open(shutil.copytree(synthetic_bundle, synthetic_bundle.with_name("plain")))
+    size = widen_backbone(synthetic_bundle, np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    with load(Bundle.open(synthetic_bundle), "backbone", "onnxruntime", threads=1) as loaded:
+        inputs, outputs = buffers(loaded)
+        loaded.bind(inputs, outputs)()
+        assert resident_file_bytes("backbone.onnx.data") > 0.9 * size
+    graph = onnx.load(synthetic_bundle / "backbone.onnx").graph
+    weights = {weight.name: numpy_helper.to_array(weight).astype(np.float32) for weight in graph.initializer}
+    inputs["prompt_embeds"] = inputs["prompt_embeds"] @ weights["wide.up"] @ weights["wide.down"]
+    for name, expected in zip(outputs, plain_session(plain, "backbone", inputs), strict=True):
+        np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=1e-4)

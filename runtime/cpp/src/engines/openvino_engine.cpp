@@ -229,6 +229,7 @@ class OpenVinoEngine : public Engine {
 
   const char* name() const override { return "openvino"; }
   std::string version() const override { return library_->version; }
+  Holding holding() const override { return kOpenVinoHolding; }
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
     check_graph_types(info);
