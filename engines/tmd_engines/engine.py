@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from .errors import EngineError, quote
+from .holding import ONNXRUNTIME, Holding
 
 if TYPE_CHECKING:
     from .bundle.reader import Bundle
@@ -62,6 +63,7 @@ class Engine(ABC):
     storages: ClassVar[tuple[str | None, ...]] = (None, "fp32", "fp16", "int8")
     package: ClassVar[str]
     install: ClassVar[str]
+    holding: ClassVar[Holding] = ONNXRUNTIME  # what its graphs take of a CPU's memory, for `cost.sizing`
     buffer_type: type | None = None  # of the buffers from `empty`; None: numpy arrays, as every engine takes them
     records = False  # whether several steps can be one launch
     remark: str | None = None  # what people should know of this engine's graph, in one sentence or two

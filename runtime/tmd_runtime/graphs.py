@@ -103,7 +103,7 @@ class Graphs:
         self.arguments = engine, threads, device, memory, plans
         self.threads, self.note = resolve_threads(bundle, threads)
         self._bundle = bundle
-        self._wanted, self._chooser, self._forget = memory, MemoryChooser(bundle), forget
+        self._wanted, self._chooser, self._forget = memory, MemoryChooser(bundle, engine, device), forget
         self.forecast = Forecast(bundle, self._chooser, f"{engine} {device}", self.threads)
         self.shared = Engines() if engines is None else engines
         self.memory: Memory = "low" if memory == "low" else "all"

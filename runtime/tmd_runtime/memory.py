@@ -31,8 +31,8 @@ TOGETHER = (READER, (*DENOISER, *SECOND), DECODER, ENCODER)
 class MemoryChooser:
     """Chooses the mode for runs of one bundle when nobody names one; remembers the latest size that it estimated."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, engine: str = "auto", device: str = "auto") -> None:
+        self._bundle, self._engine, self._device = bundle, engine, device
         self._latest: tuple[object, Estimate | None] = (None, None)
 
     def choose(self, settings: Settings, unused: Collection[str], loaded: Collection[str]) -> Memory:
@@ -75,6 +75,7 @@ class MemoryChooser:
             found = estimate(
                 self._bundle, width=settings.width, height=settings.height, frames=settings.frames,
                 guidance_passes=settings.passes, from_picture=True,
+                engine=self._engine, device=self._device,
             )  # fmt: skip
             self._latest = key, found  # steps take time, not memory
         assert self._latest[1] is not None

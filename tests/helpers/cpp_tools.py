@@ -98,6 +98,7 @@ class Twin:
             encoding="utf-8",
             env={**os.environ, **environment},
         )
+        self.pid = self._process.pid
 
     def ask(self, do: str, **question: Any) -> dict[str, Any]:
         """The answer: "ok" and more, or "status" (a tmd_status) and "error"."""

@@ -59,6 +59,26 @@ def low_precision_model(low: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
+def low_products(*readers: str, rows: int = 600) -> onnx.ModelProto:
+    """A weight in bfloat16, `[rows, 600]` without values, that nodes of these kinds read."""
+    nodes = [helper.make_node("Cast", ["x"], ["low"], to=TensorProto.BFLOAT16)]
+    nodes += [helper.make_node(kind, ["low", "w"], [f"y{place}"]) for place, kind in enumerate(readers)]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", rows])
+    ys = [helper.make_tensor_value_info(f"y{place}", TensorProto.BFLOAT16, None) for place in range(len(readers))]
+    weight = onnx.TensorProto(name="w", dims=[rows, 600], data_type=TensorProto.BFLOAT16)
+    graph = helper.make_graph(nodes, "g", [x], ys, [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+# name -> graph, and whether the weight may stay in 16 bits
+LOW_PRODUCTS = {
+    "a large weight of products": (low_products("MatMul", "Gemm"), True),
+    "a large weight of a convolution": (low_products("Conv"), False),
+    "a large weight of more than a product": (low_products("MatMul", "Add"), False),
+    "a small weight": (low_products("MatMul", rows=400), False),
+}
+
+
 def cast_model(*attributes: onnx.AttributeProto) -> onnx.ModelProto:
     """One Cast with these attributes."""
     node = onnx.NodeProto(op_type="Cast", name="odd", input=["x"], output=["y"], attribute=attributes)

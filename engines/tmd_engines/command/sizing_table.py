@@ -28,8 +28,8 @@ def size_run(
     """`run` (what is made, and its totals) and `stages` by name, all numbers plain; None takes the bundle's default.
 
     Sizes in pixels, memory in bytes; `flops` of a stage are those of one call. Memory is that of the engine that runs
-    the backbone: of a TensorRT on the GPU (`scratch_bytes` is shared by all stages), of any other as ONNX Runtime on a
-    CPU. Raises ValueError, BundleError, EngineError for an engine that there is not.
+    the backbone: of a TensorRT on the GPU (`scratch_bytes` is shared by all stages), of the others on a CPU. Raises
+    ValueError, BundleError, EngineError for an engine that there is not.
     """
     manifest = bundle.manifest
     video, sampler = manifest.video, manifest.sampler
@@ -45,6 +45,7 @@ def size_run(
         steps=steps,
         inner_steps=inner_steps,
         guidance_passes=passes,
+        engine=engine,
     )
     chosen = _engine(bundle, engine)
     run = {

@@ -7,6 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, quote
+from ..holding import ONNXRUNTIME, WIDENED_BYTES, Holding
 from .shapes import ShapedGraph, Tensor
 
 if TYPE_CHECKING:
@@ -17,13 +18,6 @@ _UNCOUNTABLE = frozenset({"DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the output is the input's memory
 # What these make of weights alone takes the place of the weights, and is counted with them.
 _WEIGHT_FORMS = _VIEWS | {"Cast", "DequantizeLinear", "Transpose"}
-_WEIGHT_FORMS = frozenset(
-    {"Cast", "DequantizeLinear", "Transpose", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-)
-_VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the output is the input's memory
-# What ONNX Runtime's arena takes from the system, against the tensors in it at the peak: pieces that are freed do not
-# fit what comes next. Measured from 1.3 (text encoder) to 1.5 (transformer), see docs/wan.md.
-ARENA = 1.5
 
 
 def flops(graph: ShapedGraph, where: str) -> int:
@@ -89,8 +83,8 @@ _MULTIPLY_ADDS: dict[str, Callable[[onnx.NodeProto, list[Any], Tensor], int]] = 
 }
 
 
-def weight_bytes(graph: ShapedGraph) -> int:
-    """What ONNX Runtime on a CPU holds of the weights, in bytes: those in low precision become float32.
+def weight_bytes(graph: ShapedGraph, holding: Holding = ONNXRUNTIME) -> int:
+    """What an engine on a CPU holds of the weights, in bytes.
 
     A table of which a run reads single rows (the token embedding) stays in its file if it is float32.
     """
@@ -98,27 +92,40 @@ def weight_bytes(graph: ShapedGraph) -> int:
     for node in graph.nodes:
         for index, name in enumerate(node.input):
             readers.setdefault(name, set()).add(node.op_type if index == 0 else "")
+    stored = widened_in_products(graph) if holding.widens else frozenset()
     return sum(
-        _held(graph.tensors[name])
+        graph.tensors[name].nbytes if name in stored else _held(graph.tensors[name], holding)
         for name in graph.weights
         if readers.get(name) != {"Gather"} or graph.tensors[name].itemsize < 4
     )
 
 
-def peak_activation_bytes(graph: ShapedGraph) -> int:
-    """The most memory that ONNX Runtime on a CPU needs between inputs and outputs of the graph, in bytes.
+def widened_in_products(graph: ShapedGraph) -> frozenset[str]:
+    """The large weights of 16 bits of a graph in which only products of matrices read them; else none."""
+    large = {
+        name
+        for name in graph.weights
+        if _is_low(graph.tensors[name]) and 4 * graph.tensors[name].elements > WIDENED_BYTES
+    }
+    readers = {node.op_type for node in graph.nodes for name in node.input if name in large}
+    return frozenset(large) if readers <= {"MatMul", "Gemm"} else frozenset()
+
+
+def peak_activation_bytes(graph: ShapedGraph, holding: Holding = ONNXRUNTIME) -> int:
+    """The most memory that an engine on a CPU needs between inputs and outputs of the graph, in bytes.
 
     Found by running through the nodes in the file's order, where each tensor is freed after its last reader; views take
-    no memory, and what follows from weights alone is computed when the graph is loaded. On top comes `ARENA`.
+    no memory, and what follows from weights alone is computed when the graph is loaded. On top comes the arena's share.
     """
-    return int(ARENA * _Liveness(graph).peak())
+    return int(holding.arena * _Liveness(graph, holding).peak())
 
 
 class _Liveness:
     """Which tensors are in memory after which node. A tensor belongs to a *storage*, named after its first tensor."""
 
-    def __init__(self, graph: ShapedGraph) -> None:
-        self._graph = graph
+    def __init__(self, graph: ShapedGraph, holding: Holding) -> None:
+        self._graph, self._holding = graph, holding
+        self._widened = widened_in_products(graph) if holding.widens else frozenset()
         self._last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.input if name}
         self._constants = set(graph.weights)
         self._folded = 0  # bytes of what is computed from weights alone, and stays
@@ -133,7 +140,7 @@ class _Liveness:
             if all(name in self._constants for name in node.input if name):
                 self._constants.update(node.output)
                 if node.op_type not in _WEIGHT_FORMS:  # whose values are counted as weights
-                    self._folded += sum(_held(self._graph.tensors[name]) for name in node.output if name)
+                    self._folded += sum(self._held(self._graph.tensors[name]) for name in node.output if name)
                 continue
             for name in node.output:
                 if name and name not in self._elsewhere:
@@ -146,39 +153,47 @@ class _Liveness:
     def _place(self, node: onnx.NodeProto, name: str, index: int) -> None:
         storage = self._viewed(node, name) or name
         self._storage[name] = storage
-        self._bytes.setdefault(storage, _held(self._graph.tensors[name]))
+        self._bytes.setdefault(storage, self._held(self._graph.tensors[name]))
         self._end[storage] = max(self._end.get(storage, index), self._last_use.get(name, index))
 
     def _viewed(self, node: onnx.NodeProto, name: str) -> str | None:
         """The storage in memory that the output `name` only gives another shape, if any."""
         first = self._storage.get(node.input[0], "") if node.input else ""
-        # Casts between floats are none where all floats are float32.
+        # Casts between floats are none where both are float32 in memory.
         is_view = node.op_type in _VIEWS or (
-            node.op_type == "Cast" and self._bytes.get(first) == _held(self._graph.tensors[name])
+            node.op_type == "Cast" and self._bytes.get(first) == self._held(self._graph.tensors[name])
         )
         return first if is_view and first in self._bytes else None
 
     def _scratch(self, node: onnx.NodeProto) -> int:
         """What the kernel allocates for itself while the node runs, where that counts."""
         tensors = self._graph.tensors
+        if node.op_type in ("MatMul", "Gemm"):
+            return sum(_held(tensors[name], self._holding) for name in node.input if name in self._widened)
         if node.op_type == "Attention" and not any(node.input[3:]):
             # As MultiHeadAttention (lowering.py): q, k and v once more, with the rows of each head together.
-            return sum(_held(tensors[name]) for name in node.input[:3])
+            return sum(self._held(tensors[name]) for name in node.input[:3])
         if node.op_type == "Attention":  # with a mask: all scores, before and after softmax; the mask has their size
             heads = _attribute(node, "q_num_heads") or tensors[node.input[0]].shape[1]
             query, key = tensors[node.input[0]].shape, tensors[node.input[1]].shape
             return 2 * 4 * query[0] * int(heads) * query[-2] * key[-2]
         if node.op_type == "Gelu" and _attribute(node, "approximate", b"none") == b"tanh":
-            return _held(tensors[node.output[0]])
+            return self._held(tensors[node.output[0]])
         if node.op_type == "Conv" and len(tensors[node.input[0]].shape) == 4:
             # Blocks of channels side by side (NCHWc): a copy of the input, and one of the output.
-            return _held(tensors[node.input[0]]) + _held(tensors[node.output[0]])
+            return self._held(tensors[node.input[0]]) + self._held(tensors[node.output[0]])
         return 0
 
+    def _held(self, tensor: Tensor) -> int:
+        return _held(tensor, self._holding)
 
-def _held(tensor: Tensor) -> int:
-    """Bytes of a tensor in ONNX Runtime on a CPU, which computes every float in float32."""
+
+def _held(tensor: Tensor, holding: Holding) -> int:
+    """Bytes of a tensor in the engine's memory."""
+    return tensor.elements * (4 if holding.widens and _is_low(tensor) else tensor.itemsize)
+
+
+def _is_low(tensor: Tensor) -> bool:
     from onnx import TensorProto
 
-    low = tensor.dtype in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    return tensor.elements * (4 if low else tensor.itemsize)
+    return tensor.dtype in (TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -1,10 +1,10 @@
 """How much work and memory a run needs, told before anything is loaded.
 
-    needed = estimate(bundle, width=832, height=480, frames=81)
+    needed = estimate(bundle, width=832, height=480, frames=81, engine="auto")
     needed.stages["backbone"].flops, needed.peak_bytes, needed.nfe
 
-Operations are counted from the graphs at the asked size. Memory is that of ONNX Runtime on a CPU, without the pages of
-mapped files, which the kernel may drop; `docs/wan.md` compares the figures with real runs.
+Operations are counted from the graphs at the asked size. Memory is that of an engine on a CPU, each as it holds a graph
+(`holding`); `docs/speed.md` compares the figures with real runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Literal
 
 from ..bundle.graph_file import parse_graph
 from ..cache_folder import Facts, code_key
-from ..errors import BundleError
+from ..device.gpu import split_device
+from ..errors import BundleError, EngineError
+from ..holding import ONNXRUNTIME, Holding
+from ..registry import choose, engine_class
 from .system_memory import available_bytes
 from .tiling import tile_size, tile_starts
 
@@ -43,7 +46,7 @@ STAGES = {
 """Stage -> its graphs. The second transformer of a model that has two makes some of the calls of the first, which are
 counted there."""
 
-BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and ONNX Runtime before any graph
+BASE_BYTES = 100_000_000  # Python, numpy, PyAV, onnx and an engine before any graph
 TOGETHER = (
     ("encoder",),
     ("text_encoder",),
@@ -89,6 +92,7 @@ class Estimate:
     stages: dict[str, StageEstimate]
     memory: Memory
     nfe: float
+    program_bytes: int = 0  # of the engines' libraries and compiled graphs, whatever the size of the run
 
     @property
     def flops(self) -> int:
@@ -103,9 +107,10 @@ class Estimate:
     def peak(self, memory: Memory) -> int:
         """As `peak_bytes`, for either mode: "all" keeps what it has loaded, "low" frees each stage after its use."""
         sizes = {name: stage.total_bytes for name, stage in self.stages.items()}
+        base = BASE_BYTES + self.program_bytes
         if memory == "all":
-            return BASE_BYTES + sum(sizes.values())
-        return BASE_BYTES + max(sum(sizes.get(name, 0) for name in together) for together in TOGETHER)
+            return base + sum(sizes.values())
+        return base + max(sum(sizes.get(name, 0) for name in together) for together in TOGETHER)
 
 
 def estimate(
@@ -119,13 +124,16 @@ def estimate(
     guidance_passes: int = 1,
     memory: Memory = "all",
     from_picture: bool = False,
+    engine: str = "onnxruntime",
+    device: str = "auto",
 ) -> Estimate:
     """Work and memory of one run of `frames` frames of `width` x `height` pixels; None takes the bundle's step counts.
 
     `guidance_passes` is 2 with classifier-free guidance, of a Transition Model as two rows of one call. `memory` "all"
     keeps every graph loaded, "low" has the text encoder, then backbone and flow head, then the decoder.
     `from_picture`: the run starts from a picture, which the graph `encoder` reads. Whether the model was trained for
-    these steps is not asked.
+    these steps is not asked. Memory is that of `engine`, of "auto" as `registry.choose` decides for each graph; what is
+    not on a CPU counts as ONNX Runtime there.
     Raises ValueError for a size or count that the model cannot make, BundleError if a graph cannot be sized.
     """
     manifest = bundle.manifest
@@ -145,24 +153,36 @@ def estimate(
         "update": steps,
         "decoder": tiles,
     }
-    key = _facts_key(manifest, run.rows, calls, sizes, from_picture)
+    present = {stage: [name for name in names if name in manifest.graphs] for stage, names in STAGES.items()}
+    if not from_picture:
+        present["encoder"] = []
+    holdings = {stage: _holding(bundle, names[0], engine, device) for stage, names in present.items() if names}
+    key = _facts_key(manifest, run.rows, calls, sizes, from_picture, holdings)
     stages = _kept_stages(key)
-    for stage, names in STAGES.items() if not stages else ():
-        present = [name for name in names if name in manifest.graphs]
-        if present and (from_picture or stage != "encoder"):
+    for stage, names in present.items() if not stages else ():
+        if names:
             if stage in ("backbone", "flow_head", "backbone_2", "flow_head_2", "update"):
                 call_sizes = {**sizes, "batch": run.rows}
             else:
                 call_sizes = autoencoder_sizes(manifest, sizes) if stage != "text_encoder" else sizes
             picture = sizes["height"] * sizes["width"] * manifest.latents.spatial_stride**2
-            stages[stage] = _stage(bundle, stage, present, calls[stage], call_sizes, picture)
+            stages[stage] = _stage(bundle, stage, names, calls[stage], call_sizes, picture, holdings[stage])
     if key is not None:
         _FACTS.add({key: {name: astuple(stage) for name, stage in stages.items()}})
-    return Estimate(stages, memory, family.nfe(model, steps, inner_steps or 1, guidance_passes))
+    program = max((holding.program for holding in holdings.values()), default=0)
+    return Estimate(stages, memory, family.nfe(model, steps, inner_steps or 1, guidance_passes), program)
+
+
+def _holding(bundle: Bundle, graph: str, engine: str, device: str) -> Holding:
+    try:
+        name, where = choose(bundle, graph, engine, device)
+    except EngineError:  # not to be had here: loading says so
+        return ONNXRUNTIME
+    return engine_class(name, split_device(where)[0]).holding
 
 
 _FACTS = Facts("sizes.json")
-_CODE = ("cost", "bundle", "bundle/families")
+_CODE = ("cost", "bundle", "bundle/families", ".")
 
 
 def _facts_key(manifest: Manifest, *asked: object) -> str | None:
@@ -238,7 +258,7 @@ def _tiles(manifest: Manifest, sizes: dict[str, int]) -> int:
 
 
 def _stage(
-    bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int], picture: int
+    bundle: Bundle, stage: str, names: list[str], calls: int, sizes: dict[str, int], picture: int, holding: Holding
 ) -> StageEstimate:
     """`sizes` are those of one call, `picture` the pixels of one frame of the whole."""
     # Not needed where the counts are kept, and then a good part of what a first run would import for them.
@@ -255,8 +275,8 @@ def _stage(
         work += runs * flops(graph, where)
         parameters = max(parameters, sum(graph.tensors[weight].elements for weight in graph.weights))
         if runs:  # a single picture needs no decoder_step
-            weights += weight_bytes(graph)
-            activations += peak_activation_bytes(graph)
+            weights += weight_bytes(graph, holding)
+            activations += peak_activation_bytes(graph, holding)
     return StageEstimate(
         work, calls, parameters, weights, activations, _io_bytes(bundle.manifest, stage, sizes, picture)
     )

@@ -18,10 +18,17 @@ from ..device.paths import utf8_name
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import BundleError, EngineError, one_line
+from ..holding import WIDENED_BYTES
 from . import SILENT
 from .float4 import float4_to_float8
 from .kept import KeptGraph
-from .lowering import attention_to_multi_head_attention, low_precision_to_float32, signed_to_unsigned_activations
+from .lowering import (
+    attention_to_multi_head_attention,
+    lean_order,
+    low_precision_to_float32,
+    signed_to_unsigned_activations,
+    widens_in_products,
+)
 
 _LITERAL = ("fp8", "nvfp4")  # computed in float32 on rounded values
 _FOR_GPU = "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -30,9 +37,9 @@ _FOR_GPU = "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn
 class OnnxRuntimeEngine(Engine):
     """One ONNX Runtime session. Buffers are C-contiguous numpy arrays; nothing is copied in or out.
 
-    Graphs in 16 bits run in float32 on their weights, which take twice the memory of their file then. So do those in
-    fp8 and nvfp4, on values that are rounded as the graph says: to see what a GPU computes, not to be fast. int8
-    products are int8 here too.
+    Graphs in 16 bits run in float32. Their large weights stay mapped as they are, and are widened for each product.
+    Those in fp8 and nvfp4 run in float32 too, on values that are rounded as the graph says: to see what a GPU computes,
+    not to be fast. int8 products are int8 here too.
     """
 
     shares = opens_beside = True
@@ -146,13 +153,18 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
     stored = bundle.read_graph(graph)
     literal = kept is None or bundle.graph_info(graph).precision in _LITERAL
 
+    widens = False
+
     def lowered() -> bytes:
+        nonlocal widens
         model = parse_graph(stored, str(path))
         float4_to_float8(model, str(path))
         low_precision_to_float32(model, rounding=kept is None, where=str(path))
         attention_to_multi_head_attention(model)
         if not literal and fast_unsigned_products():
             signed_to_unsigned_activations(model)
+        lean_order(model)
+        widens = not literal and widens_in_products(model)
         name_data(model, bundle.data_path(graph), bundle.folder)
         return model.SerializeToString()
 
@@ -164,13 +176,18 @@ def _open_session(onnxruntime: Any, bundle: Bundle, graph: str, threads: int | N
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         # The graphs of a bundle run in turn: idle threads of one must not take the cores from the next.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        # In the order of the file, and with memory planned ahead, tensors of the VAE live several times longer than
-        # needed.
-        settings.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        settings.enable_mem_pattern = False
+        settings.enable_mem_pattern = False  # memory planned ahead lets tensors of the VAE live longer than needed
         # The search for a buffer to use again grows with the square of the nodes where sizes are open, takes longer
         # than all else of loading, and finds what the arena finds anyway (docs/speed.md).
         settings.enable_mem_reuse = False
+        if widens:
+            settings.add_session_config_entry(
+                "optimization.constant_folding_max_output_size_in_bytes", str(WIDENED_BYTES)
+            )
+            # It widens weights in float16 for good.
+            settings.add_session_config_entry(
+                "optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer"
+            )
         if literal:  # the fusion of Q/DQ with products takes every type for int8, and skips roundings
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if kept is None:

@@ -63,10 +63,10 @@ class KeptGraph:
         if entry:
             with suppress(Exception):  # an entry that ONNX Runtime does not take is made anew
                 return read(entry)
-        settings = options()
+        made = content()  # which settles what options say
         if entry == b"" or not self._plans.usable:
-            return self._onnxruntime.InferenceSession(content(), settings, providers=["CPUExecutionProvider"])
-        return self._make(content(), settings, options, read)
+            return self._onnxruntime.InferenceSession(made, options(), providers=["CPUExecutionProvider"])
+        return self._make(made, options(), options, read)
 
     def _make(self, content: Any, settings: Any, options: Callable[[], Any], read: Callable[[bytes], Any]) -> Any:
         """A session whose optimised graph is remembered until `check` has buffers to try it with."""

@@ -29,9 +29,11 @@ from ..device.cpu import cpu_key, describe_cpu
 from ..device.numbers import decimal_point
 from ..device.paths import utf8_name
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache
+from ..device.resident_pages import Range, dropping, mapped_ranges
 from ..device.running import RUNNING
 from ..engine import Engine
 from ..errors import BundleError, EngineError, one_line, quote
+from ..holding import OPENVINO
 
 if TYPE_CHECKING:
     from ..bundle.sections import GraphInfo, TensorSpec
@@ -76,6 +78,7 @@ class OpenVinoEngine(Engine):
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     shares = True
     package, install = "openvino", "pip install openvino"
+    holding = OPENVINO
 
     @classmethod
     def prefers(cls, info: GraphInfo) -> bool:
@@ -106,7 +109,7 @@ class OpenVinoEngine(Engine):
         self._openvino = openvino
         self._properties = compile_properties(threads)
         with decimal_point():
-            self._model = _read_model(openvino, bundle, graph)
+            self._model, self._weights = _read_model(openvino, bundle, graph)
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         text = bundle.manifest.text
         self._longest = text.max_length if text.tokenization == "plain" else None
@@ -131,7 +134,8 @@ class OpenVinoEngine(Engine):
 
     def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> _BoundStep:
         """See `Engine.bind`. Compiles the graph when these sizes are new; sizes that do not fit together fail here."""
-        if self._model is None:
+        model = self._model  # it keeps the mapping whose pages are dropped below, whoever closes this engine meanwhile
+        if model is None:
             raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
         check_buffers(self, inputs, outputs)
         sizes = tuple(tuple(inputs[name].shape) for name in self.inputs)
@@ -140,7 +144,7 @@ class OpenVinoEngine(Engine):
             compiled = self._compiled.get(shapes)
             if compiled is None:
                 self._latest = None  # two compiled copies of a large model do not fit side by side
-                with decimal_point():
+                with decimal_point(), dropping(self._weights):  # OpenVINO packs them into memory of its own
                     compiled = self._compiled[shapes] = self._compile(shapes, sizes)
             self._latest = compiled
         try:
@@ -272,8 +276,8 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
-    """The graph with symbolic shapes. Its weights stay in the bundle's data file, which OpenVINO maps.
+def _read_model(openvino: Any, bundle: Bundle, graph: str) -> tuple[Any, tuple[Range, ...]]:
+    """The graph with symbolic shapes, and where its weights are: in the bundle's data file, which OpenVINO maps.
 
     OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were checked,
     whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the data file.
@@ -290,7 +294,9 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
                 (folder / info.file).write_bytes(content)
                 if data is not None:
                     os.link(data, folder / str(info.data))
-                return _core().read_model(utf8_name(folder / info.file))
+                model = _core().read_model(utf8_name(folder / info.file))
+                # Under a name of our own, the mapping is this model's and nobody else's.
+                return model, mapped_ranges(Path(os.path.realpath(folder)) / str(info.data))
         if data is not None and (bundle.folder / str(info.data)).is_symlink():
             raise EngineError(
                 f"OpenVINO needs the weights {data} under a second name, which neither {temporary} nor their own "
@@ -298,7 +304,7 @@ def _read_model(openvino: Any, bundle: Bundle, graph: str) -> Any:
             )
         found = _core().read_model(utf8_name(path))
         bundle.read_graph(graph)  # raises if it is not the same any more
-        return found
+        return found, ()
     except (BundleError, EngineError):
         raise
     except Exception as error:

@@ -33,6 +33,10 @@ namespace {
 using namespace twin;
 
 // A whole run through the public interface.
+Holding holding_of(const json& question) {
+  return question.value("engine", "") == "openvino" ? kOpenVinoHolding : kOnnxRuntimeHolding;
+}
+
 json run(const json& question) {
   tmd_context* context = opened_for(question);
   Wishes wishes(question.at("wishes"));
@@ -193,7 +197,7 @@ json answer(const json& question) {
   if (what == "lower") {
     const std::string lowered =
         lower_for_onnxruntime(from_hex(question.at("model")), "it.onnx", question.value("unsigned", false));
-    return {{"ok", to_hex(lowered.data(), lowered.size())}};
+    return {{"ok", to_hex(lowered.data(), lowered.size())}, {"widens", widens_in_products(lowered)}};
   }
   if (what.compare(0, 5, "plan_") == 0) return answer_about_plans(question);
   if (what == "fast_unsigned") return {{"ok", fast_unsigned_products()}};
@@ -217,7 +221,7 @@ json answer(const json& question) {
   }
   if (what == "need") {
     const auto& size = question.at("size");
-    const Need need = estimate_need(Bundle::open(question.at("bundle")), {size[0], size[1], size[2]});
+    const Need need = estimate_need(Bundle::open(question.at("bundle")), {size[0], size[1], size[2]}, holding_of(question));
     return {{"ok", {need.all, need.low}}};
   }
   if (what == "graph_memory") {  // of a graph at given sizes: the shape of each tensor, and the peak between its nodes
@@ -226,7 +230,7 @@ json answer(const json& question) {
     const ShapedGraph graph = infer_shapes(content, question.at("shapes").get<InputShapes>(), "it");
     json shapes;
     for (const auto& [name, tensor] : graph.tensors) shapes[std::string(name)] = tensor.shape;
-    return {{"ok", shapes}, {"peak", peak_activation_bytes(graph)}};
+    return {{"ok", shapes}, {"peak", peak_activation_bytes(graph, holding_of(question))}};
   }
   if (what == "charsmaps") return {{"ok", has_sound_charsmaps(from_hex(question.at("data")))}};
   if (what == "unknown_words") {

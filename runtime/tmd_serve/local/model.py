@@ -59,7 +59,8 @@ class Model:
         # This one only answers questions, from the threads of requests; another one runs.
         self._scout = tmd_runtime.load(bundle, options.engine, options.threads, options.device, options.memory)
         self.bundle, self.manifest = self._scout.bundle, self._scout.manifest
-        self._chooser, self._lock = MemoryChooser(self.bundle), threading.Lock()
+        self._chooser = MemoryChooser(self.bundle, options.engine, options.device)
+        self._lock = threading.Lock()
         self._estimates: OrderedDict[object, Estimate] = OrderedDict()
         self._check()
         classes = self.manifest.family.classes(self.manifest.model)

@@ -13,6 +13,7 @@ from tests.helpers.cpp_tools import BUNDLE, twin
 from tests.helpers.lowering_models import (
     BROKEN_CASTS,
     BROKEN_FLOAT4,
+    LOW_PRODUCTS,
     NOT_PLAIN,
     attention_model,
     low_precision_model,
@@ -24,8 +25,10 @@ from tmd_engines.onnxruntime.engine import fast_unsigned_products
 from tmd_engines.onnxruntime.float4 import float4_to_float8
 from tmd_engines.onnxruntime.lowering import (
     attention_to_multi_head_attention,
+    lean_order,
     low_precision_to_float32,
     signed_to_unsigned_activations,
+    widens_in_products,
 )
 from tmd_runtime.built_in import BUILT_IN
 
@@ -52,20 +55,6 @@ def low_attention() -> onnx.ModelProto:
     return model
 
 
-def put_leaves_last(model: onnx.ModelProto) -> None:
-    """Nodes that nothing reads behind all others, those that wait longest first."""
-    nodes = [copy.deepcopy(node) for node in model.graph.node]
-    read = {name for node in nodes for name in node.input}
-    made_by = {name: index for index, node in enumerate(nodes) for name in node.output}
-
-    def place(node: onnx.NodeProto) -> tuple[bool, int]:
-        is_leaf = not read.intersection(node.output)
-        return is_leaf, -max((made_by.get(name, -1) for name in node.input), default=-1) if is_leaf else 0
-
-    del model.graph.node[:]
-    model.graph.node.extend(sorted(nodes, key=place))
-
-
 MODELS = {
     **NOT_PLAIN,
     "plain": attention_model(q_num_heads=4, kv_num_heads=4),
@@ -74,6 +63,7 @@ MODELS = {
     "bf16": low_precision_model(TensorProto.BFLOAT16),
     "fp16": low_precision_model(TensorProto.FLOAT16),
     "attention in bf16": low_attention(),
+    **{name: model for name, (model, _) in LOW_PRODUCTS.items()},
     "zero point": quantized_model(),
     "zero point, raw": quantized_model(raw=True),
     "another zero point": quantized_model(zero=3, raw=True),
@@ -98,8 +88,9 @@ def test_the_same_graph_is_lowered_to_the_same_graph(model: onnx.ModelProto, uns
     attention_to_multi_head_attention(expected)
     if unsigned:
         signed_to_unsigned_activations(expected)
-    put_leaves_last(expected)
+    lean_order(expected)
     assert onnx.ModelProto.FromString(bytes.fromhex(answer["ok"])) == expected
+    assert answer["widens"] == widens_in_products(expected)
 
 
 @pytest.mark.parametrize("model", BROKEN_CASTS.values(), ids=BROKEN_CASTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from onnx import helper, numpy_helper
 import tmd_runtime
 from tests.helpers.built_in import BUNDLES
 from tests.helpers.bundle_tools import edit_graph
-from tests.helpers.cpp_tools import BUNDLE, twin
+from tests.helpers.cpp_tools import BUNDLE, ask_bundle, twin
+from tests.helpers.resident import resident_file_bytes, widen_backbone
 from tests.helpers.synthetic import velocity_sampler, write_synthetic_bundle
 from tests.helpers.synthetic_quantized import write_quantized_bundle
 from tests.helpers.synthetic_tim import write_plain_bundle, write_tim_bundle
@@ -23,10 +25,11 @@ from tmd_engines.bundle.graph_file import parse_graph
 from tmd_engines.cost.operations import peak_activation_bytes
 from tmd_engines.cost.shapes import infer_shapes
 from tmd_engines.cost.sizing import estimate
+from tmd_engines.holding import ONNXRUNTIME, OPENVINO
 from tmd_runtime import RuntimeFailure
 from tmd_runtime.built_in import BUILT_IN
 
-MEMORY, AUTO = 5, 2  # a tmd_status and a tmd_memory
+MEMORY, ALL, AUTO = 5, 0, 2  # a tmd_status, and two of tmd_memory
 
 
 def put(root: Path, files: dict[str, str]) -> str:
@@ -49,11 +52,16 @@ def test_free_memory_of_this_machine_is_read() -> None:
     assert twin().ask("available", root="")["ok"] > 1e6
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("width", "height", "frames"), [(64, 64, 17), (256, 256, 1), (512, 512, 33), (832, 480, 81)])
-def test_need_is_within_a_factor_of_two_of_what_python_counts(width: int, height: int, frames: int) -> None:
-    """Python goes through the graphs node by node, and was compared with real runs (docs/wan.md)."""
-    counted = estimate(Bundle.open(BUILT_IN), width=width, height=height, frames=frames)
-    guessed = twin().ask("need", bundle=str(BUILT_IN), size=latent_size(width, height, frames))["ok"]
+def test_need_is_within_a_factor_of_two_of_what_python_counts(
+    width: int, height: int, frames: int, engine: str
+) -> None:
+    """Python goes through the graphs node by node, and was compared with real runs (docs/speed.md)."""
+    pytest.importorskip(engine)
+    counted = estimate(Bundle.open(BUILT_IN), width=width, height=height, frames=frames, engine=engine)
+    size = latent_size(width, height, frames)
+    guessed = twin().ask("need", bundle=str(BUILT_IN), size=size, engine=engine)["ok"]
     for mode, bytes_ in zip(("all", "low"), guessed, strict=True):
         assert 0.5 < bytes_ / counted.peak(mode) < 2  # type: ignore[arg-type]
 
@@ -80,9 +88,22 @@ def test_tensors_have_the_shapes_and_the_peak_that_python_finds(tmp_path: Path, 
             dims |= {"tokens": sizes[1] * sizes[2] * sizes[3] // 4, "text": bundle.manifest.text.max_length}
             shapes = {spec.name: spec.resolve(**dims) for spec in info.inputs}
             found = infer_shapes(parse_graph(bundle.read_graph(graph), graph), shapes, graph)
-            answer = twin().ask("graph_memory", bundle=str(bundle.folder), graph=graph, shapes=shapes)
-            assert answer["ok"] == {key: list(tensor.shape) for key, tensor in found.tensors.items()}, graph
-            assert answer["peak"] == peak_activation_bytes(found), graph
+            for engine, holding in (("onnxruntime", ONNXRUNTIME), ("openvino", OPENVINO)):
+                question = {"bundle": str(bundle.folder), "graph": graph, "shapes": shapes, "engine": engine}
+                answer = twin().ask("graph_memory", **question)
+                assert answer["ok"] == {key: list(tensor.shape) for key, tensor in found.tensors.items()}, graph
+                assert answer["peak"] == peak_activation_bytes(found, holding), graph
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/PID/smaps is Linux's")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_packed_weights_are_in_memory_once(synthetic_bundle: Path, engine: str) -> None:
+    """While the graph is loaded; Python's twin is tests/unit/engines/test_resident_pages.py."""
+    pytest.importorskip(engine)
+    data = widen_backbone(synthetic_bundle)
+    wishes = {"seed": 1, "frames": 1, "steps": 1, "inner_steps": 1}
+    assert "ok" in ask_bundle("run", synthetic_bundle, engine, prompt="a red circle", wishes=wishes, memory=ALL)
+    assert resident_file_bytes("backbone.onnx.data", twin().pid) < data / 20
 
 
 def huge_text_encoder(folder: Path, depends_on_data: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 
 from tests.helpers.lowering_models import (
     BROKEN_CASTS,
+    LOW_PRODUCTS,
     NOT_PLAIN,
     attention_model,
     low_precision_model,
@@ -20,8 +22,10 @@ from tests.helpers.lowering_models import (
 from tmd_engines import BundleError
 from tmd_engines.onnxruntime.lowering import (
     attention_to_multi_head_attention,
+    lean_order,
     low_precision_to_float32,
     signed_to_unsigned_activations,
+    widens_in_products,
 )
 
 # batch, heads, head_dim, queries, keys
@@ -177,3 +181,23 @@ def test_only_a_zero_point_of_0_becomes_one_of_128(raw: bool) -> None:
         before = other.SerializeToString()
         assert signed_to_unsigned_activations(other) == 0
         assert other.SerializeToString() == before
+
+
+@pytest.mark.parametrize(("model", "expected"), LOW_PRODUCTS.values(), ids=LOW_PRODUCTS)
+def test_only_large_weights_of_products_stay_in_16_bits(model: onnx.ModelProto, expected: bool) -> None:
+    lowered = copy.deepcopy(model)
+    low_precision_to_float32(lowered)
+    assert widens_in_products(lowered) is expected
+
+
+def test_what_nobody_reads_comes_last_and_the_one_that_can_run_first_at_the_very_end() -> None:
+    nodes = [
+        helper.make_node("Neg", ["x"], ["early"]),
+        helper.make_node("Abs", ["x"], ["a"]),
+        helper.make_node("Neg", ["a"], ["later"]),
+        helper.make_node("Exp", ["a"], ["b"]),
+        helper.make_node("Exp", ["b"], ["y"]),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], []))
+    lean_order(model)
+    assert [node.output[0] for node in model.graph.node] == ["a", "b", "y", "later", "early"]

@@ -11,15 +11,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.helpers.built_in import BUILT_IN
 from tests.helpers.bundle_tools import edit_graph, impossible_transpose
+from tests.helpers.synthetic_quantized import write_quantized_bundle
 from tests.helpers.synthetic_tim import write_tim_bundle
 from tests.helpers.system_files import FREE_MEMORY
 from tmd_engines import Bundle, BundleError
 from tmd_engines.command.device_memory import device_memory, predicted
 from tmd_engines.cost.fused import MARGIN, WORKSPACE, scratch_bytes
-from tmd_engines.cost.operations import ARENA, flops, peak_activation_bytes, weight_bytes
+from tmd_engines.cost.operations import flops, peak_activation_bytes, weight_bytes
 from tmd_engines.cost.shapes import ShapedGraph, infer_shapes
-from tmd_engines.cost.sizing import BASE_BYTES, StageEstimate, estimate
+from tmd_engines.cost.sizing import BASE_BYTES, TOGETHER, StageEstimate, estimate
 from tmd_engines.cost.system_memory import available_bytes
+from tmd_engines.holding import ONNXRUNTIME, OPENVINO
+from tmd_engines.registry import choose
 
 MEGABYTE = 1 << 20
 
@@ -134,7 +137,44 @@ def test_what_cannot_be_counted_is_an_error_and_not_a_zero(made, message):
 )
 def test_activations_live_until_their_last_reader(nodes, tensors):
     graph = shaped(nodes, {"x": [1, 1, MEGABYTE]}, {"w": ([1, 1, MEGABYTE], F32)})
-    assert peak_activation_bytes(graph) == int(ARENA * tensors * 4 * MEGABYTE)
+    assert peak_activation_bytes(graph) == int(ONNXRUNTIME.arena * tensors * 4 * MEGABYTE)
+
+
+@pytest.mark.parametrize(("holding", "itemsize"), [(ONNXRUNTIME, 4), (OPENVINO, 2)])
+def test_values_in_low_precision_are_held_as_the_engine_holds_them(holding, itemsize):
+    nodes = [
+        node("Cast", "x", "low", to=F16),
+        node("MatMul", "low w", "a"),
+        node("Softmax", "a", "b"),
+        node("Pow", "b b", "y"),
+    ]
+    graph = shaped(nodes, {"x": [1, 64]}, {"w": ([64, 1000], F16)})
+    assert weight_bytes(graph, holding) == itemsize * 64_000
+    assert peak_activation_bytes(graph, holding) == int(holding.arena * itemsize * 2000)
+
+
+def test_an_estimate_is_that_of_the_engine_that_is_asked_for(synthetic_bundle):
+    pytest.importorskip("openvino")
+    write_quantized_bundle(folder := synthetic_bundle.with_name("low"), {"backbone": "int8", "flow_head": "int8"})
+    bundle = Bundle.open(folder)
+    size: dict[str, Any] = {"width": 64, "height": 64, "frames": 5}
+    plain, openvino = (estimate(bundle, engine=engine, **size) for engine in ("onnxruntime", "openvino"))
+    assert openvino.stages["backbone"].activation_bytes < plain.stages["backbone"].activation_bytes
+    assert openvino.peak("low") == BASE_BYTES + OPENVINO.program + max(
+        sum(openvino.stages[name].total_bytes for name in stages if name in openvino.stages) for stages in TOGETHER
+    )
+    chosen = estimate(bundle, engine="auto", device="cpu", **size)
+    engine, _ = choose(bundle, "backbone", "auto", "cpu")
+    assert chosen.stages["backbone"] == {"openvino": openvino, "onnxruntime": plain}[engine].stages["backbone"]
+
+
+@pytest.mark.parametrize(("reader", "itemsize"), [("MatMul", 2), ("Add", 4)])
+def test_large_weights_of_products_stay_in_16_bits_and_one_at_a_time_is_widened(reader, itemsize):
+    nodes = [node("Cast", "x", "low", to=F16), node(reader, "low w", "y")]
+    graph = shaped(nodes, {"x": [1024, 1024]}, {"w": ([1024, 1024], F16)})
+    assert weight_bytes(graph) == itemsize * MEGABYTE
+    widened = 4 * MEGABYTE if reader == "MatMul" else 0
+    assert peak_activation_bytes(graph) == int(ONNXRUNTIME.arena * (4 * MEGABYTE + widened))
 
 
 def test_weights_in_low_precision_are_held_in_float32_and_tables_stay_in_their_file():

@@ -21,16 +21,19 @@ bool is_weight_form(std::string_view op) {
   return is_view(op) || is_one_of(op, {"Cast", "DequantizeLinear", "Transpose"});
 }
 
+bool is_product(std::string_view op) { return is_one_of(op, {"MatMul", "Gemm"}); }
+
 // Which tensors are in memory after which node. A tensor belongs to a storage, named after its first tensor.
 class Liveness {
  public:
-  explicit Liveness(const ShapedGraph& graph)
-      : graph_(graph), constants_(graph.weights.begin(), graph.weights.end()) {
+  Liveness(const ShapedGraph& graph, const Holding& holding)
+      : graph_(graph), holding_(holding), constants_(graph.weights.begin(), graph.weights.end()) {
     elsewhere_.insert(graph.inputs.begin(), graph.inputs.end());
     elsewhere_.insert(graph.outputs.begin(), graph.outputs.end());
     for (std::size_t i = 0; i < graph.nodes.size(); ++i)
       for (const std::string_view name : graph.nodes[i].inputs)
         if (!name.empty()) last_use_[name] = i;
+    if (holding.widens) find_widened();
   }
 
   std::uint64_t peak() {
@@ -60,7 +63,17 @@ class Liveness {
  private:
   std::uint64_t bytes(std::string_view name) const {
     const auto found = graph_.tensors.find(name);
-    return name.empty() || found == graph_.tensors.end() ? 0 : found->second.bytes();
+    return name.empty() || found == graph_.tensors.end() ? 0 : found->second.bytes(holding_);
+  }
+
+  // The large weights of 16 bits, where only products read them.
+  void find_widened() {
+    for (const std::string_view name : graph_.weights)
+      if (const ShapedTensor& weight = graph_.tensors.at(name); weight.is_low() && bytes(name) > kWidenedBytes)
+        widened_.insert(name);
+    for (const ShapedNode& node : graph_.nodes)
+      for (const std::string_view name : node.inputs)
+        if (widened_.count(name) && !is_product(node.op_type)) return widened_.clear();
   }
 
   void place(const ShapedNode& node, std::string_view name, std::size_t index) {
@@ -78,7 +91,7 @@ class Liveness {
     if (first == storage_.end()) return name;
     const auto in_memory = held_.find(first->second);
     if (in_memory == held_.end()) return name;
-    // Casts between floats are none where all floats are float32.
+    // Casts between floats are none where both are float32 in memory.
     const bool shares = is_view(node.op_type) || (node.op_type == "Cast" && in_memory->second == bytes(name));
     return shares ? first->second : name;
   }
@@ -86,6 +99,12 @@ class Liveness {
   // What the kernel allocates for itself while the node runs, where that counts.
   std::uint64_t scratch(const ShapedNode& node) const {
     const auto& tensors = graph_.tensors;
+    if (is_product(node.op_type)) {
+      std::uint64_t widened = 0;
+      for (const std::string_view name : node.inputs)
+        if (widened_.count(name)) widened = plus(widened, bytes(name));
+      return widened;
+    }
     if (node.op_type == "Attention") {
       bool plain = true;
       for (std::size_t i = 3; i < node.inputs.size(); ++i) plain = plain && node.inputs[i].empty();
@@ -105,7 +124,8 @@ class Liveness {
   }
 
   const ShapedGraph& graph_;
-  std::set<std::string_view> constants_, elsewhere_;
+  const Holding holding_;
+  std::set<std::string_view> constants_, elsewhere_, widened_;
   std::uint64_t folded_ = 0;  // bytes of what is computed from weights alone, and stays
   std::map<std::string_view, std::size_t> last_use_, end_;
   std::map<std::string_view, std::string_view> storage_;
@@ -114,9 +134,9 @@ class Liveness {
 
 }  // namespace
 
-std::uint64_t peak_activation_bytes(const ShapedGraph& graph) {
-  const std::uint64_t peak = Liveness(graph).peak();
-  return peak > UINT64_MAX / 3 ? UINT64_MAX : peak * 3 / 2;  // what an engine's arena takes against what is in it
+std::uint64_t peak_activation_bytes(const ShapedGraph& graph, const Holding& holding) {
+  const std::uint64_t peak = times(holding.arena_halves, Liveness(graph, holding).peak());
+  return peak == UINT64_MAX ? UINT64_MAX : peak / 2;
 }
 
 }  // namespace tmd::internal

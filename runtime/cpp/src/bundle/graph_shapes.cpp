@@ -36,9 +36,12 @@ std::uint64_t ShapedTensor::elements() const {
   return product;
 }
 
-std::uint64_t ShapedTensor::bytes() const {
+bool ShapedTensor::is_low() const { return type == kFloat16 || type == kBfloat16; }
+
+std::uint64_t ShapedTensor::bytes(const Holding& holding) const {
   std::uint64_t product;
-  return __builtin_mul_overflow(elements(), item_bytes(type), &product) ? UINT64_MAX : product;
+  const std::uint64_t item = holding.widens && is_low() ? 4 : item_bytes(type);
+  return __builtin_mul_overflow(elements(), item, &product) ? UINT64_MAX : product;
 }
 
 std::int64_t ShapedNode::number(std::string_view attribute, std::int64_t otherwise) const {

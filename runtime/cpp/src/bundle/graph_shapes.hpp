@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "bundle/holding.hpp"
+
 namespace tmd::internal {
 
 struct ShapedTensor {
@@ -16,8 +18,9 @@ struct ShapedTensor {
   std::vector<std::int64_t> shape;
 
   std::uint64_t elements() const;
-  // Bytes in an engine on a CPU, which computes every float in float32. UINT64_MAX for more than 64 bits count.
-  std::uint64_t bytes() const;
+  bool is_low() const;  // a float of 16 bits
+  // Bytes in an engine on a CPU. UINT64_MAX for more than 64 bits count.
+  std::uint64_t bytes(const Holding& holding) const;
 };
 
 struct ShapedNode {
@@ -46,6 +49,6 @@ ShapedGraph infer_shapes(std::string_view data, const InputShapes& input_shapes,
 
 // The most memory that an engine on a CPU needs between inputs and outputs, in bytes: the twin of
 // tmd_engines/cost/operations.py, peak_activation_bytes.
-std::uint64_t peak_activation_bytes(const ShapedGraph& graph);
+std::uint64_t peak_activation_bytes(const ShapedGraph& graph, const Holding& holding);
 
 }  // namespace tmd::internal

@@ -27,6 +27,9 @@ std::uint64_t item_bytes(std::int64_t type) {
     case 17:  // float8
     case 23:  // float4, one in a byte
       return 1;
+    case kFloat16:
+    case kBfloat16:
+      return 2;
     default:
       return 4;
   }

@@ -17,6 +17,7 @@ using Shape = std::vector<std::int64_t>;
 
 // Whole numbers among the types of ONNX.
 inline constexpr std::int64_t kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBool = 9;
+inline constexpr std::int64_t kFloat16 = 10, kBfloat16 = 16;
 inline constexpr std::int64_t kMaxSize = std::int64_t{1} << 48;  // of one dimension
 
 // A shape, or the value of a shape, that does not follow from what is known.

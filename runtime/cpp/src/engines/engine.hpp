@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/error.hpp"
+#include "bundle/holding.hpp"
 #include "bundle/reader.hpp"
 #include "engines/buffer.hpp"
 
@@ -67,6 +68,7 @@ class Engine {
   virtual const char* name() const = 0;
   virtual std::string version() const = 0;
   virtual bool on_device() const { return false; }  // with memory of its own
+  virtual Holding holding() const { return kOnnxRuntimeHolding; }  // what its graphs take of a CPU's memory
   // What a person should know of how graphs are run, since it was last asked: whole lines, or "".
   virtual std::string take_notes() { return ""; }
   virtual std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) = 0;  // throws Error(ENGINE)

@@ -55,7 +55,7 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
     return {memory, api().ReleaseMemoryInfo};
   }
 
-  // The settings are Python's, except for the order of nodes, which the lowering sees to.
+  // The settings are Python's.
   Owner<OrtSession> open(const Bundle& bundle, std::int32_t threads) const {
     const std::string path = bundle.graph_path(info_), what = library_->version + " cannot load " + path;
     const std::string data = bundle.data_path(info_);
@@ -77,6 +77,11 @@ class OnnxRuntimeGraph : public LoadedGraph, public std::enable_shared_from_this
     set("session.force_spinning_stop", "1");
     // The fusion of Q/DQ with products takes every type for int8, and skips roundings.
     if (literal) set("session.disable_quant_qdq", "1");
+    if (!literal && widens_in_products(model)) {
+      set("optimization.constant_folding_max_output_size_in_bytes", std::to_string(kWidenedBytes).c_str());
+      // It widens weights in float16 for good.
+      set("optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer");
+    }
     check(api().DisableMemPattern(options.get()), what);
     OrtSession* session = nullptr;
     check(api().CreateSessionFromArray(library_->environment, model.data(), model.size(), options.get(), &session),

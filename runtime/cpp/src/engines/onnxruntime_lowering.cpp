@@ -10,6 +10,8 @@
 
 #include "base/error.hpp"
 #include "base/quote.hpp"
+#include "base/saturating.hpp"
+#include "bundle/holding.hpp"
 #include "bundle/protobuf_wire.hpp"
 #include "engines/onnx_nodes.hpp"
 #include "engines/onnxruntime_float4.hpp"
@@ -234,8 +236,7 @@ bool use_multi_head(Node& node) {
 
 // ONNX Runtime begins with the last node that nothing reads, and runs all that this one needs, then the one before it.
 // In the VAE the last one needs everything, and what the others keep for the next call waits until then: 2.7 times the
-// memory. So those nodes come last, and of them the one that can run first comes at the very end. (Python asks for an
-// order by priority instead, which the C interface cannot.)
+// memory. So those nodes come last, and of them the one that can run first comes at the very end.
 std::vector<const Node*> in_lean_order(const std::vector<Node>& nodes) {
   std::set<std::string_view> read;
   std::map<std::string_view, std::ptrdiff_t> made_by;
@@ -278,7 +279,34 @@ std::string with_location(std::string_view tensor, const std::string& name) {
   return out.data();
 }
 
+// What a tensor takes as float32.
+std::uint64_t wide_bytes(std::string_view tensor) {
+  std::uint64_t bytes = 4;
+  WireReader reader(tensor);
+  for (WireField field; reader.next(&field);)
+    if (field.number == kTensorDims) bytes = times(bytes, field.varint);
+  return bytes;
+}
+
 }  // namespace
+
+bool widens_in_products(std::string_view lowered) {
+  const std::string_view graph = last_text(lowered, kModelGraph);
+  std::set<std::string_view> weights, large;
+  for (const std::string_view weight : all_fields(graph, kGraphInitializer))
+    if (wide_bytes(weight) > kWidenedBytes) weights.insert(last_text(weight, kTensorName));
+  bool read = false;
+  for (const std::string_view node : all_fields(graph, kGraphNode)) {
+    const std::string_view op_type = last_text(node, kNodeOpType);
+    for (const std::string_view name : all_fields(node, kNodeInput)) {
+      if (op_type == "Cast" && weights.count(name)) large.insert(last_text(node, kNodeOutput));
+      if (!large.count(name)) continue;
+      read = true;
+      if (op_type != "MatMul" && op_type != "Gemm") return false;
+    }
+  }
+  return read;
+}
 
 std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations,
                                   const std::string& weights) {

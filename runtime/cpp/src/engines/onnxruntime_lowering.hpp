@@ -6,7 +6,8 @@
 
 namespace tmd::internal {
 
-// The ONNX file `stored` with these changes, of which all but the last are Python's (tmd_engines.onnxruntime.lowering):
+
+// The ONNX file `stored` with the changes of tmd_engines.onnxruntime.lowering:
 //   - float4 tensors become float8 ones (onnxruntime_float4.hpp);
 //   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
@@ -17,5 +18,9 @@ namespace tmd::internal {
 // Throws Error(BUNDLE) for a Cast that does not say to what.
 std::string lower_for_onnxruntime(std::string_view stored, const std::string& where, bool unsigned_activations,
                                   const std::string& weights = "");
+
+// Whether the large weights of a lowered file that have a Cast behind them may stay in 16 bits in memory: where only
+// products of matrices read them.
+bool widens_in_products(std::string_view lowered);
 
 }  // namespace tmd::internal

@@ -8,6 +8,7 @@
 #include "engines/decimal_point.hpp"
 #include "engines/openvino_library.hpp"
 #include "engines/private_folder.hpp"
+#include "engines/resident_pages.hpp"
 
 namespace tmd::internal {
 namespace {
@@ -89,7 +90,8 @@ class OpenVinoGraph : public LoadedGraph {
  public:
   OpenVinoGraph(Library library, const Bundle& bundle, const GraphInfo& info, std::int32_t threads)
       : library_(std::move(library)), bundle_(bundle), info_(info), threads_(threads) {
-    free_model(read_model());  // a graph that OpenVINO cannot read is an error of loading
+    PageRanges weights;
+    free_model(read_model(weights));  // a graph that OpenVINO cannot read is an error of loading
   }
 
   const GraphInfo& info() const override { return info_; }
@@ -103,7 +105,8 @@ class OpenVinoGraph : public LoadedGraph {
   using Shapes = std::map<std::string, Shape>;
   static constexpr std::int64_t kAnyLength = -1;  // in the shapes that a graph is compiled for
 
-  ov_model_t* read_model() const {
+  // `weights` gets where its weights are mapped.
+  ov_model_t* read_model(PageRanges& weights) const {
     const DecimalPoint point;
     // OpenVINO finds a data file only beside a graph that it reads itself. So that it reads the bytes that were
     // checked, whatever happens to the bundle meanwhile, they lie in a folder of our own beside a second name of the
@@ -127,6 +130,8 @@ class OpenVinoGraph : public LoadedGraph {
                     library_->version + " cannot load " + path);
     Owner owner(model, [this](void* m) { free_model(static_cast<ov_model_t*>(m)); });
     if (!apart) bundle_.read_graph(info_);  // throws if it is not the same any more
+    // Under a name of our own, the mapping is this model's and nobody else's.
+    if (apart && !data.empty()) weights = mapped_ranges(folder->real_path(*info_.data));
     owner.release();
     return model;
   }
@@ -156,7 +161,8 @@ class OpenVinoGraph : public LoadedGraph {
   Compiled compile(const Shapes& shapes) const {
     const DecimalPoint point;
     const std::string what = "cannot compile " + info_.file;
-    ov_model_t* model = read_model();
+    PageRanges weights;
+    ov_model_t* model = read_model(weights);
     const Owner model_owner(model, [this](void* m) { free_model(static_cast<ov_model_t*>(m)); });
 
     std::vector<const char*> names;
@@ -190,6 +196,8 @@ class OpenVinoGraph : public LoadedGraph {
                        "ENABLE_CPU_PINNING",
                        "NO"};
     ov_compiled_model_t* compiled = nullptr;
+    // It packs the weights into memory of its own, and the model keeps the mapping that they come from.
+    const DroppingPages dropping(std::move(weights));
     if (threads_ == TMD_DEFAULT) {
       library_->check(library_->ov_core_compile_model(library_->core, model, "CPU", 10, &compiled, p[0], p[1], p[2],
                                                       p[3], p[4], p[5], p[6], p[7], p[8], p[9]),
@@ -221,6 +229,7 @@ class OpenVinoEngine : public Engine {
 
   const char* name() const override { return "openvino"; }
   std::string version() const override { return library_->version; }
+  Holding holding() const override { return kOpenVinoHolding; }
 
   std::shared_ptr<LoadedGraph> load(const Bundle& bundle, const GraphInfo& info) override {
     check_graph_types(info);

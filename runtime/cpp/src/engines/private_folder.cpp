@@ -137,4 +137,9 @@ bool PrivateFolder::link(const std::string& source, const std::string& name) {
   return ::linkat(AT_FDCWD, source.c_str(), AT_FDCWD, paths_.back().c_str(), AT_SYMLINK_FOLLOW) == 0;
 }
 
+std::string PrivateFolder::real_path(const std::string& name) const {
+  const std::unique_ptr<char, decltype(&std::free)> real(::realpath(folder_.c_str(), nullptr), &std::free);
+  return real ? std::string(real.get()) + "/" + name : path(name);
+}
+
 }  // namespace tmd::internal

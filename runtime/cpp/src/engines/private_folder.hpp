@@ -24,6 +24,7 @@ class PrivateFolder {
   bool write(const std::string& name, std::string_view content);
   bool link(const std::string& source, const std::string& name);  // a second name of `source`, on its file system only
   std::string path(const std::string& name) const { return folder_ + "/" + name; }
+  std::string real_path(const std::string& name) const;  // with the links on the way to the folder followed
 
  private:
   std::string folder_;  // empty: there is none

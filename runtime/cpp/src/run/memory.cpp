@@ -20,8 +20,8 @@ struct StageBytes {
   std::uint64_t rough = 0, counted = 0;
 };
 
-StageBytes stage_bytes(const Bundle& bundle, const std::vector<const char*>& names, const Dims& dims,
-                          bool one_frame) {
+StageBytes stage_bytes(const Bundle& bundle, const std::vector<const char*>& names, const Dims& dims, bool one_frame,
+                       const Holding& holding) {
   StageBytes total;
   for (const char* name : names) {
     const auto found = bundle.manifest.graphs.find(name);
@@ -38,7 +38,8 @@ StageBytes stage_bytes(const Bundle& bundle, const std::vector<const char*>& nam
         if (tensors == &info.inputs) shapes[spec.name] = shape;
       }
     const std::string content = bundle.read_graph(info);
-    total.counted = plus(total.counted, peak_activation_bytes(infer_shapes(content, shapes, bundle.graph_path(info))));
+    const ShapedGraph graph = infer_shapes(content, shapes, bundle.graph_path(info));
+    total.counted = plus(total.counted, peak_activation_bytes(graph, holding));
   }
   return total;
 }
@@ -85,8 +86,7 @@ std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
   const std::string& stored = graph.storage.empty() ? graph.precision : graph.storage;
   if (stored == "fp8") return times(4, bytes);
   if (stored == "nvfp4") return times(8, bytes);
-  // Of int8 the large weights stay as they are, and the rest is bf16.
-  return stored == "fp16" || stored == "bf16" ? times(2, bytes) : bytes;
+  return bytes;  // of 16 bits and of int8 the large ones stay as they are
 }
 
 std::uint64_t Need::surely(Stages stages) const {
@@ -96,7 +96,7 @@ std::uint64_t Need::surely(Stages stages) const {
   return most;
 }
 
-Need estimate_need(const Bundle& bundle, const LatentSize& size) {
+Need estimate_need(const Bundle& bundle, const LatentSize& size, const Holding& holding) {
   const Manifest& manifest = bundle.manifest;
   const auto& patch = manifest.model->patch_size;
   const Dims dims = {{"batch", 1},
@@ -122,7 +122,7 @@ Need estimate_need(const Bundle& bundle, const LatentSize& size) {
                {kDecode, {"decoder_first", "decoder_step"}, decoded},
                {kPicture, {"encoder"}, decoded}};
   for (const auto& [stage, together, sizes] : parts) {
-    const StageBytes part = stage_bytes(bundle, together, sizes, size.frames == 1);
+    const StageBytes part = stage_bytes(bundle, together, sizes, size.frames == 1, holding);
     const std::uint64_t bytes = plus(part.rough, part.counted);
     for (unsigned i = 0; i < 4; ++i)
       if (stage == 1u << i) need.sure[i] = std::max(need.sure[i], plus(part.rough / 2, part.counted));
@@ -130,8 +130,8 @@ Need estimate_need(const Bundle& bundle, const LatentSize& size) {
     need.all = plus(need.all, bytes);
     need.low = std::max(need.low, bytes);
   }
-  need.all = plus(need.all, kProcess);
-  need.low = plus(need.low, kProcess);
+  need.all = plus(need.all, plus(kProcess, holding.program));
+  need.low = plus(need.low, plus(kProcess, holding.program));
   return need;
 }
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "bundle/holding.hpp"
 #include "bundle/reader.hpp"
 
 namespace tmd::internal {
@@ -30,10 +31,10 @@ struct LatentSize {
   }
 };
 
-// What a run will take: weights as float32, which is what a CPU computes in; the buffers around the graphs; and what
-// lies between the nodes of each stage. It stays within a factor of two of what Python counts
-// (tmd_engines/cost/sizing.py), which knows the weights better. Throws Error(BUNDLE) for a graph that cannot be sized.
-Need estimate_need(const Bundle& bundle, const LatentSize& size);
+// What a run will take of an engine that holds graphs like this: weights, the buffers around the graphs, and what lies
+// between the nodes of each stage. It stays within a factor of two of what Python counts (tmd_engines/cost/sizing.py),
+// which knows the weights better. Throws Error(BUNDLE) for a graph that cannot be sized.
+Need estimate_need(const Bundle& bundle, const LatentSize& size, const Holding& holding);
 
 // The weights of one graph in memory, in bytes.
 std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph);

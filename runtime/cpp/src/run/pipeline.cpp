@@ -66,6 +66,8 @@ bool Pipeline::chooses() const {
   return shared_->memory == TMD_MEMORY_AUTO && !(shared_->engine && shared_->engine->on_device());
 }
 
+Holding Pipeline::holding() const { return shared_->engine ? shared_->engine->holding() : kOnnxRuntimeHolding; }
+
 std::uint64_t Pipeline::free_bytes() const {
   const std::optional<std::uint64_t> free = available_bytes(shared_->system_root);
   if (!free) return UINT64_MAX;
@@ -79,7 +81,7 @@ void Pipeline::check_one(Stages stage) {
   const VideoInfo& video = manifest().video;
   const std::int64_t stride = manifest().latents.spatial_stride;
   const LatentSize size = {1, video.height / stride, video.width / stride};
-  refuse_beyond(estimate_need(shared_->bundle, size), stage, free_bytes());
+  refuse_beyond(estimate_need(shared_->bundle, size, holding()), stage, free_bytes());
   checked_alone_ |= stage;
 }
 
@@ -95,7 +97,7 @@ void Pipeline::prepare(const LatentSize& size, Stages stages, std::string& warni
   const std::uint64_t free = free_bytes();
   if (!same_size) {
     prepared_.reset();
-    need_ = estimate_need(shared_->bundle, size);
+    need_ = estimate_need(shared_->bundle, size, holding());
     checked_ = 0;
   }
   refuse_beyond(need_, stages, free);

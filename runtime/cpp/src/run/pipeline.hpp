@@ -90,6 +90,7 @@ class Pipeline {
   void decode_tiles(const float* latents, const Tiling& rows, const Tiling& columns, const Decoder::Pieces& pieces,
                     Progress& progress);
   bool chooses() const;  // whether the library decides what stays loaded
+  Holding holding() const;  // of this machine's engine
   std::uint64_t free_bytes() const;
   void release(std::initializer_list<const char*> graphs);
   // Backbone and flow head of one of a model's two transformers; where memory is short, in place of the other one.

@@ -1,0 +1,29 @@
+"""How an engine on a CPU holds a graph in memory, for estimates (`cost.sizing`). Each engine's class names one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDENED_BYTES = 1 << 20
+"""A weight of 16 bits that takes more than this as float32, and that only products of matrices read, may stay as it is
+stored and be widened whenever it is read."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """`widens`: floats of 16 bits are float32 in memory; weights only where they are small or not of products of
+    matrices, see `WIDENED_BYTES`. `arena`: what the engine takes from the
+    system for the tensors between the nodes, against the most that is alive at one time. `program`: bytes of its
+    library, and of what it makes of a graph beside the weights, on top of what the process has before.
+
+    docs/speed.md has the runs that the figures come from.
+    """
+
+    widens: bool
+    arena: float
+    program: int
+
+
+# Pieces that its arena has freed do not fit what comes next: measured from 1.3 (text encoder) to 1.5 (transformer).
+ONNXRUNTIME = Holding(widens=True, arena=1.5, program=0)
+OPENVINO = Holding(widens=False, arena=1.0, program=150_000_000)
