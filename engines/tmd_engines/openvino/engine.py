@@ -40,6 +40,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 # precision -> features of a CPU, any of which makes this engine the fastest
 _FASTER_WITH = {
+    "fp16": ("avx512f",),
     "bf16": ("amx_bf16", "avx512_bf16"),
     "int8": ("avx512_vnni", "avx_vnni", "amx_int8"),
 }
@@ -80,8 +81,9 @@ class OpenVinoEngine(Engine):
     @classmethod
     def prefers(cls, info: GraphInfo) -> bool:
         """For a bf16 graph where the CPU multiplies bfloat16, which is twice as fast as float32 there and which ONNX
-        Runtime cannot do, and for an int8 graph where it multiplies int8. In float32 it was 1.0 to 1.6 times as fast as
-        ONNX Runtime, and takes several times as long to get ready."""
+        Runtime cannot do, and for an int8 graph where it multiplies int8. Both compute fp16 graphs in float32, this one
+        1.0 to 1.6 times as fast (docs/speed.md), and takes several times as long to get ready: fp16 is what large
+        models come in, float32 stays with ONNX Runtime."""
         return bool({*_FASTER_WITH.get(info.precision, ())} & {*(describe_cpu()["features"] or ())})
 
     @classmethod
