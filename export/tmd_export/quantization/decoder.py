@@ -43,8 +43,9 @@ Arrays = Mapping[str, np.ndarray]
 class DecoderQuantizer:
     """The calibration of one decoder. `prepare` before the first use of anything else.
 
-    Latents are those of rendered clips where the source has the encoder too, and otherwise (TAEHV, weights from a
-    seed) normal noise, which is how normalised latents are distributed in each channel, though not in space.
+    Latents are those of rendered clips, by the encoder of the model's own VAE. Weights from a seed get normal noise:
+    that is how latents are distributed in each channel, but for trained weights it is not enough. Ranges of the
+    built-in decoder on noise gave clips an MS-SSIM of 0.975, those of clips 0.9997.
     """
 
     def __init__(self, source: Source, keep_layers: bool = True) -> None:
@@ -52,7 +53,6 @@ class DecoderQuantizer:
         self._ranges: dict[str, float] = {}
         self._held_out = torch.empty(0)
         self.sensitivity: Sensitivity | None = None
-        self.encodes = False
 
     def prepare(self, tell: Tell) -> None:
         """Calibrates, if that has not been done. Raises ExportError."""
@@ -62,8 +62,8 @@ class DecoderQuantizer:
         layers = set(convolutions(build(self._source, "decoder_step", "int8")[0].module))
         with torch.no_grad():
             vae = self._float32()
-            clips = self._latents(vae, 0, CLIPS)
-            self._held_out = self._latents(vae, 1 << 31, HELD_OUT_CLIPS)
+            clips = self._latents(0, CLIPS)
+            self._held_out = self._latents(1 << 31, HELD_OUT_CLIPS)
             rounded = RoundedDecoder(vae, layers)
             self._ranges = rounded.find_ranges(clips)
             passes = [Pass({"latents": each[None].numpy()}, rounded.decode(each[None])) for each in self._held_out]
@@ -96,7 +96,7 @@ class DecoderQuantizer:
                 sizes = {"batch": 1, "frames": 1, "height": z.shape[3], "width": z.shape[4]}
                 inputs = {name: value.contiguous().numpy() for name, value in given.items()}
                 cases.append(accuracy.Case(sizes, inputs, expected))
-        where = "clips through the encoder" if self.encodes else "normal latents"
+        where = "clips through the encoder" if self._source.trained else "normal latents"
         scope = f"{where}; video, relative L2 {found.chosen:.4f}; in bf16: {', '.join(found.kept) or 'none'}"
         measured = accuracy.measure(bundle, part, cases, as_stored=True)
         return replace(measured, scope=f"{measured.scope}, {scope}")
@@ -106,28 +106,28 @@ class DecoderQuantizer:
             raise RuntimeError("prepare() comes first")
         return self.sensitivity
 
-    def _float32(self) -> nn.Module:
-        """The decoder with its weights, and its encoder if the source has one."""
+    def _float32(self) -> Any:
+        """The decoder with its weights."""
         graph, weights = build(self._source, "decoder_step")
-        self.encodes = self._source.trained and any(_ENCODER.match(name) for name in weights.specs)
-        try:
-            if not self.encodes:
-                weights.drop_unused({name for name in weights.specs if not _ENCODER.match(name)})
-            weights.fill(graph.module)
-        except (ExportError, KeyError):
-            if not self.encodes:
-                raise
-            self.encodes = False  # a file with the decoder alone
-            weights.drop_unused({name for name in weights.specs if not _ENCODER.match(name)})
-            weights.fill(graph.module)
-        vae: nn.Module = graph.module.vae  # type: ignore[assignment]
-        return vae
+        weights.drop_unused({name for name in weights.specs if not _ENCODER.match(name)})
+        weights.fill(graph.module)
+        return graph.module.vae
 
-    def _latents(self, vae: Any, seed: int, count: int) -> Tensor:
-        """Normalised latents `[count, C, T, h, w]`."""
-        if not self.encodes:
+    def _latents(self, seed: int, count: int) -> Tensor:
+        """Normalised latents `[count, C, T, h, w]`. Raises ExportError if nothing is there to make them with."""
+        if not self._source.trained:
             generator = torch.Generator().manual_seed(seed)
-            return torch.randn(count, vae.config.z_dim, 3, LATENT, LATENT, generator=generator)
+            channels = self._source.latents_entry()["channels"]
+            return torch.randn(count, channels, 3, LATENT, LATENT, generator=generator)
+        graph, weights = build(self._source.encodes_with, "decoder_step")
+        try:
+            weights.fill(graph.module)
+        except (ExportError, KeyError) as error:
+            raise ExportError(
+                f"a decoder in int8 is calibrated on clips, and there is no encoder to make latents of them ({error}): "
+                "add a --checkpoint with the model's whole VAE, or choose --precision decoder=bf16."
+            ) from None
+        vae: Any = graph.module.vae
         rng = np.random.default_rng(seed)
         clips = np.stack([render(sample_scene(rng), FRAMES, (SIZE, SIZE)) for _ in range(count)])
         video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

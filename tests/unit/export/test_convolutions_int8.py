@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import openvino
 import pytest
 import torch
 from onnx import TensorProto, helper
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.ms_ssim import ms_ssim
 from tmd_engines.onnxruntime.lowering import low_precision_to_float32
 from tmd_engines.openvino.engine import compile_properties
+from tmd_export import ExportError
 from tmd_export.families.family import Request
 from tmd_export.families.tmd import TMD
 from tmd_export.parts import parse_precision
 from tmd_export.quantization.convolutions import FORMAT, quantize_convolutions
 from tmd_export.quantization.decoder import DecoderQuantizer, RoundedDecoder
+from tmd_export.sources.decoders import WithDecoder
+from tmd_ref.taehv import TAEHV
 
 CHANNELS, LARGEST = 24, 3.5
 
@@ -112,11 +118,11 @@ def test_weights_have_a_scale_per_output_channel() -> None:
 def test_the_built_in_decoder_in_int8_shows_what_it_shows_in_float32() -> None:
     quantizer = DecoderQuantizer(TMD.open(Request("tiny")))
     quantizer.prepare(lambda *_: None)
-    assert quantizer.encodes and quantizer.sensitivity is not None
+    assert quantizer.sensitivity is not None
     assert quantizer.sensitivity.chosen < 0.01 and quantizer.sensitivity.kept == ()
     with torch.no_grad():
         vae = quantizer._float32()
-        latents = quantizer._latents(vae, 7, 1)
+        latents = quantizer._latents(7, 1)
         rounded = RoundedDecoder(vae, set(quantizer._ranges))
         rounded._ranges = quantizer._ranges
         exact = rounded.decode(latents)["video"]
@@ -124,6 +130,23 @@ def test_the_built_in_decoder_in_int8_shows_what_it_shows_in_float32() -> None:
         assert np.array_equal(rounded.decode(latents)["video"], exact)  # its weights are whole again
     one, other = (np.clip(127.5 * video[0].transpose(1, 2, 3, 0) + 127.5, 0, 255).round() for video in (exact, found))
     assert not np.array_equal(one, other) and ms_ssim(one, other, 3) > 0.99
+
+
+def test_a_decoder_from_elsewhere_is_calibrated_on_latents_of_the_models_own_vae(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(TAEHV().state_dict(), tmp_path / "taehv.safetensors")
+    inner = TMD.open(Request("tiny"))
+    own, other = DecoderQuantizer(inner), DecoderQuantizer(WithDecoder(inner, tmp_path / "taehv.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(own._latents(3, 1), other._latents(3, 1))
+
+
+def test_trained_weights_without_an_encoder_are_not_calibrated_on_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TMD.open(Request("tiny"))
+    read = source.tensor
+    monkeypatch.setattr(source, "tensor", lambda which, name: {}[name] if "encoder." in name else read(which, name))
+    with pytest.raises(ExportError, match=r"no encoder to make latents.*decoder=bf16"):
+        DecoderQuantizer(source)._latents(0, 1)
 
 
 def test_int8_is_for_decoders_that_are_named() -> None:
