@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
 from threading import Lock, get_ident
@@ -210,10 +211,9 @@ class OpenVinoEngine(Engine):
                 else rng.integers(0, 2, shape).astype(spec.dtype)
                 for (name, spec), shape in zip(self.inputs.items(), sizes, strict=True)
             }
-            expected, found = (list(each(inputs).values()) for each in (compiled, again))
+            same = _digests(compiled, inputs) == _digests(again, inputs)
         except Exception:
             return b""
-        same = all(one.tobytes() == other.tobytes() for one, other in zip(expected, found, strict=True))
         return plan if same else b""
 
     def _fail(self, what: str, sizes: Shapes, error: Exception) -> NoReturn:
@@ -265,6 +265,13 @@ def _writable(array: np.ndarray) -> np.ndarray:
         return array
     memory = (ctypes.c_byte * array.nbytes).from_address(array.ctypes.data)
     return np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
+
+
+def _digests(compiled: Any, inputs: Mapping[str, np.ndarray]) -> list[bytes]:
+    """Hashes of a run's outputs. Calling `compiled` would keep a request in it, with buffers for all of a decoder's
+    caches, for as long as it lives."""
+    results = compiled.create_infer_request().infer(inputs, share_inputs=True, share_outputs=True)
+    return [sha256(np.ascontiguousarray(value).data).digest() for value in results.values()]
 
 
 @cache
