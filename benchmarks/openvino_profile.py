@@ -20,6 +20,8 @@ from tmd_engines.command.options import Size
 from tmd_engines.cost.sizing import graph_sizes
 from tmd_engines.openvino.engine import OpenVinoEngine
 
+_DECODERS = ("decoder_first", "decoder_step")
+
 
 def profile(bundle: Bundle, graph: str, sizes: dict[str, int], runs: int) -> tuple[float, Counter[str], Counter[str]]:
     """Processor seconds of a run; its real seconds and number of nodes, by "kind, kernel". Means after a first run."""
@@ -56,7 +58,9 @@ def _values(buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--graph", type=click.Choice(("backbone", "flow_head")), default="backbone", show_default=True)
+@click.option(
+    "--graph", type=click.Choice(("backbone", "flow_head", *_DECODERS)), default="backbone", show_default=True
+)
 @click.option("--size", type=Size(), default="256x256", show_default=True)
 @click.option("--frames", type=int, default=17, show_default=True)
 @click.option("--runs", type=int, default=1, show_default=True)

@@ -91,6 +91,7 @@ backbone and flow_head can also be int8 (for CPUs), fp8 (E4M3, for GPUs) or nvfp
 (linear layers in 4 bits, attention in fp8, for GPUs from Blackwell on); the
 others are bf16 then. All are calibrated by sampling a few prompts in fp32; what
 was measured is calibration.json in the bundle, good for the same checkpoint.
+The decoder of a video can be int8 where it is named (bf16,decoder=int8): for CPUs.
 
 \b
 Checks:
@@ -292,6 +293,12 @@ def command(
         click.echo(json_text(record(result, perf_counter() - start)))
     elif not quiet:
         print_table(result, perf_counter() - start)
+        from tmd_engines.device.cpu import describe_cpu
+
+        from .advice import advice
+
+        if hint := advice(result.graphs, describe_cpu()["features"] or ()):
+            _say(hint)
 
 
 def _say(text: str) -> None:

@@ -23,6 +23,7 @@ from .parts import QUANTIZED, UPDATE
 from .plan import planned
 from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
+from .quantization.decoder import DECODERS, DecoderQuantizer
 from .quantization.quantizer import Quantizer
 from .sources.source import TOKENIZER, Source
 from .weights.int8 import int8_bytes
@@ -93,8 +94,9 @@ def export_bundle(
         tokenizer = source.tokenizer if "text_encoder" in chosen else None
         document = _manifest(source, sampling, chosen, TOKENIZER if tokenizer else None, entries)
         quantizer = None
-        if any(precision in QUANTIZED for precision in precisions.values()):
+        if any(precisions.get(part) in QUANTIZED for part in QUANTIZABLE):
             quantizer = Quantizer(source, document, precisions, writer.folder, calibration, verify, keep_layers)
+        decoder = DecoderQuantizer(source, keep_layers)
         _check_room(source, precisions, writer.folder, quantizer is not None and quantizer.runs_float32)
         try:
             if tokenizer:
@@ -103,7 +105,7 @@ def export_bundle(
                 document["text"]["null_embeds"] = write_null_embeds(null_embeds, writer.folder)
             for done, part in enumerate(graphs):
                 tell = _teller(report, part, done, len(graphs))
-                needed = quantizer if precisions[part] in QUANTIZED else None
+                needed = (decoder if part in DECODERS else quantizer) if precisions[part] in QUANTIZED else None
                 reports.append(
                     export_graph(source, part, precisions[part], writer.folder, document, verify, tell, needed)
                 )

@@ -35,6 +35,7 @@ from .weights.tables import write_table
 from .weights.weights import Weights
 
 if TYPE_CHECKING:
+    from .quantization.decoder import DecoderQuantizer
     from .quantization.quantizer import Quantizer
 
 LARGE_BYTES = 1 << 30  # of weights in float32; above it, a copy with KEPT_BLOCKS blocks is compared
@@ -64,7 +65,7 @@ def export_graph(
     document: dict[str, Any],
     verify: bool,
     tell: Tell,
-    quantizer: Quantizer | None = None,
+    quantizer: Quantizer | DecoderQuantizer | None = None,
 ) -> GraphReport:
     """Writes the graph `part` into `folder` and its entry into the manifest `document`. Raises ExportError.
 
@@ -105,7 +106,7 @@ def _write(
     precision: str,
     folder: Path,
     tell: Tell | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: Quantizer | DecoderQuantizer | None = None,
 ) -> tuple[Path, Stored]:
     """Path of the graph's file, and the weights that were written."""
     model = trace(graph, weights)

@@ -39,7 +39,9 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "nvfp4")
 """What the large products of a graph can be computed in."""
 
 QUANTIZED = ("int8", "fp8", "nvfp4")
-"""Precisions that need a calibration; `backbone` and `flow_head` can have them."""
+"""Precisions that need a calibration; `backbone` and `flow_head` can have them, and the decoders of videos int8."""
+
+_CONVOLUTIONS = {"decoder_first": ("int8",), "decoder_step": ("int8",)}
 
 
 def ordered(parts: Iterable[str]) -> tuple[str, ...]:
@@ -57,8 +59,8 @@ def parse_precision(text: str) -> dict[str, str]:
 
     A precision alone is for all parts that are not named; "decoder" names both decoders, "backbone" and "flow_head"
     those of both transformers. Without one, those parts stay fp32. Residual sums of UMT5 leave float16's range: "fp16"
-    alone gives the text encoder bf16. "int8", "fp8" and "nvfp4" alone give bf16 to what they are not for. The encoder,
-    which runs once, is fp32 unless it is named. Raises ValueError.
+    alone gives the text encoder bf16. "int8", "fp8" and "nvfp4" alone give bf16 to all but the denoiser; decoders are
+    int8 only where they are named. The encoder, which runs once, is fp32 unless it is named. Raises ValueError.
     """
     default, named = "fp32", dict[str, str]()
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -75,8 +77,9 @@ def parse_precision(text: str) -> dict[str, str]:
         raise ValueError("values of the text encoder leave float16's range: choose bf16 or fp32 for it.")
     named.setdefault("encoder", "fp32")
     for name, precision in named.items():
-        if precision in QUANTIZED and MODEL_OF[name] not in _DENOISERS:
-            raise ValueError(f"{name} cannot be {precision}, only backbone and flow_head: choose bf16 for it.")
+        if precision in QUANTIZED and MODEL_OF[name] not in _DENOISERS and precision not in _CONVOLUTIONS.get(name, ()):
+            others = "int8 or bf16" if name in _CONVOLUTIONS else "bf16"
+            raise ValueError(f"{name} cannot be {precision}, only backbone and flow_head: choose {others} for it.")
     chosen = dict.fromkeys(_ORDER, default)
     if default in QUANTIZED:
         chosen |= {name: "bf16" for name in _ORDER if MODEL_OF[name] not in _DENOISERS}

@@ -33,7 +33,9 @@ def planned(
             f"{source.model} has no graph {foreign[0]} (only a model that takes a picture has an encoder, and "
             f"not with a --decoder; one of stills has no later frame): choose among {', '.join(source.parts)}."
         )
-    if set(SECOND_PARTS) & set(source.parts) and set(QUANTIZED) & set(precisions.values()):
+    if set(SECOND_PARTS) & set(source.parts) and set(QUANTIZED) & {
+        precisions[part] for part in precisions if not part.startswith("decoder")
+    }:
         raise ExportError(
             f"{source.model} has two transformers, which cannot be calibrated yet: choose --precision bf16, fp16 "
             "or fp32."

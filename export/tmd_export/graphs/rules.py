@@ -78,6 +78,9 @@ def canonical_attention(model: onnx.ModelProto, *_: object) -> Problems:
             yield f"node {node.name} is not an interleaved rotary embedding of 3-D tensors"
 
 
+_CHANNELS = {"MatMul": 1, "Conv": 0}  # product -> axis of its weight that has the output's channels
+
+
 def quantization(model: onnx.ModelProto, *_: object) -> Problems:
     """What TensorRT asks of QuantizeLinear and DequantizeLinear, so that nothing is read as something else.
 
@@ -103,10 +106,12 @@ def quantization(model: onnx.ModelProto, *_: object) -> Problems:
                 yield f"node {node.name} has {list(scale.dims)} scales for an activation, which has one"
             if products and scale.data_type not in products:
                 yield f"node {node.name} has a scale in another type than its product"
-        elif users[node.output[0]].op_type != "MatMul":
+        elif users[node.output[0]].op_type not in _CHANNELS:
             yield f"the weight of node {node.name} goes into {users[node.output[0]].op_type}, not into a product"
-        elif len(scale.dims) == 1 and scale.dims[0] != weight.dims[1]:
-            yield f"node {node.name} has {scale.dims[0]} scales for {weight.dims[1]} channels"
+        elif len(scale.dims) == 1 and scale.dims[0] != (
+            channels := weight.dims[_CHANNELS[users[node.output[0]].op_type]]
+        ):
+            yield f"node {node.name} has {scale.dims[0]} scales for {channels} channels"
 
 
 def float4(model: onnx.ModelProto, *_: object) -> Problems:

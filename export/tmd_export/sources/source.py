@@ -65,6 +65,11 @@ class Source(ABC):
     def check(self, parts: tuple[str, ...]) -> None:
         """Raises ExportError, before any work, if one of `parts` cannot be built from this source."""
 
+    @property
+    def encodes_with(self) -> Source:
+        """The source whose VAE makes the latents that this one's decoder takes."""
+        return self
+
     @abstractmethod
     def module(self, which: str) -> nn.Module:
         """A model, one of `parts.MODEL_OF`'s values, with its parameters on the meta device. Raises ExportError."""

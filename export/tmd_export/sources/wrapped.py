@@ -28,6 +28,10 @@ class Wrapped(Source):
     def sampler_note(self) -> str | None:  # type: ignore[override]
         return self._inner.sampler_note
 
+    @property
+    def encodes_with(self) -> Source:
+        return self._inner.encodes_with
+
     def model_entry(self) -> dict[str, Any]:
         return self._inner.model_entry()
 
