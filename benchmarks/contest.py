@@ -24,64 +24,67 @@ from typing import Any
 import click
 
 PARTS = {"text": "text_encoder", "denoise": "backbone,flow_head", "decode": "decoder_first,decoder_step"}
+PRECISION_OF = {"text": "text_encoder", "denoise": "", "decode": "decoder"}
 SDCPP = "stable-diffusion.cpp"
 OURS = "openvino"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One contest. `rounds` are measured runs after a first one that is not."""
+    """One contest. `stages` are measured in one run; `rounds` are measured runs after a first one that is not."""
 
-    stage: str
+    stages: tuple[str, ...]
     precision: str
     rivals: tuple[str, ...]
     kind: str = "tmd"
     size: str = "256x256"
     frames: int = 17
-    steps: int = 2
+    steps: int = 1
     inner_steps: int = 2
     threads: int = 2
-    rounds: int = 2
-
-    @property
-    def stage_part(self) -> str:
-        """The graphs of the stage, as `--precision` calls them."""
-        return {"text": "text_encoder", "decode": "decoder"}[self.stage]
+    rounds: int = 1
 
     @property
     def name(self) -> str:
-        steps = {"tmd": f" {self.steps}x{self.inner_steps} steps", "wan": f" {self.steps} steps"}[self.kind]
-        work = f" {self.kind}{steps}" if self.stage == "denoise" else ""
-        size = "" if self.stage == "text" else f" {self.size}x{self.frames}"
-        return f"{self.stage} {self.precision}{work}{size}, {self.threads} thread{'s' * (self.threads > 1)}"
+        steps = {"tmd": f"{self.steps}x{self.inner_steps} steps", "wan": f"{self.steps} steps"}[self.kind]
+        work = [self.kind, steps] if "denoise" in self.stages else []
+        size = [] if self.stages == ("text",) else [f"{self.size}x{self.frames}"]
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return ", ".join((" + ".join(self.stages), self.precision, *work, *size, threads))
+
+    @property
+    def bundle(self) -> str:
+        return "-".join((self.kind, *self.stages, self.precision))
+
+    def export(self) -> list[str]:
+        """Options of `tmd-bench` that make the bundle."""
+        parts = ",".join(PARTS[stage] for stage in self.stages)
+        if self.stages == ("text",) and self.precision == "int8":
+            return ["--parts", parts, "--text-encoder-weights", "int8"]
+        precisions = (f"{PRECISION_OF[stage]}={self.precision}".lstrip("=") for stage in self.stages)
+        return ["--parts", parts, "--precision", ",".join(precisions)]
 
 
+WHOLE, DENOISE, DECODE, TEXT = ("denoise", "decode"), ("denoise",), ("decode",), ("text",)
 TORCH = ("torch-compile", "diffusers")
 PLAN = (
-    Line("denoise", "bf16", (*TORCH, "onnxruntime", SDCPP)),
-    Line("denoise", "int8", (*TORCH, SDCPP)),
-    Line("denoise", "bf16", TORCH, threads=1),
-    Line("denoise", "bf16", TORCH, kind="wan", steps=1),
-    Line("denoise", "bf16", TORCH, size="480x272", frames=33, steps=1, rounds=1),
-    Line("decode", "int8", (*TORCH, SDCPP), rounds=1),
-    Line("decode", "bf16", (*TORCH, "onnxruntime"), rounds=1),
-    Line("decode", "int8", TORCH, threads=1, rounds=1),
-    Line("decode", "int8", TORCH, size="480x272", frames=33, rounds=1),
-    Line("text", "bf16", TORCH),
-    Line("text", "int8", TORCH),
+    Line(WHOLE, "bf16", (*TORCH, "onnxruntime", SDCPP)),
+    Line(WHOLE, "int8", ("diffusers", SDCPP)),
+    Line(DENOISE, "bf16", TORCH, threads=1, rounds=2),
+    Line(DENOISE, "bf16", TORCH, kind="wan", rounds=2),
+    Line(DENOISE, "bf16", TORCH, size="480x272", frames=33),
+    Line(DECODE, "int8", TORCH, threads=1),
+    Line(DECODE, "int8", ("diffusers",), size="480x272", frames=33),
+    Line(TEXT, "bf16", ("diffusers",), rounds=2),
+    Line(TEXT, "int8", ("diffusers",), rounds=2),
 )
 
 
 def measure(line: Line, work: Path) -> dict[str, Any]:
     """What `tmd-bench --json` says of a line; the bundle stays in `work` for other lines with the same graphs."""
-    bundle = work / f"{line.kind}-{line.stage}-{line.precision}"
-    found = work / "line.json"
+    bundle, found = work / line.bundle, work / "line.json"
+    place = ["--bundle", bundle] if bundle.is_dir() else ["--keep", bundle, *line.export()]
     origin = ["--model", "wan1.3b", "--random-weights", "0", "--kind", line.kind]
-    place = ["--bundle", bundle] if bundle.is_dir() else ["--keep", bundle, "--parts", PARTS[line.stage]]
-    if not bundle.is_dir() and line.stage == "text" and line.precision == "int8":
-        place += ["--text-encoder-weights", "int8"]
-    elif not bundle.is_dir():
-        place += ["--precision", line.precision if line.stage == "denoise" else f"{line.stage_part}={line.precision}"]
     how = ["--size", line.size, "--frames", line.frames, "--steps", line.steps, "--threads", line.threads]
     how += ["--inner-steps", line.inner_steps] if line.kind == "tmd" else []
     how += ["--engine", OURS, "--compare", ",".join(line.rivals), "--rounds", line.rounds, "--apart", "--json", found]
@@ -92,21 +95,25 @@ def measure(line: Line, work: Path) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown: a row per line and contender, our own first."""
-    yield "| | contender | clock, median | of ours | processor, of ours | cold | resident | without mapped files |"
-    yield "|---|---|---|---|---|---|---|---|"
+    """Markdown: a row per line, contender and stage, our own first."""
+    yield "| | contender | stage | clock | of ours | cold | resident | of ours | without mapped files |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for line in PLAN:
         found = results.get(line.name)
         if found is None:
             continue
-        for name, entry in found["contenders"].items():
-            median = entry["seconds"][line.stage]["median"]
-            ratio = found["ratio"].get(name, {})
-            beside = " | ".join(f"{ratio[key]:.2f}" if key in ratio else "" for key in (line.stage, "cpu"))
-            memory = f"{entry['peak_bytes'] / 1e9:.2f} GB | {entry['peak_anonymous_bytes'] / 1e9:.2f} GB"
-            cold = entry["cold_seconds"].get(line.stage, 0.0)
-            title = line.name if name == OURS else ""
-            yield f"| {title} | {name} | {median:.1f} s | {beside} | {cold:.1f} s | {memory} |"
+        entries = found["contenders"]
+        title = line.name
+        for name, entry in entries.items():
+            memory = f"{entry['peak_bytes'] / 1e9:.2f} GB"
+            larger = "" if name == OURS else f"{entry['peak_bytes'] / entries[OURS]['peak_bytes']:.2f}"
+            memory += f" | {larger} | {entry['peak_anonymous_bytes'] / 1e9:.2f} GB"
+            for stage in line.stages:
+                ratio = found["ratio"].get(name, {}).get(stage)
+                cold = entry["cold_seconds"].get(stage, 0.0)
+                times = f"{entry['seconds'][stage]['median']:.1f} s | {'' if ratio is None else f'{ratio:.2f}'}"
+                yield f"| {title} | {name} | {stage} | {times} | {cold:.1f} s | {memory} |"
+                title, name, memory = "", "", " | | "
 
 
 @click.command(help=__doc__)

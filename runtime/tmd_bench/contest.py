@@ -15,7 +15,7 @@ import numpy as np
 
 from tmd_runtime.errors import RuntimeFailure
 
-from .spec import Work
+from .spec import NO_WARM_UP, Work
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -112,10 +112,15 @@ def contest(
             report(f"{name}: loading")
             processes[-1].entry.load = processes[-1].ask("load")
             report(f"{name}: first run")
-            processes[-1].entry.cold = processes[-1].ask("run")
+            entry = processes[-1].entry
+            entry.cold = processes[-1].ask("run")
+            if name in NO_WARM_UP:
+                entry.rounds.append(entry.cold)
         for number in range(rounds):
             # every other round backwards, so that nobody always comes after the same one
             for process in processes if number % 2 == 0 else reversed(processes):
+                if len(process.entry.rounds) > number:
+                    continue
                 report(f"round {number + 1} of {rounds}: {process.entry.name}")
                 process.entry.rounds.append(process.ask("run"))
     finally:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 
 RIVALS = ("torch", "torch-compile", "diffusers", "stable-diffusion.cpp", "onnxruntime", "openvino")
 
+NO_WARM_UP = ("stable-diffusion.cpp",)
+"""Contenders that compile and pack nothing: their first run, which takes minutes, counts as a round."""
+
 STAGE_OF = {"text_encoder": "text", "backbone": "denoise", "decoder_first": "decode"}
 """A graph of a bundle -> the stage that the bundle can be measured in."""
 
