@@ -49,7 +49,7 @@ def bundle(work: Path, name: str) -> Path:
     if decoder:
         arguments += ["--decoder", str(_taehv(work))]
     arguments += ["--precision", f"bf16,decoder={precision}", "--quiet", "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "tmd_export.cli", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "tmd_export", *arguments], check=True, cwd=ROOT)
     return out
 
 
