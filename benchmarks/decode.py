@@ -34,7 +34,7 @@ from tmd_engines.command.options import Size
 ROOT = Path(__file__).parents[1]
 CONTENDERS = (
     "int8:openvino", "bf16:openvino", "fp16:openvino", "fp16:onnxruntime", "taehv-bf16:openvino",
-    "taehv-int8:openvino", "diffusers:eager", "diffusers:compiled",
+    "diffusers:eager", "diffusers:compiled",
 )  # fmt: skip
 PARTS = "decoder_first,decoder_step"
 
@@ -49,7 +49,7 @@ def bundle(work: Path, name: str) -> Path:
     if decoder:
         arguments += ["--decoder", str(_taehv(work))]
     arguments += ["--precision", f"bf16,decoder={precision}", "--quiet", "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "tmd_export.cli", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "tmd_export", *arguments], check=True, cwd=ROOT)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tmd_engines import Bundle
 from tmd_ref.scenes import render, sample_scene
+from tmd_ref.taehv import TAEHV
 
 from ..errors import ExportError
 from ..families.build import build
@@ -62,6 +63,10 @@ class DecoderQuantizer:
         layers = set(convolutions(build(self._source, "decoder_step", "int8")[0].module))
         with torch.no_grad():
             vae = self._float32()
+            if isinstance(vae, TAEHV):
+                raise ExportError(
+                    "OpenVINO 2026.4 cannot compile TAEHV in int8 (types of a Concat): choose --precision decoder=bf16."
+                )
             clips = self._latents(0, CLIPS)
             self._held_out = self._latents(1 << 31, HELD_OUT_CLIPS)
             rounded = RoundedDecoder(vae, layers)

@@ -139,6 +139,8 @@ def test_a_decoder_from_elsewhere_is_calibrated_on_latents_of_the_models_own_vae
     own, other = DecoderQuantizer(inner), DecoderQuantizer(WithDecoder(inner, tmp_path / "taehv.safetensors"))
     with torch.no_grad():
         assert torch.equal(own._latents(3, 1), other._latents(3, 1))
+    with pytest.raises(ExportError, match="cannot compile TAEHV in int8"):
+        other.prepare(lambda *_: None)
 
 
 def test_trained_weights_without_an_encoder_are_not_calibrated_on_noise(monkeypatch: pytest.MonkeyPatch) -> None:
