@@ -109,10 +109,6 @@ def print_table(data: dict[str, Any]) -> None:
     run = data["run"]
     steps = f"{run['steps']} steps" + (f" of {run['inner_steps']} inner steps" if run["inner_steps"] else "")
     passes = ", two passes each (guidance)" if run["guidance_passes"] == 2 else ""
-    if run["engine"] not in ("onnxruntime",) and "device_lines" not in run:
-        note = f"memory is ONNX Runtime's on a CPU; {run['engine']}, which will run, may need less"
-    else:
-        note = None
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"a run      {run['frames']} frames of {run['width']}x{run['height']}, {steps}{passes}: "
@@ -151,8 +147,6 @@ def print_table(data: dict[str, Any]) -> None:
         else:
             verdict = "too little: choose fewer frames or a smaller size"
         console.print(f"           {format_size(available)} are free here: {verdict}")
-    if note:
-        console.print(f"           {note}")
 
 
 def format_seconds(seconds: float) -> str:
