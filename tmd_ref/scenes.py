@@ -134,11 +134,11 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-def in_words() -> str:
-    """What scenes show, in half a sentence."""
+def in_words(still: bool = False) -> str:
+    """What scenes show, in half a sentence; `still`: what their pictures show."""
     others = [motion for motion in MOTIONS if motion not in _STEPS]
-    place = f"on a {_or(BACKGROUNDS)} background"
-    return f"one {_or(SHAPES)} in {_or(COLORS)} {place}, moving {_or(_STEPS)}, or {_or(others)}"
+    seen = f"one {_or(SHAPES)} in {_or(COLORS)} on a {_or(BACKGROUNDS)} background"
+    return f"stills of {seen}" if still else f"{seen}, moving {_or(_STEPS)}, or {_or(others)}"
 
 
 def _or(words: Iterable[str]) -> str:

@@ -11,10 +11,10 @@ stored and be widened whenever it is read."""
 
 @dataclass(frozen=True)
 class Holding:
-    """`widens`: floats of 16 bits are float32 in memory; weights only where they are small or not of products of
-    matrices, see `WIDENED_BYTES`. `arena`: what the engine takes from the
-    system for the tensors between the nodes, against the most that is alive at one time. `program`: bytes of its
-    library, and of what it makes of a graph beside the weights, on top of what the process has before.
+    """`widens`: floats of 16 bits are float32 in memory, except for the weights that `WIDENED_BYTES` is about. `arena`:
+    what the engine takes from the system for the tensors between the nodes, against the most that is alive at one time.
+    `program`: bytes of its library, and of what it makes of a graph beside the weights, on top of what the process has
+    before.
 
     docs/speed.md has the runs that the figures come from.
     """

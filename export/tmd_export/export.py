@@ -132,7 +132,7 @@ def _manifest(
         "latents": source.latents_entry(),
         "video": dict(FAMILIES[source.family].videos.get(source.model, preset.video)),
         "text": {"tokenizer": tokenizer, **source.text_entry()},
-        **({"draws": _draws()} if source.model in built_in() else {}),
+        **({"draws": _draws(still=source.family == "tim")} if source.model in built_in() else {}),
         "graphs": graphs,
         "provenance": {
             "source": source.origin,
@@ -145,10 +145,11 @@ def _manifest(
     }
 
 
-def _draws() -> dict[str, Any]:
+def _draws(still: bool) -> dict[str, Any]:
     """What the built-in models were trained on, and so all that they can draw."""
-    example = scenes.caption(scenes.Scene("circle", "red", "black", "right"))
-    return {"words": scenes.vocabulary(), "description": scenes.in_words(), "example": example}
+    moving = scenes.caption(scenes.Scene("circle", "red", "black", "right"))
+    example = "a red circle on a black background" if still else moving
+    return {"words": scenes.vocabulary(), "description": scenes.in_words(still), "example": example}
 
 
 def _version(distribution: str) -> str | None:

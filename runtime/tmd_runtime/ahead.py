@@ -27,14 +27,17 @@ class Ahead:
     def take(self, name: str) -> Engine | None:
         """The engine, when it is there, for its only taker; None: nobody has begun to open it, or it was taken."""
         with self._lock:
-            ready = self._ready.pop(name, None)
+            ready = self._ready.get(name)
             if name in self._waiting:
                 self._waiting.remove(name)
+                del self._ready[name]
                 return None
         if ready is None:
             return None
-        ready.wait()
-        made = self._made.pop(name)
+        ready.wait()  # who is interrupted here may ask again, and `close` finds the engine
+        with self._lock:
+            self._ready.pop(name, None)
+            made = self._made.pop(name, None)
         if isinstance(made, BaseException):
             raise made
         return made

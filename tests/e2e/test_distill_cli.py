@@ -80,6 +80,7 @@ def test_the_baseline_and_its_warm_up_share_data_and_teacher(made, tmp_path):
         ("stage1", ("--device", "cuda"), 1, "no NVIDIA GPU"),
         ("prepare", ("--set", "data.clips=null"), 2, "--videos"),
         ("stage1", ("--set", "data.frames=33"), 1, "another resolution"),
+        ("evaluate", ("--clips", "5"), 2, "--videos"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_in_one_line(made, tmp_path, command, options, code, message):
@@ -122,6 +123,13 @@ def test_a_student_starts_from_a_few_step_model_if_one_is_given(made, tmp_path):
         assert (made_of[ours] - few[theirs]).abs().max() < 1e-4
     missing = distill("stage1", tmp_path / "other", *given)
     assert missing.exit_code == 1 and "there is no few.safetensors" in missing.output
+    baseline = [*SHORT, f"sources.student={tmp_path / 'few.safetensors'}", "stage1.optimizer.lr=1e-12",
+                "student.head_blocks=0", "student.outer_steps=1", "stage1.objective=kd",
+                "stage1.pairs={count: 4, sampler_steps: 1, shift: 3}"]  # fmt: skip
+    done = distill("stage1", tmp_path / "baseline", "--inputs", str(run), settings=baseline)
+    assert done.exit_code == 0, done.output
+    made_of = load_file(tmp_path / "baseline" / "generator_stage1.safetensors")
+    assert (made_of["blocks.0.ffn.0.weight"] - few["blocks.0.ffn.0.weight"]).abs().max() < 1e-4
 
 
 def test_real_clips_become_a_bundle_and_are_compared_with(made, tmp_path):

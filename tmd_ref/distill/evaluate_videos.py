@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,11 +61,14 @@ def measure_videos(
             made.append(to_frames(torch.cat([vae.decode(one[None]) for one in latents])))
         seconds = (time.monotonic() - began) / sum(map(len, made))
         sheet.append(np.stack([one[0] for one in made[:12]]))
+        written: Counter[str] = Counter()  # two videos may have one caption
         for entry, videos in zip(entries, made, strict=True):
-            for index, video in enumerate(videos if row is not None else ()):
+            prompt = file_name(entry.captions[0])
+            for video in videos if row is not None else ():
                 folder = out / "videos" / re.sub(r"[^\w=.-]+", "-", name)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_mp4(folder / f"{file_name(entry.captions[0])}-{index}.mp4", video, settings.fps)
+                write_mp4(folder / f"{prompt}-{written[prompt]}.mp4", video, settings.fps)
+                written[prompt] += 1
         distance = frechet_distance(clip_features(np.concatenate(made)) / scale, reference / scale)
         results[name] = {"nfe": 0.0 if row is None else row.nfe, "frechet": distance, "seconds": seconds}
         report(f"{name}: {json.dumps({key: round(value, 3) for key, value in results[name].items()})}")

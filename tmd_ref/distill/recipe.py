@@ -227,7 +227,7 @@ def _knowledge_distillation(job: Job, data: LatentDataset) -> None:
     )  # fmt: skip
     del fixed
     gc.collect()
-    network = job.place(job.load_teacher().requires_grad_(True))
+    network = job.place(job.load_start().requires_grad_(True))
     loss = kd_loss(network, LatentDataset(job.run / "pairs"), pairs.seed, config.student.outer_shift)
     schedule = settings.optimizer.schedule(settings.steps)
     trained = train({"generator": (network, schedule)}, job.cast(loss), job.training("stage1", settings))
@@ -284,6 +284,8 @@ def evaluate(job: Job, out: Path | None = None, videos: Path | None = None, clip
     from tmd_ref.distill.prepare import read_list
 
     config, settings, student = job.config, job.config.evaluate, job.config.student
+    if clips != 1 and videos is None:
+        raise ConfigError("clips are counted for real videos alone: list them (--videos), or leave out --clips.")
     if config.model != "tiny" and videos is None:
         raise ConfigError("without rendered scenes there is nothing to compare with: list held-out videos (--videos).")
     encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)), job.tokenizer()

@@ -27,10 +27,10 @@ class EmbeddingTable(Part):
 
 
 class DrawsInfo(Part):
-    """What a model of few words draws: all `words` that it knows, in lower case, ascending, what it shows, as half a
-    sentence, and a prompt of that kind.
+    """What a model of few words draws. A prompt with words that it does not know gets a note that says so.
 
-    A prompt with other words gets a note that says so.
+    `words`: all that it knows, in lower case, ascending. `description`: what it shows, as half a sentence. `example`: a
+    prompt of that kind.
     """
 
     words: Annotated[tuple[Word, ...], Field(min_length=1, max_length=4096)]

@@ -32,11 +32,11 @@ namespace {
 
 using namespace twin;
 
-// A whole run through the public interface.
 Holding holding_of(const json& question) {
   return question.value("engine", "") == "openvino" ? kOpenVinoHolding : kOnnxRuntimeHolding;
 }
 
+// A whole run through the public interface.
 json run(const json& question) {
   tmd_context* context = opened_for(question);
   Wishes wishes(question.at("wishes"));
@@ -221,7 +221,8 @@ json answer(const json& question) {
   }
   if (what == "need") {
     const auto& size = question.at("size");
-    const Need need = estimate_need(Bundle::open(question.at("bundle")), {size[0], size[1], size[2]}, holding_of(question));
+    const Bundle bundle = Bundle::open(question.at("bundle"));
+    const Need need = estimate_need(bundle, {size[0], size[1], size[2]}, holding_of(question));
     return {{"ok", {need.all, need.low}}};
   }
   if (what == "graph_memory") {  // of a graph at given sizes: the shape of each tensor, and the peak between its nodes

@@ -41,8 +41,7 @@ def is_sound(charsmap: bytes) -> bool:
 def has_sound_charsmaps(model: bytes) -> bool:
     """Whether the maps of a serialised sentencepiece model are sound. False too for what is no such model.
 
-    That those of a model are is kept between runs: protobuf and its schema take longer to import than a small model to
-    load.
+    A yes is kept between runs: importing protobuf and its schema takes longer than loading a small model.
     """
     code = code_key(Path(__file__))
     key = None if code is None else f"charsmaps {hashlib.sha256(code.encode() + model).hexdigest()}"

@@ -43,6 +43,29 @@ def test_what_is_opened_ahead_is_taken_once_and_the_rest_is_closed() -> None:
     assert not made["c"].is_closed
 
 
+def test_an_engine_whose_taker_is_interrupted_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, opening = Opened(), threading.Event()
+
+    def load(name: str) -> Any:
+        assert opening.wait(10)
+        return made
+
+    ahead = Ahead(["a"], load)
+    while ahead._waiting:  # until its thread has begun
+        pass
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead._ready["a"], "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ahead.take("a")
+    opening.set()
+    ahead.close()
+    assert made.is_closed
+
+
 def test_engines_are_opened_side_by_side_and_a_failure_is_raised_where_it_is_asked_for() -> None:
     together = threading.Barrier(3, timeout=10)  # two threads, and this one
 

@@ -50,16 +50,18 @@ def test_a_model_that_does_not_say_which_words_it_knows_gets_no_note() -> None:
 def test_every_caption_of_the_training_is_known() -> None:
     rng = np.random.default_rng(0)
     captions = [caption(sample_scene(rng, held_out=bool(k % 2)), rng) for k in range(2000)]
-    draws = DrawsInfo(**{**_draws(), "words": tuple(vocabulary())})
+    draws = DrawsInfo(**{**_draws(still=False), "words": tuple(vocabulary())})
     assert not [text for text in captions if unknown_words(text, draws)]
     assert {word for text in captions for word in text.replace(",", "").split()} == set(vocabulary()), "and no other"
     assert not unknown_words(draws.example, draws)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tim-tiny"])
-def test_the_built_in_models_say_what_they_were_trained_on(name: str) -> None:
+@pytest.mark.parametrize(("name", "still"), [("tiny", False), ("tim-tiny", True)])
+def test_the_built_in_models_say_what_they_were_trained_on(name: str, still: bool) -> None:
     draws = Bundle.open(BUNDLES / name).manifest.draws
-    assert draws is not None and draws.model_dump(mode="json") == _draws()
+    assert draws is not None and draws.model_dump(mode="json") == _draws(still)
+    assert not unknown_words(draws.example, draws)
+    assert ("moving" in draws.description + draws.example) is not still, "a still does not move"
 
 
 def test_the_note_is_in_the_result_once_and_on_the_screen(tmp_path: Path) -> None:

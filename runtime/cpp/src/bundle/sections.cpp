@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kMaxTensors = 256;
 constexpr std::int64_t kMaxCount = 1 << 20;
 constexpr std::int64_t kMaxTokenId = 1 << 24;
-constexpr std::size_t kMaxLoras = 64, kMaxWords = 4096;
+constexpr std::size_t kMaxLoras = 64, kMaxWords = 4096, kMaxWordLength = 64;
 constexpr double kMaxStrength = 1000.0;
 
 // [[1-9]digits*]symbol: "height", "8*height".
@@ -72,6 +72,15 @@ EmbeddingTable read_table(const Field& field) {
   table.dim = read_count(object.need("dim"));
   object.done();
   return table;
+}
+
+// One that a model may say it knows.
+bool is_word_of_a_model(const std::string& word) {
+  const auto allowed = [](char c) {
+    const auto byte = static_cast<unsigned char>(c);
+    return is_ascii_lower(byte) || is_ascii_digit(byte) || c == '\'';
+  };
+  return !word.empty() && word.size() <= kMaxWordLength && std::all_of(word.begin(), word.end(), allowed);
 }
 
 }  // namespace
@@ -185,9 +194,7 @@ DrawsInfo read_draws(const Field& field) {
   DrawsInfo draws;
   for (const Field& item : object.need("words").list(1, kMaxWords)) {
     const std::string word = item.string();
-    bool good = !word.empty() && word.size() <= 64;
-    for (const char c : word) good = good && (is_ascii_lower(static_cast<unsigned char>(c)) || is_ascii_digit(static_cast<unsigned char>(c)) || c == '\'');
-    if (!good) item.refuse("must be 1 to 64 letters from a to z, digits and apostrophes");
+    if (!is_word_of_a_model(word)) item.refuse("must be 1 to 64 letters from a to z, digits and apostrophes");
     if (!draws.words.empty() && word <= draws.words.back()) item.refuse("words must be ascending without repeats");
     draws.words.push_back(word);
   }

@@ -6,7 +6,6 @@
 
 namespace tmd::internal {
 
-
 // The ONNX file `stored` with the changes of tmd_engines.onnxruntime.lowering:
 //   - float4 tensors become float8 ones (onnxruntime_float4.hpp);
 //   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
