@@ -37,7 +37,7 @@ class KeptGraph:
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         code = code_key(*_CODE)
         small = sum(file.size for file in files) <= MAX_BYTES
-        self._onnxruntime, self._inputs = onnxruntime, engine.inputs
+        self._onnxruntime, self._bundle, self._graph, self._inputs = onnxruntime, bundle, engine.graph, engine.inputs
         self._plans = PlanCache(cache_folder() if small and code else None)
         self._key = {
             "engine": f"onnxruntime {onnxruntime.__version__}",
@@ -82,8 +82,9 @@ class KeptGraph:
                 session = self._onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
             except Exception:  # of the graph, and then once more; or of a disk without room
                 return self._onnxruntime.InferenceSession(content, options(), providers=["CPUExecutionProvider"])
-            with suppress(OSError):
-                self._unchecked, self._again = file.read_bytes(), read
+            if self._bundle.data_is_as_stated(self._graph):  # or another model would be kept for this one
+                with suppress(OSError):
+                    self._unchecked, self._again = file.read_bytes(), read
             return session
         finally:
             unfinished.discard(folder)

@@ -109,7 +109,7 @@ class OpenVinoEngine(Engine):
             raise EngineError(
                 f"The engine openvino cannot be imported ({error}). Install it: pip install openvino"
             ) from None
-        self._openvino = openvino
+        self._openvino, self._bundle = openvino, bundle
         self._properties = compile_properties(threads)
         with decimal_point():
             self._model, self._weights = _read_model(openvino, bundle, graph)
@@ -195,7 +195,7 @@ class OpenVinoEngine(Engine):
             compiled = _core().compile_model(model, "CPU", self._properties)
         except Exception as error:
             self._fail("cannot compile", sizes, error)
-        if plan is None and fixed and self._plans.usable:
+        if plan is None and fixed and self._plans.usable and self._bundle.data_is_as_stated(self.graph):
             self._plans.store(key, self._checked_plan(compiled, sizes))
         return compiled
 

@@ -142,3 +142,15 @@ def test_graphs_that_passed_are_not_parsed_again_and_others_are(
     edit_graph(synthetic_bundle, lambda model: setattr(model.graph.node[0], "op_type", "Loop"))
     assert "Loop" in refused(synthetic_bundle)
     assert "Loop" in refused(synthetic_bundle), "a refusal is not kept"
+
+
+def test_weights_that_were_replaced_after_the_check_are_not_kept_for_the_ones_that_were_checked(
+    bundle: Bundle, cache: Path, made: list[str]
+) -> None:
+    good = run(bundle, "backbone", threads=2)
+    data = bundle.folder / "backbone.onnx.data"
+    weights = data.read_bytes()
+    data.write_bytes(bytes(len(weights)))
+    run(bundle, "backbone", threads=1)
+    data.write_bytes(weights)
+    assert run(Bundle.open(bundle.folder), "backbone", threads=1) == good

@@ -172,6 +172,14 @@ def test_a_prompt_of_another_length_compiles_nothing(tmp_path: Path, cache: Path
         assert "compile_model" in done
 
 
+def test_weights_that_were_replaced_after_the_check_are_not_kept(bundle: Bundle, cache: Path) -> None:
+    data = bundle.folder / "backbone.onnx.data"
+    data.write_bytes(bytes(data.stat().st_size))
+    with load(bundle, "backbone", "openvino") as engine:
+        engine.run(*buffers(engine))
+    assert not list(cache.glob("*.plan"))
+
+
 def test_plan_that_computes_something_else_is_never_used(
     bundle: Bundle, cache: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
