@@ -173,3 +173,17 @@ def test_a_check_can_be_stopped_and_keeps_nothing(bundle: Bundle, cache: Path, m
             engine.bind(*buffers(engine))
         assert not entries(cache)
         engine.bind(*buffers(engine))()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_another_thread_may_close_the_engine_while_a_check_runs(
+    bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    pytest.importorskip(engine)
+    with load(bundle, "backbone", engine, threads=1) as loaded:
+        arrays = buffers(loaded)
+        owner = kept.KeptGraph if engine == "onnxruntime" else kept.PlanCache
+        name = "check" if engine == "onnxruntime" else "load"
+        monkeypatch.setattr(owner, name, lambda *_: loaded.close())
+        loaded.bind(*arrays)()
+        assert all(np.isfinite(values).all() for values in arrays[1].values())

@@ -186,7 +186,7 @@ def test_plan_that_computes_something_else_is_never_used(
     other = Bundle.open(bundle.folder)
     with load(other, "decoder_first", "openvino", threads=1) as loaded:
         sizes = tuple(array.shape for array in buffers(loaded)[0].values())
-        wrong = loaded._compile(sizes, sizes)  # type: ignore[attr-defined]
+        wrong = loaded._compile(loaded._model, sizes, sizes)  # type: ignore[attr-defined]
     for path in cache.glob("*.plan"):
         path.unlink()
     real = openvino_engine.OpenVinoEngine._checked_plan
