@@ -216,7 +216,7 @@ Examples:
     is_flag=True,
     help="For int8, fp8 and nvfp4: quantize every layer, without measuring which ones should stay in more bits.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the bundle --out if there is one.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle --out or the file --transformer if there is one.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the reference; the manifest will tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, everything else on stderr.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON with --json).")
@@ -255,6 +255,13 @@ def command(
             raise click.UsageError(f"{option} is for --precision int8, fp8 or nvfp4: nothing else needs it.")
     if transformer is not None and (out is not None or inspect):
         raise click.UsageError("--transformer is written in the place of a bundle: leave --out and --inspect out.")
+    of_a_bundle = {
+        "--parts": parts, "--precision": precision != "fp32", "--text-encoder-weights": text_encoder_weights,
+        "--grid": grid, "--no-verify": no_verify,
+    }  # fmt: skip
+    if transformer is not None and any(of_a_bundle.values()):
+        needless = next(name for name, value in of_a_bundle.items() if value)
+        raise click.UsageError(f"{needless} is for a bundle: --transformer writes the weights as they are stored.")
     if out is None and transformer is None and not inspect:
         raise click.UsageError("there is no --out: name the bundle to write, or --inspect what there is.")
     means = (model, checkpoint, random_weights, decoder, preset, text_encoder, loras)
@@ -263,7 +270,11 @@ def command(
         sweep("tmd-export", [Path(os.path.abspath(out)).parent], quiet)
     try:
         if transformer is not None:
+            if transformer.exists() and not overwrite:
+                _fail(f"{transformer} exists: choose another name, or --overwrite to replace it.", as_json)
             _write_transformer(_local(means, ("backbone", "flow_head"), None if quiet else _say), transformer)
+            if as_json:
+                click.echo(json_text({"transformer": str(transformer), "bytes": transformer.stat().st_size}))
             return
         if out is None or inspect:
             with TemporaryDirectory(prefix="tmd-headers-") as room:

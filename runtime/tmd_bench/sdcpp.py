@@ -70,7 +70,7 @@ class StableDiffusionCpp:
             width=_SMALLEST if only_text else work.width, height=_SMALLEST if only_text else work.height,
         )  # fmt: skip
         if not frames or len(self._ends) != 4:
-            raise ValueError(f"it drew {len(frames)} frames and finished {', '.join(self._ends)}.")
+            raise ValueError(f"it drew {len(frames or ())} frames and finished {', '.join(self._ends)}.")
         seconds: dict[str, float] = {}
         cpu: dict[str, float] = {}
         last = self._ends["start"]

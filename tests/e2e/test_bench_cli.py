@@ -200,6 +200,12 @@ class TestStableDiffusionCpp:
         assert seconds["text"] >= 0.02 and seconds["decode"] >= 0.02
         assert seconds["denoise"] >= 0.04 * passes / math.ceil(passes)
 
+    def test_a_run_without_frames_is_an_error_that_says_so(self):
+        rival = StableDiffusionCpp(self.WORK)
+        rival._model = SimpleNamespace(generate_video=lambda **_: None)
+        with pytest.raises(ValueError, match="drew 0 frames and finished start"):
+            rival.run()
+
     def test_it_gets_the_weights_under_their_authors_names(self, tmp_path):
         write(replace(self.WORK, stages=("text", "denoise", "decode")), tmp_path)
         source = source_of(self.WORK)

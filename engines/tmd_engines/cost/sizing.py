@@ -10,7 +10,7 @@ Operations are counted from the graphs at the asked size. Memory is that of an e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import astuple, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -158,7 +158,7 @@ def estimate(
         present["encoder"] = []
     holdings = {stage: _holding(bundle, names[0], engine, device) for stage, names in present.items() if names}
     key = _facts_key(manifest, run.rows, calls, sizes, from_picture, holdings)
-    stages = _kept_stages(key)
+    stages = _kept_stages(key, holdings.keys())
     for stage, names in present.items() if not stages else ():
         if names:
             if stage in ("backbone", "flow_head", "backbone_2", "flow_head_2", "update"):
@@ -193,12 +193,12 @@ def _facts_key(manifest: Manifest, *asked: object) -> str | None:
     return None if code is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _kept_stages(key: str | None) -> dict[str, StageEstimate]:
-    """What was counted before; nothing where that is not known, or damaged."""
+def _kept_stages(key: str | None, wanted: Set[str]) -> dict[str, StageEstimate]:
+    """What was counted before of all the stages `wanted`; nothing where that is not known, or damaged."""
     found = _FACTS.read().get(key) if key is not None else None
-    if not isinstance(found, dict) or not all(_are_counts(counts) for counts in found.values()):
+    if not isinstance(found, dict) or found.keys() != wanted or not all(map(_are_counts, found.values())):
         return {}
-    return {name: StageEstimate(*counts) for name, counts in found.items() if name in STAGES}
+    return {name: StageEstimate(*counts) for name, counts in found.items()}
 
 
 def _are_counts(counts: object) -> bool:

@@ -32,7 +32,11 @@ def mapped_ranges(path: Path) -> tuple[Range, ...]:
     # The kernel escapes nothing but newlines. What it adds when the name is gone is a part of the line.
     names = {str(path).replace("\n", "\\012") + end for end in ("", " (deleted)")}
     found = []
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # /proc is not there: the pages stay
+        return ()
+    for line in maps.split("\n"):
         fields = line.split(maxsplit=5)  # addresses, rights, offset, device, inode, name
         if len(fields) == 6 and fields[5] in names and "w" not in fields[1]:
             start, end = (int(address, 16) for address in fields[0].split("-"))

@@ -77,12 +77,13 @@ class OnnxRuntimeEngine(Engine):
 
     def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> _BoundStep:
         """See `Engine.bind`. Sizes that only the graph can relate (tokens to height) are errors of the step."""
-        if self._session is None:
+        session = self._session  # whoever closes this engine meanwhile
+        if session is None:
             raise EngineError(f"The engine of graph {self.graph} is closed: load the graph again.")
         check_buffers(self, inputs, outputs)
         if self._kept is not None:
-            self._kept.check(self._session, {name: array.shape for name, array in inputs.items()})
-        binding = self._session.io_binding()
+            self._kept.check(session, {name: array.shape for name, array in inputs.items()})
+        binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs.items():
@@ -90,7 +91,7 @@ class OnnxRuntimeEngine(Engine):
         buffers = dict(inputs), dict(outputs)
         options = self._options()
         options.log_severity_level = SILENT
-        step = _BoundStep(self.graph, self._session, binding, options, buffers)
+        step = _BoundStep(self.graph, session, binding, options, buffers)
         self._steps.add(step)
         return step
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from math import prod
 from pathlib import Path
 from tempfile import gettempdir
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ from ..cache_folder import cache_folder, code_key
 from ..device.cpu import cpu_key
 from ..device.paths import utf8_name
 from ..device.plan_cache import PlanCache
+from ..device.running import RUNNING
 from ..engine import Engine
+from ..errors import EngineError
+from . import SILENT
 
 MAX_BYTES = 64 << 20  # of a graph and its weights
-MAX_CHECKED_BYTES = 64 << 20  # of the inputs at which an entry is checked, which runs the graph twice more
+MAX_CHECKED_BYTES = 8 << 20  # of the inputs at which an entry is checked, which runs the graph twice more
 _CODE = tuple(Path(__file__).with_name(name) for name in ("engine.py", "float4.py", "kept.py", "lowering.py"))
 
 
@@ -37,7 +40,7 @@ class KeptGraph:
         files = [bundle.manifest.files[name] for name in (info.file, info.data) if name]
         code = code_key(*_CODE)
         small = sum(file.size for file in files) <= MAX_BYTES
-        self._onnxruntime, self._inputs = onnxruntime, engine.inputs
+        self._onnxruntime, self._bundle, self._graph, self._inputs = onnxruntime, bundle, engine.graph, engine.inputs
         self._plans = PlanCache(cache_folder() if small and code else None)
         self._key = {
             "engine": f"onnxruntime {onnxruntime.__version__}",
@@ -82,16 +85,31 @@ class KeptGraph:
                 session = self._onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
             except Exception:  # of the graph, and then once more; or of a disk without room
                 return self._onnxruntime.InferenceSession(content, options(), providers=["CPUExecutionProvider"])
-            with suppress(OSError):
-                self._unchecked, self._again = file.read_bytes(), read
+            if self._bundle.data_is_as_stated(self._graph):  # or another model would be kept for this one
+                with suppress(OSError):
+                    self._unchecked, self._again = file.read_bytes(), read
             return session
         finally:
             unfinished.discard(folder)
 
+    def _run(self, session: Any, inputs: Mapping[str, np.ndarray]) -> Any:
+        """The outputs. Raises EngineError if a signal stopped it, and as ONNX Runtime does."""
+        thread, trial = get_ident(), _Trial(self._onnxruntime.RunOptions())
+        trial.options.log_severity_level = SILENT
+        RUNNING[thread] = trial
+        try:
+            return session.run(None, inputs, trial.options)
+        except Exception:
+            if trial.options.terminate:
+                raise EngineError(f"Graph {self._graph} was stopped.") from None
+            raise
+        finally:
+            RUNNING.pop(thread, None)
+
     def check(self, session: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Keeps a graph that was just optimised if it computes the same after reading it back, for these inputs.
 
-        An empty entry says that it was tried.
+        An empty entry says that it was tried. Raises EngineError if a signal stopped it.
         """
         if self._unchecked is None:
             return
@@ -111,12 +129,27 @@ class KeptGraph:
             for name, shape in shapes.items()
         }
         try:
-            expected = session.run(None, inputs)
+            expected = self._run(session, inputs)
+        except EngineError:
+            raise
         except Exception:  # sizes that do not fit together
             return
         try:
-            found = again(content).run(None, inputs)
+            found = self._run(again(content), inputs)
             same = all(one.tobytes() == other.tobytes() for one, other in zip(expected, found, strict=True))
+        except EngineError:
+            raise
         except Exception:
             same = False
         self._plans.store(self._key, content if same else b"")
+
+
+class _Trial:
+    """A run of a check, as `RUNNING` has it."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def stop(self) -> None:
+        """Ends the run, after the node that it is at."""
+        self.options.terminate = True

@@ -109,7 +109,7 @@ class OpenVinoEngine(Engine):
             raise EngineError(
                 f"The engine openvino cannot be imported ({error}). Install it: pip install openvino"
             ) from None
-        self._openvino = openvino
+        self._openvino, self._bundle = openvino, bundle
         self._properties = compile_properties(threads)
         with decimal_point():
             self._model, self._weights = _read_model(openvino, bundle, graph)
@@ -148,7 +148,7 @@ class OpenVinoEngine(Engine):
             if compiled is None:
                 self._latest = None  # two compiled copies of a large model do not fit side by side
                 with decimal_point(), dropping(self._weights):  # OpenVINO packs them into memory of its own
-                    compiled = self._compiled[shapes] = self._compile(shapes, sizes)
+                    compiled = self._compiled[shapes] = self._compile(model, shapes, sizes)
             self._latest = compiled
         try:
             request = compiled.create_infer_request()
@@ -173,8 +173,8 @@ class OpenVinoEngine(Engine):
             return shape
         return tuple(-1 if symbol == "text" else size for (_, symbol), size in zip(spec.factors(), shape, strict=True))
 
-    def _compile(self, shapes: Shapes, sizes: Shapes) -> Any:
-        """The graph for these input shapes, from the cache if it is there; `sizes` are without open lengths.
+    def _compile(self, read: Any, shapes: Shapes, sizes: Shapes) -> Any:
+        """The graph that was `read` for these shapes, from the cache if it is there; `sizes` are without open lengths.
 
         A graph for any length is not kept: the check of a plan is one of a single length, and at 1 a rotary embedding
         that is lost does not show.
@@ -188,14 +188,14 @@ class OpenVinoEngine(Engine):
             except Exception:
                 plan = None  # an entry that OpenVINO does not take is rebuilt
         try:
-            model = self._model.clone()
+            model = read.clone()
             open_length = self._openvino.Dimension(1, self._longest or -1)
             partial = [[open_length if size < 0 else size for size in shape] for shape in shapes]
             model.reshape(dict(zip(self.inputs, partial, strict=True)))
             compiled = _core().compile_model(model, "CPU", self._properties)
         except Exception as error:
             self._fail("cannot compile", sizes, error)
-        if plan is None and fixed and self._plans.usable:
+        if plan is None and fixed and self._plans.usable and self._bundle.data_is_as_stated(self.graph):
             self._plans.store(key, self._checked_plan(compiled, sizes))
         return compiled
 

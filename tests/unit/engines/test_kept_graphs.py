@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 
 from tests.helpers.bundle_tools import edit_graph, refused
 from tests.helpers.engine_tools import buffers
-from tmd_engines import Bundle, load
+from tmd_engines import Bundle, EngineError, load
 from tmd_engines.bundle import reader
+from tmd_engines.device.running import stop_step
 from tmd_engines.onnxruntime import kept
 
 
@@ -142,3 +144,46 @@ def test_graphs_that_passed_are_not_parsed_again_and_others_are(
     edit_graph(synthetic_bundle, lambda model: setattr(model.graph.node[0], "op_type", "Loop"))
     assert "Loop" in refused(synthetic_bundle)
     assert "Loop" in refused(synthetic_bundle), "a refusal is not kept"
+
+
+def test_weights_that_were_replaced_after_the_check_are_not_kept_for_the_ones_that_were_checked(
+    bundle: Bundle, cache: Path, made: list[str]
+) -> None:
+    good = run(bundle, "backbone", threads=2)
+    data = bundle.folder / "backbone.onnx.data"
+    weights = data.read_bytes()
+    data.write_bytes(bytes(len(weights)))
+    run(bundle, "backbone", threads=1)
+    data.write_bytes(weights)
+    assert run(Bundle.open(bundle.folder), "backbone", threads=1) == good
+
+
+def test_a_check_can_be_stopped_and_keeps_nothing(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take as long as the run that it comes before, and Ctrl-C has to end both."""
+    session = onnxruntime.InferenceSession
+
+    class Stopped(session):  # type: ignore[misc, valid-type]
+        def run(self, *arguments: Any) -> Any:
+            stop_step(threading.get_ident())
+            return super().run(*arguments)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Stopped)
+    with load(bundle, "backbone", "onnxruntime", threads=1) as engine:
+        with pytest.raises(EngineError, match="backbone was stopped"):
+            engine.bind(*buffers(engine))
+        assert not entries(cache)
+        engine.bind(*buffers(engine))()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_another_thread_may_close_the_engine_while_a_check_runs(
+    bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    pytest.importorskip(engine)
+    with load(bundle, "backbone", engine, threads=1) as loaded:
+        arrays = buffers(loaded)
+        owner = kept.KeptGraph if engine == "onnxruntime" else kept.PlanCache
+        name = "check" if engine == "onnxruntime" else "load"
+        monkeypatch.setattr(owner, name, lambda *_: loaded.close())
+        loaded.bind(*arrays)()
+        assert all(np.isfinite(values).all() for values in arrays[1].values())

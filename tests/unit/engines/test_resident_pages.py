@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -73,6 +74,24 @@ def test_a_file_that_can_be_written_is_left_alone(tmp_path: Path) -> None:
         drop(mapped_ranges(path))
         assert mapped[0] == 1
     assert mapped_ranges(path) == ()
+
+
+def test_without_proc_an_engine_loads_all_the_same(synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linked data files too, which OpenVINO reads under a second name alone."""
+    pytest.importorskip("openvino")
+    data = synthetic_bundle / "backbone.onnx.data"
+    data.rename(elsewhere := synthetic_bundle.with_name("elsewhere.data"))
+    data.symlink_to(elsewhere)
+    bundle, read_text = Bundle.open(synthetic_bundle), Path.read_text
+
+    def reading(path: Path, *arguments: Any, **more: Any) -> str:
+        if path.parts[:2] == ("/", "proc"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return read_text(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "read_text", reading)
+    with load(bundle, "backbone", "openvino", threads=1) as loaded:
+        loaded.bind(*buffers(loaded))()
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,28 @@ def test_a_run_of_the_built_in_model():
     # text encoder: 32 ids, 32 of the mask, 32 x 64 values; flow head: noise, y in and out, s, r: the rest is shared
     assert stages["text_encoder"].io_bytes == 32 * 8 * 2 + 32 * 64 * 4
     assert stages["flow_head"].io_bytes == 3 * (16 * 5 * 8 * 8 * 4) + 2 * 4
+
+
+@pytest.mark.parametrize("damage", ["stage", "count", "kind", "all"])
+def test_what_was_counted_before_is_taken_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("TMD_CACHE", str(tmp_path))
+    bundle = Bundle.open(BUILT_IN)
+    expected = estimate(bundle, width=64, height=64, frames=5)
+    (counts,) = (document := json.loads((tmp_path / "sizes.json").read_text())).values()
+    match damage:
+        case "stage":
+            del counts["decoder"]
+        case "count":
+            counts["decoder"].pop()
+        case "kind":
+            counts["decoder"][0] = "many"
+    (tmp_path / "sizes.json").write_text("[" if damage == "all" else json.dumps(document))
+    assert estimate(bundle, width=64, height=64, frames=5) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr("tmd_engines.cost.sizing._stage", None)
+        assert estimate(bundle, width=64, height=64, frames=5) == expected, "and then nothing is counted again"
 
 
 def test_decoder_buffers_are_two_sets_of_caches_and_the_clip_twice(synthetic_bundle: Path):

@@ -1,5 +1,7 @@
 """A Wan's transformer in one file: readable by others, with LoRAs merged and stored formats dequantised."""
 
+import json
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -67,3 +69,22 @@ def test_the_command_writes_it_in_the_place_of_a_bundle(tmp_path):
     assert load_teacher(path, WAN_CONFIGS["tiny"]).config == WAN_CONFIGS["tiny"]
     done = CliRunner().invoke(command, [*given, "--out", str(tmp_path / "bundle")])
     assert done.exit_code == 2 and "leave --out and --inspect out" in done.output
+
+
+def test_a_file_that_is_there_is_replaced_only_on_request(tmp_path):
+    """It may be the only copy of the checkpoint that is read."""
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(b"a checkpoint")
+    given = ["--model", "tiny", "--random-weights", "0", "--preset", "wan", "--transformer", str(path), "--json"]
+    done = CliRunner().invoke(command, given)
+    assert done.exit_code == 1 and "--overwrite" in done.output and path.read_bytes() == b"a checkpoint"
+    done = CliRunner().invoke(command, [*given, "--overwrite"])
+    assert json.loads(done.stdout) == {"transformer": str(path), "bytes": path.stat().st_size} and load_file(path)
+
+
+@pytest.mark.parametrize("option", ["--parts backbone", "--precision bf16", "--grid diffusers", "--no-verify"])
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, option):
+    given = ["--model", "tiny", "--random-weights", "0", "--transformer", str(tmp_path / "t.safetensors")]
+    done = CliRunner().invoke(command, [*given, *option.split()])
+    assert done.exit_code == 2 and option.split()[0] in done.output and "is for a bundle" in done.output
+    assert not list(tmp_path.iterdir())
