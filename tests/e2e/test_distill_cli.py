@@ -152,7 +152,7 @@ def test_real_clips_become_a_bundle_and_are_compared_with(made, tmp_path):
         assert done.exit_code == 0, done.output
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
     assert list(rows) == ["autoencoder", "teacher 2x2", "TMD stage 1 M=2 N=2", "TMD M=2 N=2"]
-    assert all(np.isfinite(row["frechet"]) for row in rows.values())  # two clips of two-step models: no order to expect
+    assert all(np.isfinite(row["frechet"]) for row in rows.values())  # of two clips, so no order is to be expected
     names = {path.name for path in (run / "videos" / "TMD-M=2-N=2").iterdir()}
     assert names == {f"{captions[number]}-{index}.mp4" for number in (2, 3) for index in (0, 1)}
     one = run / "videos" / "TMD-M=2-N=2" / f"{captions[2]}-0.mp4"
