@@ -133,8 +133,8 @@ class UMT5Encoder(nn.Module):
         """As `forward`, from the rows of `token_embedding` for the ids, `[B, S, E]`, looked up by the caller."""
         x = at_least_float32(token_embeds)
         mask = (1 - attention_mask[:, None, None, :]).to(x.dtype) * torch.finfo(self.token_embedding.weight.dtype).min
-        # Of the mask, which is 0 or 1, so that the offsets are no constants. Compilers fold those: the bias of every pair
-        # of tokens in every layer would lie in memory, 1.6 GB of UMT5-XXL.
+        # Of the mask, which is 0 or 1, so that the offsets are no constants. Compilers fold those: the bias of every
+        # pair of tokens in every layer would lie in memory, 1.6 GB of UMT5-XXL.
         zeros = attention_mask[0].clamp_min(1) - 1
         position = torch.arange(x.shape[1], device=x.device) + zeros
         offsets = (position[None, :] - position[:, None]).clamp(-_FAR, _FAR) + _FAR
