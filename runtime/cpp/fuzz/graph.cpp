@@ -4,6 +4,7 @@
 #include "bundle/geometry.hpp"
 #include "bundle/graph_file.hpp"
 #include "bundle/graph_shapes.hpp"
+#include "bundle/holding.hpp"
 #include "bundle/onnx_encoding.hpp"
 #include "engines/onnxruntime_lowering.hpp"
 
@@ -40,7 +41,8 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     shapes["context"] = {1, 32, 128};
     for (const char* name : {"x", "velocity", "negative", "before_1", "before_2"}) shapes[name] = {1, 16, 3, 8, 12};
     shapes["coefficients"] = {7};
-    peak_activation_bytes(infer_shapes(content, shapes, "graph.onnx"));
+    const ShapedGraph graph = infer_shapes(content, shapes, "graph.onnx");
+    for (const Holding& holding : {kOnnxRuntimeHolding, kOpenVinoHolding}) peak_activation_bytes(graph, holding);
     return true;
   });
   for (const bool is_unsigned : {false, true})
