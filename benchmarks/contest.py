@@ -69,7 +69,7 @@ WHOLE, DENOISE, DECODE, TEXT = ("denoise", "decode"), ("denoise",), ("decode",),
 TORCH = ("torch-compile", "diffusers")
 PLAN = (
     Line(WHOLE, "bf16", (*TORCH, "onnxruntime", SDCPP)),
-    Line(WHOLE, "int8", ("diffusers", SDCPP)),
+    Line(WHOLE, "int8", ("diffusers", SDCPP), frames=5),
     Line(DENOISE, "bf16", TORCH, threads=1, rounds=2),
     Line(DENOISE, "bf16", TORCH, kind="wan", rounds=2),
     Line(DENOISE, "bf16", TORCH, size="480x272", frames=33),

@@ -20,10 +20,10 @@ import click
 
 BASE = {"size": "256x256", "frames": 17, "steps": 1, "inner-steps": 2}
 AXES: dict[str, tuple[Any, ...]] = {
-    "frames": (5, 17, 33, 49),
-    "size": ("128x128", "256x256", "384x256", "384x384"),
-    "steps": (1, 2, 4),
-    "inner-steps": (1, 2, 4, 8),
+    "frames": (5, 17, 33),
+    "size": ("128x128", "256x256", "384x256"),
+    "steps": (1, 2),
+    "inner-steps": (1, 2, 4),
 }
 TITLES = {"frames": "frames", "size": "pixels of a frame", "steps": "outer steps M", "inner-steps": "inner steps N"}
 
