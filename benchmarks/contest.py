@@ -68,7 +68,8 @@ class Line:
 WHOLE, DENOISE, DECODE, TEXT = ("denoise", "decode"), ("denoise",), ("decode",), ("text",)
 TORCH = ("torch-compile", "diffusers")
 PLAN = (
-    Line(WHOLE, "bf16", (*TORCH, "onnxruntime", SDCPP)),
+    Line(WHOLE, "bf16", (*TORCH, "onnxruntime")),
+    Line(WHOLE, "bf16", ("diffusers", SDCPP), frames=5),
     Line(WHOLE, "int8", ("diffusers", SDCPP), frames=5),
     Line(DENOISE, "bf16", TORCH, threads=1, rounds=2),
     Line(DENOISE, "bf16", TORCH, kind="wan", rounds=2),

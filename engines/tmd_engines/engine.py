@@ -113,8 +113,11 @@ class Engine(ABC):
         return find_spec(cls.package) is not None
 
     @classmethod
-    def prefers(cls, info: GraphInfo) -> bool:
-        """Whether "auto" takes it for such a graph, by what was measured (docs/speed.md), where it is here."""
+    def prefers(cls, info: GraphInfo, size: int) -> bool:
+        """Whether "auto" takes it for such a graph, by what was measured (docs/speed.md), where it is here.
+
+        `size`: bytes of the graph and its weights.
+        """
         return cls.takes(info)
 
     @classmethod

@@ -102,10 +102,11 @@ def choose(bundle: Bundle, graph: str, engine: str = "auto", device: str = "auto
     if engine != "auto":
         return engine, next(iter(ENGINES[engine])) if device == "auto" else device
     info = bundle.graph_info(graph)
+    size = sum(bundle.manifest.files[name].size for name in (info.file, info.data) if name)
     kinds = ("cuda", "cpu") if has_gpu() else ("cpu",)  # without a GPU its engines need not be imported to be asked
     for where in kinds if kind == "auto" else (kind,):
         for name, found in _on(where):
-            if found.is_here() and found.prefers(info):
+            if found.is_here() and found.prefers(info, size):
                 return name, where if device == "auto" else device
     what = "the graph" if device == "auto" else f"device {device}"
     remedy = "" if device == "auto" else " Without a GPU, leave the device to auto."

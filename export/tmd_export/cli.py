@@ -363,7 +363,7 @@ def _write_transformer(means: tuple[Any, ...], path: Path) -> None:
     from .transformer_file import write_transformer
 
     source = open_source(*means)
-    if source.family == "tmd" and source.trained:
+    if FAMILIES[source.family].adds_layers and source.trained:
         raise ExportError(
             f"{source.origin}: a TMD student is no Wan without its flow head's own layers. Give the Wan that it was "
             "distilled from."

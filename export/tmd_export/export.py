@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
+from tmd_engines.bundle.families import FAMILIES as MANIFEST_FAMILIES
 from tmd_engines.bundle.reader import format_size
 from tmd_ref import scenes
 
@@ -132,7 +133,7 @@ def _manifest(
         "latents": source.latents_entry(),
         "video": dict(FAMILIES[source.family].videos.get(source.model, preset.video)),
         "text": {"tokenizer": tokenizer, **source.text_entry()},
-        **({"draws": _draws(still=source.family == "tim")} if source.model in built_in() else {}),
+        **_vocabulary(source),
         "graphs": graphs,
         "provenance": {
             "source": source.origin,
@@ -143,6 +144,13 @@ def _manifest(
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         },
     }
+
+
+def _vocabulary(source: Source) -> dict[str, Any]:
+    """The manifest's `draws` of a built-in model, which knows only what it was trained on; nothing of another one."""
+    if source.model not in built_in():
+        return {}
+    return {"draws": _draws(still=MANIFEST_FAMILIES[source.family].makes_stills)}
 
 
 def _draws(still: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from tmd_engines import unfinished
 
 from .errors import ExportError
+from .families import FAMILIES
 from .sources.source import Source
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -25,7 +26,7 @@ def names_of(source: Source) -> dict[str, str]:
 
     Raises ExportError for a source that holds no transformer of Wan alone.
     """
-    if source.family not in ("wan", "tmd") or "backbone_2" in source.parts:
+    if not FAMILIES[source.family].is_wan or "backbone_2" in source.parts:
         raise ExportError(f"{source.model} is not one transformer of Wan: its weights have no file of that kind.")
     return {
         source.published_names(name)[0]: name

@@ -186,7 +186,7 @@ class DiffusersRun(_Rival):
 
 def evaluations(work: Work, source: Any) -> float:
     """Full passes of the transformer that cost as much as the loop of `work`."""
-    if source.family != "tmd":
+    if source.fusion is None:  # no inner flow
         return float(work.steps)
     return effective_nfe(work.steps, work.inner_steps, source.head_blocks, source.wan.num_layers)
 

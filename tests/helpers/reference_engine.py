@@ -26,7 +26,7 @@ class ReferenceEngine(Engine):
         self._evaluator = ReferenceEvaluator(onnx.load(bundle.graph_path(graph)))
 
     @classmethod
-    def prefers(cls, info: Any) -> bool:
+    def prefers(cls, info: Any, size: int) -> bool:
         return False
 
     @classmethod

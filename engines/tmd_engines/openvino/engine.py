@@ -26,7 +26,7 @@ from ..bundle.graph_file import parse_graph
 from ..bundle.reader import Bundle, format_size
 from ..cache_folder import cache_folder, distrust
 from ..device.buffers import check_buffers, check_cpu_graph, empty_array
-from ..device.cpu import cpu_key, describe_cpu
+from ..device.cpu import SMALL_BYTES, cpu_key, describe_cpu
 from ..device.numbers import decimal_point
 from ..device.paths import utf8_name
 from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache
@@ -83,11 +83,13 @@ class OpenVinoEngine(Engine):
     holding = OPENVINO
 
     @classmethod
-    def prefers(cls, info: GraphInfo) -> bool:
+    def prefers(cls, info: GraphInfo, size: int) -> bool:
         """For a bf16 graph where the CPU multiplies bfloat16, which is twice as fast as float32 there and which ONNX
-        Runtime cannot do, and for an int8 graph where it multiplies int8. Both compute fp16 graphs in float32, this one
-        1.0 to 1.6 times as fast (docs/speed.md), and takes several times as long to get ready: fp16 is what large
-        models come in, float32 stays with ONNX Runtime."""
+        Runtime cannot do, for an int8 graph where it multiplies int8, and for a large fp16 graph, which both compute in
+        float32. Small ones in float32 are 1.0 to 1.6 times as fast as with ONNX Runtime, and take several times as long
+        to get ready."""
+        if info.precision == "fp16" and size <= SMALL_BYTES:
+            return False
         return bool({*_FASTER_WITH.get(info.precision, ())} & {*(describe_cpu()["features"] or ())})
 
     @classmethod

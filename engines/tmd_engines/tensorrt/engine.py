@@ -225,7 +225,7 @@ class TensorRtForRtxEngine(TensorRtEngine):
         return [name for name in together_with(graph) if name in bundle.manifest.graphs]
 
     @classmethod
-    def prefers(cls, info: GraphInfo) -> bool:
+    def prefers(cls, info: GraphInfo, size: int) -> bool:
         """On consumer cards; on those for servers where TensorRT, which knows them, is not installed."""
         if not cls.takes(info):
             return False

@@ -49,6 +49,9 @@ class ExportFamily(ABC):
     float32 in every precision, because the whole result would feel their rounding, and the linear ones that can have 8
     bits. `small_patches` (frames, height, width) is what a model of large videos is calibrated on.
 
+    `is_wan`: the denoiser is a transformer of Wan, whose weights have a file of their own; `adds_layers`: with layers
+    beside it, without which trained weights are no model.
+
     With `any_size`, `open` takes a model of any size without a name.
     """
 
@@ -63,6 +66,8 @@ class ExportFamily(ABC):
     products: str
     small_patches: tuple[int, int, int] = (2, 6, 6)
     any_size: bool = False
+    is_wan: bool = False
+    adds_layers: bool = False
 
     @abstractmethod
     def open(self, request: Request) -> Source:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 class _Tmd(Wan21):
     name = "tmd"
+    is_wan = adds_layers = True
     presets = PRESETS
     known_by = "has a flow head with inner steps"
     products = rf"{Wan21.products}|fusion\.(ffn\.[02]|linear)"

@@ -85,6 +85,7 @@ class Wan21(ExportFamily):
 
 class _Wan(Wan21):
     name = "wan"
+    is_wan = True
     models = (*Wan21.models, "wan2.2-ti2v-5b")
     presets = PRESETS
     known_by = "is a Wan transformer without inner flow"

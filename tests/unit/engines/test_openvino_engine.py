@@ -305,9 +305,7 @@ def test_old_entries_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("bf16", ["avx512f"], True, "onnxruntime"),
         ("bf16", None, True, "onnxruntime"),
         ("fp32", ["amx_bf16"], True, "onnxruntime"),
-        ("fp16", ["avx512f"], True, "openvino"),
-        ("fp16", ["avx2"], True, "onnxruntime"),
-        ("fp16", ["avx512f"], False, "onnxruntime"),
+        ("fp16", ["avx512f"], True, "onnxruntime"),  # this one is small
         ("int8", ["avx512_vnni"], True, "openvino"),
         ("int8", ["avx512f"], True, "onnxruntime"),
         ("fp8", ["amx_bf16", "amx_int8"], True, "onnxruntime"),
@@ -325,6 +323,16 @@ def test_auto_takes_openvino_only_where_it_was_measured_faster(
     monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
     real = importlib.util.find_spec
     monkeypatch.setattr(engine, "find_spec", lambda name: real(name) if installed or name != "openvino" else None)
+    assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
+
+
+@pytest.mark.parametrize(("features", "chosen"), [(["avx512f"], "openvino"), (["avx2"], "onnxruntime")])
+def test_auto_takes_openvino_for_large_graphs_in_fp16(
+    synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch, features: list[str], chosen: str
+) -> None:
+    edit_manifest(synthetic_bundle, lambda document: document["graphs"]["backbone"].update(precision="fp16"))
+    monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
+    monkeypatch.setattr(openvino_engine, "SMALL_BYTES", 0)
     assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
 
 
