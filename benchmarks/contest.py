@@ -106,6 +106,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         entries = found["contenders"]
         title = line.name
         for name, entry in entries.items():
+            shown = name
             memory = f"{entry['peak_bytes'] / 1e9:.2f} GB"
             larger = "" if name == OURS else f"{entry['peak_bytes'] / entries[OURS]['peak_bytes']:.2f}"
             memory += f" | {larger} | {entry['peak_anonymous_bytes'] / 1e9:.2f} GB"
@@ -113,8 +114,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 ratio = found["ratio"].get(name, {}).get(stage)
                 cold = entry["cold_seconds"].get(stage, 0.0)
                 times = f"{entry['seconds'][stage]['median']:.1f} s | {'' if ratio is None else f'{ratio:.2f}'}"
-                yield f"| {title} | {name} | {stage} | {times} | {cold:.1f} s | {memory} |"
-                title, name, memory = "", "", " | | "
+                yield f"| {title} | {shown} | {stage} | {times} | {cold:.1f} s | {memory} |"
+                title, shown, memory = "", "", " | | "
 
 
 @click.command(help=__doc__)
