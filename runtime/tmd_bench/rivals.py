@@ -7,6 +7,7 @@ diffusers, as they come.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from time import perf_counter, process_time
 from typing import Any
@@ -37,7 +38,7 @@ def source_of(work: Work) -> Any:
     return open_source(work.model, list(work.checkpoint) or None)
 
 
-class _Rival:
+class _Rival(ABC):
     """Loads and runs the stages of a work; `precision` is that of the weights and of the products."""
 
     def __init__(self, work: Work) -> None:
@@ -69,9 +70,9 @@ class _Rival:
         """`module` as it is run."""
         return module
 
+    @abstractmethod
     def denoise(self, source: Any) -> tuple[Callable[[], Any], float]:
         """The loop, and the share of its time that is told."""
-        raise NotImplementedError
 
     def text(self, source: Any) -> tuple[Callable[[], Any], float]:
         """transformers' `UMT5EncoderModel` on one padded prompt."""
