@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from tmd_engines import SCHEMA_VERSION, Bundle, BundleWriter
 from tmd_engines.bundle.families import FAMILIES as MANIFEST_FAMILIES
 from tmd_engines.bundle.reader import format_size
-from tmd_ref import scenes
+from tmd_ref import captions
+from tmd_ref.scenes import Scene
 
 from .errors import ExportError
 from .families import FAMILIES, built_in, sampling_of
@@ -155,9 +156,9 @@ def _vocabulary(source: Source) -> dict[str, Any]:
 
 def _draws(still: bool) -> dict[str, Any]:
     """What the built-in models were trained on, and so all that they can draw."""
-    moving = scenes.caption(scenes.Scene("circle", "red", "black", "right"))
+    moving = captions.caption(Scene("circle", "red", "black", "right"))
     example = "a red circle on a black background" if still else moving
-    return {"words": scenes.vocabulary(), "description": scenes.in_words(still), "example": example}
+    return {"words": captions.vocabulary(), "description": captions.in_words(still), "example": example}
 
 
 def _version(distribution: str) -> str | None:

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import tmd_runtime
 from tmd_export import export_bundle, open_source
+from tmd_ref.captions import caption
 from tmd_ref.distill import config, tiny
 from tmd_ref.distill.cli import main
 from tmd_ref.distill.evaluate_videos import write_mp4
 from tmd_ref.distill.prepare import read_video
-from tmd_ref.scenes import caption, render, sample_scene
+from tmd_ref.scenes import render, sample_scene
 
 SHORT = ["data.clips=16", "data.shard=8", "teacher.steps=2", "teacher.batch=4", "stage1.steps=2", "stage1.batch=4",
          "stage2.steps=5", "stage2.batch=4", "evaluate.captions=12", "evaluate.teacher_steps=2",

@@ -1,6 +1,7 @@
 """Trains a small student by stage 1 and stage 2 and a small Transition Model, alone or as one of several processes.
 
-python distill_worker.py RUN: metrics go to RUN/stage1, RUN/stage2 and RUN/tim. Not a test itself: it is run by
+python distill_worker.py RUN: metrics go to RUN/stage1, RUN/stage1-whole (not sharded), RUN/stage2 and
+RUN/tim. Not a test itself: it is run by
 `test_distill_parallel.py`.
 """
 
@@ -56,9 +57,10 @@ def main(folder: Path, world: World = World(), stop_at: int | None = None) -> No
     """`stop_at`: the step of stage 2 at which to be interrupted."""
     recompute = world.size > 1
     options: dict[str, Any] = {"batch": 4, "log_every": 1, "save_every": 2, "world": world, "report": lambda line: None}
-    student = place(TMDStudent.from_teacher(teacher(), 1), world, recompute)
-    loss = tm_meanflow_loss(student, Data(), 2, 2, guidance=2.0)
-    train({"student": (student, SCHEDULE)}, loss, Run(folder / "stage1", **options))
+    for name, shard in (("stage1", True), ("stage1-whole", False)):
+        student = place(TMDStudent.from_teacher(teacher(), 1), world, recompute, shard=shard)
+        loss = tm_meanflow_loss(student, Data(), 2, 2, guidance=2.0)
+        train({"student": (student, SCHEDULE)}, loss, Run(folder / name, **options))
 
     torch.manual_seed(0)
     networks = {

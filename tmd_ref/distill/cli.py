@@ -52,7 +52,7 @@ def main() -> None:
     In order: prepare, teacher (only for a model without one), stage1, stage2, evaluate. The built-in model also needs
     `tiny text`, `tiny vae` before and `tiny decoder`, `tiny pack` after; `tiny all` runs everything. A Transition Model
     (config tim-tiny) takes prepare, tim, evaluate, pack. With several GPUs:
-    torchrun --nproc-per-node 8 -m tmd_ref.distill stage1 --config wan1.3b --device cuda.
+    torchrun --nproc-per-node 8 -m -- tmd_ref.distill stage1 --config wan1.3b --device cuda.
     """
 
 

@@ -75,10 +75,12 @@ class Sources(_Part):
     """Weights that are given. A file name alone is looked up in the run folder; see `tmd_ref.distill.weights`.
 
     `student` is a few-step transformer (rCM, FastWan) that the student starts from; None: from the teacher.
+    `pretrained` is what the training of a teacher or a Transition Model goes on from; None: from scratch.
     """
 
     teacher: str = "teacher.safetensors"
     student: str | None = None
+    pretrained: str | None = None
     vae: str = "vae.safetensors"
     text_encoder: str = "umt5.safetensors"
     tokenizer: str = "tokenizer.model"
@@ -109,6 +111,7 @@ class Teacher(_Part):
     optimizer: Optimizer
     shift: float = Shift
     dropout: float = Share
+    adaptive: float | None = Field(None, gt=0)
     seed: int = 5
 
 
@@ -176,7 +179,8 @@ class Machine(_Part):
 
     bf16: bool = False
     recompute: bool = False  # activation checkpointing
-    compile: bool = False  # of the teacher's training, in one process
+    compile: bool = False  # of the teacher's training, unless it is sharded
+    shard: bool = True  # weights over several processes; false: each holds all of them, which is faster for a small one
     log_every: PositiveInt = 50
     save_every: PositiveInt = 250
 

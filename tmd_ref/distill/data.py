@@ -18,18 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tmd_ref.captions import caption, typed_caption
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.state import TrainingError
 from tmd_ref.distill.vae import to_video
 from tmd_ref.partial import write_whole
-from tmd_ref.scenes import Scene, caption, render, sample_scene
+from tmd_ref.scenes import Scene, render, sample_scene
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 from tmd_ref.wan import WanConfig, rope_tables
 
 CLIP_FRAMES = 17  # of a rendered scene
-PHRASINGS = 4  # captions per rendered clip
+PHRASINGS = 4  # captions per rendered clip, every other as somebody might type it
 BATCH = 8  # clips encoded at a time; convolutions of batch 1 are several times slower
 NEGATIVE_PROMPT = ""  # the built-in model's null condition: dropped prompts in training, negative one of guidance
 INDEX = "index.json"
@@ -108,7 +109,7 @@ def render_shard(
         rng = np.random.default_rng([seed, start])
         scenes = [sample_scene(rng) for _ in range(min(BATCH, first + clips - start))]
         latents.append(vae.encode(to_video(np.stack([draw(scene) for scene in scenes]))).half())
-        captions = [caption(scene, rng) for scene in scenes for _ in range(PHRASINGS)]
+        captions = [(typed_caption if k % 2 else caption)(scene, rng) for scene in scenes for k in range(PHRASINGS)]
         embeds.append(encode_prompts(encoder, tokenizer, captions).unflatten(0, (len(scenes), PHRASINGS)).half())
         if (start - first) // BATCH % 50 == 49:
             report(f"{start + len(scenes)} clips encoded")

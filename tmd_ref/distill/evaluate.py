@@ -8,24 +8,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tmd_ref.captions import caption
 from tmd_ref.distill.data import encode_prompts
 from tmd_ref.distill.frechet import clip_features, diversity, frechet_distance
 from tmd_ref.distill.vae import to_frames, to_video
 from tmd_ref.oracle import ATTRIBUTES, read_clip
 from tmd_ref.partial import write_whole
 from tmd_ref.samplers import dmd_sample, effective_nfe, tmd_sample, unipc_sample
-from tmd_ref.scenes import Scene, caption, render, sample_scene
+from tmd_ref.scenes import Scene, render, sample_scene
 from tmd_ref.student import TMDStudent
 from tmd_ref.text import Tokenizer
 from tmd_ref.umt5 import UMT5Encoder
 from tmd_ref.vae import WanVAE
 from tmd_ref.wan import WanTransformer
+
+GROUPS = ("motion", "shape", "size", "background", "color", "speed")
 
 
 def held_out(count: int, seed: int) -> tuple[list[Scene], list[str]]:
@@ -35,11 +40,33 @@ def held_out(count: int, seed: int) -> tuple[list[Scene], list[str]]:
     return scenes, [caption(scene, rng) for scene in scenes]
 
 
-def score(scenes: list[Scene], clips: np.ndarray) -> dict[str, float]:
-    """Share of clips, uint8 `[B,F,H,W,3]`, in which each attribute is as described; `all` counts whole scenes."""
+def as_typed() -> tuple[list[Scene], list[str]]:
+    """A hundred prompts as people type them, with the scenes that they mean: written by hand, apart from
+    `tmd_ref.captions` and without a look at it. Size, speed and place of the scenes say nothing."""
+    lines = resources.files(__package__).joinpath("as_typed.jsonl").read_text().splitlines()
+    prompts = [json.loads(line) for line in lines]
+    return [Scene(**{name: p[name] for name in ATTRIBUTES}) for p in prompts], [p["prompt"] for p in prompts]
+
+
+def judge(scenes: list[Scene], clips: np.ndarray) -> list[dict[str, bool]]:
+    """Which attributes of each clip, uint8 `[B,F,H,W,3]`, are as described; `all`: the whole scene is."""
     right = [read_clip(clip).agrees(scene) for scene, clip in zip(scenes, clips, strict=True)]
-    result = {name: float(np.mean([r[name] for r in right])) for name in ATTRIBUTES}
-    return result | {"all": float(np.mean([all(r.values()) for r in right]))}
+    return [{**r, "all": all(r.values())} for r in right]
+
+
+def shares(right: list[dict[str, bool]]) -> dict[str, float]:
+    """The mean of each entry of what `judge` found."""
+    return {name: float(np.mean([r[name] for r in right])) for name in right[0]}
+
+
+def by_group(scenes: list[Scene], right: list[dict[str, bool]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"motion": {"left": {"clips": 21, "shape": 0.95, ...}, ...}, ...}: `shares` of each value of some attributes."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for group in GROUPS:
+        for value in dict.fromkeys(sorted(getattr(scene, group) for scene in scenes)):
+            found = [r for scene, r in zip(scenes, right, strict=True) if getattr(scene, group) == value]
+            table.setdefault(group, {})[value] = {"clips": len(found), **shares(found)}
+    return table
 
 
 @dataclass(frozen=True)
@@ -93,7 +120,8 @@ def measure(
     First row: the VAE alone (rendered clips encoded and decoded), the ceiling of all others. Columns: NFE, the share of
     clips in which the oracle reads what the caption says, the Fréchet distance to other rendered clips of held-out
     combinations, and diversity: the mean distance of `repeats` clips of the same caption, in units of that of rendered
-    clips of one caption (only the place is free).
+    clips of one caption (only the place is free). In the file also `groups`, the shares of each value of some
+    attributes, and `typed`, those of the prompts of `as_typed`.
     """
     scenes, captions = held_out(count, seed)
     embeds = encode_prompts(encoder, tokenizer, captions)
@@ -111,7 +139,12 @@ def measure(
     def autoencode(index: slice) -> Tensor:
         return vae.encode(to_video(np.stack([draw(scene) for scene in scenes[index]])))
 
-    results, sheet = {}, []
+    typed_scenes, typed_captions = as_typed()
+    typed_embeds = encode_prompts(encoder, tokenizer, typed_captions)
+    results: dict[str, dict[str, float]] = {}
+    groups_of: dict[str, Any] = {}
+    typed_right: dict[str, dict[str, float]] = {}
+    sheet: list[np.ndarray] = []
     for row in [None, *rows]:
         generator = torch.Generator().manual_seed(seed)
         began = time.monotonic()
@@ -122,18 +155,27 @@ def measure(
         clips = np.concatenate(made)
         sheet.append(clips[:12])
         name, nfe = ("autoencoder", 0.0) if row is None else (row.name, row.nfe)
-        results[name] = {"nfe": nfe, **score(scenes, clips)}
+        right = judge(scenes, clips)
+        results[name] = {"nfe": nfe, **shares(right)}
+        groups_of[name] = by_group(scenes, right)
         features = clip_features(clips)
         results[name]["frechet"] = frechet_distance(features / scale, reference / scale)
         if row is not None:
+            typed = np.concatenate([to_frames(vae.decode(row.sample(p, generator))) for p in typed_embeds.split(batch)])
+            typed_right[name] = shares(judge(typed_scenes, typed))
             prompts = embeds[:groups].repeat_interleave(repeats, 0)
             again = [to_frames(vae.decode(row.sample(chunk, generator))) for chunk in prompts.split(batch)]
             spread = clip_features(np.concatenate(again)).reshape(groups, repeats, -1)
             results[name]["diversity"] = diversity(spread, scale) / free
         rounded = {k: round(v, 3) for k, v in results[name].items()}
         report(f"{name}: {json.dumps(rounded)} in {time.monotonic() - began:.0f} s")
+        for group, values in groups_of[name].items():
+            shown = (f"{value} {100 * found['all']:.0f} % of {found['clips']}" for value, found in values.items())
+            report(f"  {group}: {', '.join(shown)}")
+        if name in typed_right:
+            report(f"  as people type: {json.dumps({k: round(v, 3) for k, v in typed_right[name].items()})}")
     out.mkdir(parents=True, exist_ok=True)
-    about = {"captions": count, "seed": seed, "rows": results}
+    about = {"captions": count, "seed": seed, "rows": results, "groups": groups_of, "typed": typed_right}
     write_whole(out / "evaluation.json", f"{json.dumps(about, indent=1)}\n".encode())
     write_png(out / "evaluation.png", contact_sheet(sheet))
     return results

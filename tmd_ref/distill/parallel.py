@@ -1,7 +1,8 @@
 """One process or many: who trains on which samples, and networks whose weights lie in pieces on several devices.
 
 Many processes are started by `torchrun`. Every network is then sharded by torch's FSDP2 (`fully_shard`), one unit per
-transformer block and one for the rest. What it is not: tensor, context or pipeline parallelism.
+transformer block and one for the rest; or, if it is small, held whole by each process, and gradients are averaged. What
+it is not: tensor, context or pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -122,8 +123,22 @@ def recompute_activations(network: nn.Module) -> None:
             setattr(module, "forward", functools.partial(checkpoint, module.forward, use_reentrant=False))  # noqa: B010
 
 
-def place(network: nn.Module, world: World, recompute: bool = False, bf16: bool = False) -> nn.Module:
-    """Bring a network to the world's device, sharded if there are several processes.
+def average_gradients(weights: Iterable[Tensor], world: World) -> None:
+    """Gradients of weights that every process holds whole become their mean; sharded ones are that already."""
+    if world.size == 1:
+        return
+    gradients = [w.grad for w in weights if w.grad is not None and local(w) is w]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        pieces = (flat / world.size).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+
+
+def place(
+    network: nn.Module, world: World, recompute: bool = False, bf16: bool = False, shard: bool = True
+) -> nn.Module:
+    """Bring a network to the world's device, sharded if there are several processes and `shard`.
 
     Master weights, gradients' sums and optimizer are float32 as stored; with `bf16`, blocks are gathered and computed
     in bfloat16, everything else (time embedding, modulation, norms, output layer) in float32 under autocast.
@@ -131,7 +146,7 @@ def place(network: nn.Module, world: World, recompute: bool = False, bf16: bool 
     """
     if recompute:
         recompute_activations(network)
-    if world.size == 1:
+    if world.size == 1 or not shard:
         return network.to(world.device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

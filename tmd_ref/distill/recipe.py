@@ -89,7 +89,7 @@ class Job:
             network.requires_grad_(False)
             if machine.bf16:
                 network.get_submodule("blocks").bfloat16()
-        return place(network, self.world, recompute=machine.recompute, bf16=machine.bf16 and half)
+        return place(network, self.world, machine.recompute, machine.bf16 and half, machine.shard)
 
     def training(self, name: str, stage: Any) -> Run:
         """How a stage is run; what it was asked to do goes into its checkpoint."""
@@ -167,7 +167,7 @@ def prepare(job: Job, videos: Path | None = None) -> None:
 
 
 def teacher(job: Job) -> None:
-    """A flow-matching teacher from scratch -> `teacher.safetensors`."""
+    """A flow-matching teacher, from scratch or from `sources.pretrained` -> `teacher.safetensors`."""
     from tmd_ref.distill.teacher import teacher_loss
 
     settings = job.config.teacher
@@ -175,11 +175,13 @@ def teacher(job: Job) -> None:
         raise ConfigError(f"the config has no `teacher`: that of {job.config.model} is given, not trained.")
     data = job.data()
     torch.manual_seed(0)
-    network = WanTransformer(job.config.wan)
-    if job.config.machine.compile and job.world.size == 1:
+    given = job.config.sources.pretrained
+    network = load_teacher(job.find(given), job.config.wan) if given else WanTransformer(job.config.wan)
+    network.requires_grad_(True)
+    if job.config.machine.compile and (job.world.size == 1 or not job.config.machine.shard):
         network.compile()
     model = job.place(network)
-    loss = job.cast(teacher_loss(model, data, settings.shift, settings.dropout))
+    loss = job.cast(teacher_loss(model, data, settings.shift, settings.dropout, settings.adaptive))
     schedule = settings.optimizer.schedule(settings.steps)
     trained = train({"teacher": (model, schedule)}, loss, job.training("teacher", settings))
     job.save("teacher.safetensors", trained["teacher"])

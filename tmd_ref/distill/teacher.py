@@ -25,8 +25,14 @@ def drop_condition(prompt_embeds: Tensor, null_embeds: Tensor, share: float, dra
     return torch.where(dropped[:, None, None], null_embeds.to(prompt_embeds.device), prompt_embeds), dropped
 
 
-def teacher_loss(model: Any, data: LatentDataset, shift: float = 3.0, dropout: float = 0.1) -> Objective:
-    """Flow matching: mean squared error to noise - x at a random time. `model`: a WanTransformer, sharded or not."""
+def teacher_loss(
+    model: Any, data: LatentDataset, shift: float = 3.0, dropout: float = 0.1, adaptive: float | None = None
+) -> Objective:
+    """Flow matching: mean squared error L to noise - x at a random time. `model`: a WanTransformer, sharded or not.
+
+    With `adaptive` = c, a sample's loss is L/(sg(L) + c), so that easy times teach as much as hard ones  (the weight of
+    MeanFlow, arXiv 2505.13447, section 4.3, with its p = 1).
+    """
     config = bare(model).config
 
     def loss(draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,6 +42,9 @@ def teacher_loss(model: Any, data: LatentDataset, shift: float = 3.0, dropout: f
         noise = draws.normal(x.shape[1:])
         rope = data.rope(config, x.device)
         velocity = within(model, lambda network: network(mix(x, noise, t), t, prompt_embeds, rope))
-        return (velocity - (noise - x)).square().mean(), {}
+        error = (velocity - (noise - x)).square().flatten(1).mean(1)
+        if adaptive is None:
+            return error.mean(), {}
+        return (error / (error.detach() + adaptive)).mean(), {"error": error.detach().mean()}
 
     return loss

@@ -67,14 +67,16 @@ prepare = recipe.prepare
 
 
 def tim(job: TiMJob) -> None:
-    """The network from scratch -> `tim.safetensors`."""
+    """The network, from scratch or from `sources.pretrained` -> `tim.safetensors`."""
     config, settings = job.config, job.config.tim
     data = job.data()
     if settings.derivative == "exact" and job.world.size > 1:
         raise recipe.ConfigError("tim.derivative exact: forward mode does not work on sharded weights; use difference.")
     torch.manual_seed(0)
     # the differences are taken in float32, so blocks are gathered in float32
-    network = job.place(TiM(config.network), half=False)
+    given = config.sources.pretrained
+    network = load_model(job.find(given), TiM).float() if given else TiM(config.network)
+    network = job.place(network.requires_grad_(True), half=False)
     averaged = AveragedWeights() if settings.guided is not None else None
     objective = job.cast(tim_loss(network, data, settings, averaged))
     schedule = settings.optimizer.schedule(settings.steps)

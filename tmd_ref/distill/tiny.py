@@ -30,9 +30,9 @@ from tmd_ref.wan import WAN_CONFIGS, WanTransformer
 
 Report = Callable[[str], None]
 
-VOCABULARY = 448
+VOCABULARY = 640
 SCHEDULES = {
-    "text": Schedule(steps=300, lr=2e-3, warmup=50),
+    "text": Schedule(steps=500, lr=2e-3, warmup=50, ema=0.99),
     "vae": Schedule(steps=4000, lr=2e-3, warmup=100, ema=0.995),
     "vae_long": Schedule(steps=5000, lr=1.5e-3, warmup=50, ema=0.997),
     "decoder": Schedule(steps=6000, lr=1.5e-3, warmup=100, ema=0.998),

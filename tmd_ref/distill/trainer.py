@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.metrics import Metrics
-from tmd_ref.distill.parallel import World, bare, fill, let_go, local, whole
+from tmd_ref.distill.parallel import World, average_gradients, bare, fill, let_go, local, whole
 from tmd_ref.distill.state import (
     TrainingError,
     average_of,
@@ -253,6 +253,8 @@ def train(
                 (value / len(parts)).backward()
                 for name, scalar in {"loss": value, **named}.items():
                     scalars[name] = scalars.get(name, 0) + scalar.detach() / len(parts)
+            for name in names:
+                average_gradients(trained[name].weights, world)
             means = dict(zip(scalars, world.mean(torch.stack([v.reshape(()).float() for v in scalars.values()])),
                              strict=True))  # fmt: skip
             norms = {_label("grad_norm", name, trained): trained[name].clip() for name in names}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tmd_ref.scenes import caption, sample_scene
+from tmd_ref.captions import caption
+from tmd_ref.scenes import sample_scene
 
 from ..errors import ExportError
 

@@ -1,7 +1,8 @@
-"""Two processes (FSDP2 over gloo) against one: both stages, a Transition Model; and the pieces that this rests on."""
+"""Two processes, with sharded (FSDP2 over gloo) or whole networks, against one; and the pieces that this rests on."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.helpers import distill_worker
+from tmd_ref.distill import cli
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.parallel import World, place
 from tmd_ref.wan import WanTransformer
@@ -22,12 +24,13 @@ def curve(folder):
 
 
 def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_path):
-    """Stage 1 and a Transition Model from the start; stage 2 from a checkpoint of one process, with its state."""
+    """Stage 1, sharded and whole, and a Transition Model from the start; stage 2 from a checkpoint of one process."""
     distill_worker.main(tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
         distill_worker.main(tmp_path / "two", stop_at=3)
     one_made = (tmp_path / "two" / "stage1" / "metrics.jsonl").rename(tmp_path / "once.jsonl")
-    (tmp_path / "two" / "stage1" / "checkpoint.pt").unlink()
+    for name in ("stage1", "stage1-whole"):
+        (tmp_path / "two" / name / "checkpoint.pt").unlink()
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(Path(distill_worker.__file__)), str(tmp_path / "two")]  # fmt: skip
@@ -36,7 +39,7 @@ def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert one_made.read_text()
 
-    for stage, first in (("stage1", 0), ("stage2", 2), ("tim", 0)):
+    for stage, first in (("stage1", 0), ("stage1-whole", 0), ("stage2", 2), ("tim", 0)):
         whole, shared = curve(tmp_path / "one" / stage), curve(tmp_path / "two" / stage)[-4 + first :]
         assert [line["step"] for line in shared] == list(range(first + 1, 5))
         for a, b in zip(whole[first:], shared, strict=True):
@@ -50,6 +53,19 @@ def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_p
                     other = saved[1]["networks"][name][part][key]
                     # Adam moves a weight whose gradient is rounding noise by up to lr in either direction
                     assert (weight - other).abs().mean() < 2e-4, (stage, name, part, key)
+
+
+def test_the_documented_commands_for_torchrun_reach_tmd_distill():
+    """torchrun takes an abbreviation such as --run for an option of its own, even after the program's name."""
+    from torch.distributed.run import get_args_parser
+
+    text = (ROOT / "docs" / "distill.md").read_text() + cli.main.__doc__
+    found = re.findall(r"torchrun (--nproc-per-node \d+ -m [^`\n#]*)", text)
+    assert len(found) >= 5
+    for command in found:
+        parsed = get_args_parser().parse_args(command.split())
+        assert parsed.module and parsed.training_script == "tmd_ref.distill", command
+        assert parsed.training_script_args == command.split("tmd_ref.distill ")[1].split(), command
 
 
 def test_a_samples_numbers_do_not_depend_on_who_draws_them():

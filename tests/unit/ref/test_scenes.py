@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tmd_ref.captions import caption
 from tmd_ref.oracle import read_clip
 from tmd_ref.scenes import (
     BACKGROUNDS,
@@ -11,7 +12,6 @@ from tmd_ref.scenes import (
     SHAPES,
     Scene,
     area,
-    caption,
     combinations,
     coverage,
     render,
