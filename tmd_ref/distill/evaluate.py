@@ -40,10 +40,10 @@ def held_out(count: int, seed: int) -> tuple[list[Scene], list[str]]:
     return scenes, [caption(scene, rng) for scene in scenes]
 
 
-def as_typed() -> tuple[list[Scene], list[str]]:
-    """A hundred prompts as people type them, with the scenes that they mean: written by hand, apart from
-    `tmd_ref.captions` and without a look at it. Size, speed and place of the scenes say nothing."""
-    lines = resources.files(__package__).joinpath("as_typed.jsonl").read_text().splitlines()
+def as_typed(count: int = 100) -> tuple[list[Scene], list[str]]:
+    """The first `count` of a hundred prompts as people type them, with the scenes that they mean: written by hand
+    apart from `tmd_ref.captions` and without a look at it. Size, speed and place of the scenes say nothing."""
+    lines = resources.files(__package__).joinpath("as_typed.jsonl").read_text().splitlines()[:count]
     prompts = [json.loads(line) for line in lines]
     return [Scene(**{name: p[name] for name in ATTRIBUTES}) for p in prompts], [p["prompt"] for p in prompts]
 
@@ -121,7 +121,7 @@ def measure(
     clips in which the oracle reads what the caption says, the Fréchet distance to other rendered clips of held-out
     combinations, and diversity: the mean distance of `repeats` clips of the same caption, in units of that of rendered
     clips of one caption (only the place is free). In the file also `groups`, the shares of each value of some
-    attributes, and `typed`, those of the prompts of `as_typed`.
+    attributes, and `typed`, those of the prompts of `as_typed`, at most `count`.
     """
     scenes, captions = held_out(count, seed)
     embeds = encode_prompts(encoder, tokenizer, captions)
@@ -139,7 +139,7 @@ def measure(
     def autoencode(index: slice) -> Tensor:
         return vae.encode(to_video(np.stack([draw(scene) for scene in scenes[index]])))
 
-    typed_scenes, typed_captions = as_typed()
+    typed_scenes, typed_captions = as_typed(count)
     typed_embeds = encode_prompts(encoder, tokenizer, typed_captions)
     results: dict[str, dict[str, float]] = {}
     groups_of: dict[str, Any] = {}
@@ -169,16 +169,23 @@ def measure(
             results[name]["diversity"] = diversity(spread, scale) / free
         rounded = {k: round(v, 3) for k, v in results[name].items()}
         report(f"{name}: {json.dumps(rounded)} in {time.monotonic() - began:.0f} s")
-        for group, values in groups_of[name].items():
-            shown = (f"{value} {100 * found['all']:.0f} % of {found['clips']}" for value, found in values.items())
-            report(f"  {group}: {', '.join(shown)}")
-        if name in typed_right:
-            report(f"  as people type: {json.dumps({k: round(v, 3) for k, v in typed_right[name].items()})}")
+        report_groups(groups_of[name], typed_right.get(name), report)
     out.mkdir(parents=True, exist_ok=True)
     about = {"captions": count, "seed": seed, "rows": results, "groups": groups_of, "typed": typed_right}
     write_whole(out / "evaluation.json", f"{json.dumps(about, indent=1)}\n".encode())
     write_png(out / "evaluation.png", contact_sheet(sheet))
     return results
+
+
+def report_groups(
+    groups: dict[str, dict[str, dict[str, float]]], typed: dict[str, float] | None, report: Callable[[str], None]
+) -> None:
+    """A line per attribute with the share of whole scenes for each of its values, and one for prompts as typed."""
+    for group, values in groups.items():
+        shown = (f"{value} {100 * found['all']:.0f} % of {found['clips']}" for value, found in values.items())
+        report(f"  {group}: {', '.join(shown)}")
+    if typed is not None:
+        report(f"  as people type: {json.dumps({name: round(share, 3) for name, share in typed.items()})}")
 
 
 def another_of(scene: Scene, rng: np.random.Generator) -> Scene:
