@@ -156,7 +156,7 @@ class Stage2Settings(_Part):
     fake: Optimizer
     discriminator: Optimizer
     guidance: float = Field(5.0, ge=0)
-    gan_weight: float = Field(0.03, ge=0)
+    gan_weight: float = Field(0.03, ge=0)  # 0: no discriminator
     depths: tuple[int, ...]
     reduction: PositiveInt = 1
     ratio: int = Field(4, ge=1)

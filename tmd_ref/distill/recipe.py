@@ -259,11 +259,13 @@ def stage2(job: Job) -> None:
     networks = {
         "generator": job.place(generator.requires_grad_(True)),
         "fake": job.place(job.load_teacher().requires_grad_(True)),
-        "discriminator": job.place(Discriminator(config.wan, len(settings.depths), settings.reduction)),
     }
+    if settings.gan_weight:
+        networks["discriminator"] = job.place(Discriminator(config.wan, len(settings.depths), settings.reduction))
     objective = Stage2(
-        networks["generator"], job.place(job.load_teacher(), frozen=True), networks["fake"], networks["discriminator"],
-        data, student.outer_steps, student.inner_steps if settings.rollout else 1, settings.guidance,
+        networks["generator"], job.place(job.load_teacher(), frozen=True), networks["fake"],
+        networks.get("discriminator"), data, student.outer_steps,
+        student.inner_steps if settings.rollout else 1, settings.guidance,
         settings.gan_weight, settings.depths, settings.ratio, settings.normaliser,
         (student.outer_shift, student.inner_shift, settings.shift),
     )  # fmt: skip

@@ -62,7 +62,8 @@ class Stage2:
 
     Choices where the paper is silent: one noisy clip (t, noise) serves score, guidance and discriminator; real and
     generated clips get the same t and noise; the fake score's loss is the plain mean square in its x0 form; the
-    generator is updated in the last of every `ratio + 1` steps.
+    generator is updated in the last of every `ratio + 1` steps. `discriminator` None: no GAN, so that `gan_weight`
+    and `depths` say nothing, and most of the teacher's passes fall away.
     """
 
     generator: Any
@@ -85,7 +86,9 @@ class Stage2:
 
     def turn(self, step: int) -> tuple[str, ...]:
         """Who learns in a step: the fake score and the discriminator `ratio` times, then the generator once."""
-        return ("generator",) if step % (self.ratio + 1) == self.ratio else ("fake", "discriminator")
+        if step % (self.ratio + 1) == self.ratio:
+            return ("generator",)
+        return ("fake",) if self.discriminator is None else ("fake", "discriminator")
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         x, prompt_embeds = self.data.sample(draws)
@@ -117,42 +120,59 @@ class Stage2:
         So the critics' and the teacher's weights get no gradient, and their activations are gone when the
         generator's backward pass begins.
         """
-        leaf = clip.detach().requires_grad_()
-        with torch.enable_grad():
+        leaf = clip.detach()
+        scalars, gan_gradient = {}, None
+        if self.discriminator is None:
             noisy = mix(leaf, noise, t)
-            positive, features = within(
-                self.teacher, lambda net: teacher_pass(net, noisy, t, prompt_embeds, rope, self.depths)
-            )
-            gan = generator_loss(within(self.discriminator, lambda net: net(features)))
-            (gan_gradient,) = torch.autograd.grad(gan, leaf)
+            with torch.no_grad():
+                velocity = within(self.teacher, lambda net: net(noisy, t, prompt_embeds, rope))
+        else:
+            noisy, velocity, gan, gan_gradient = self._judged(leaf, t, noise, prompt_embeds, rope)
+            scalars["gan_generator"] = gan
         with torch.no_grad():
-            noisy, velocity = noisy.detach(), positive.detach()
             if self.guidance != 1:
                 null = self.data.null_embeds.to(clip.device).expand_as(prompt_embeds)
                 negative = within(self.teacher, lambda net: net(noisy, t, null, rope))
                 velocity = negative + self.guidance * (velocity - negative)
             by_teacher = noisy - like(t, noisy) * velocity
             by_fake = within(self.fake, lambda net: predict_clip(net, noisy, t, prompt_embeds, rope))
-            vsd = vsd_gradient(leaf.detach(), by_fake, by_teacher, self.normaliser) / len(clip)
-        gradient = vsd + self.gan_weight * gan_gradient
-        scalars = {
+            gradient = vsd_gradient(leaf, by_fake, by_teacher, self.normaliser) / len(clip)
+        scalars |= {
             "score_gap": (by_fake - by_teacher).square().mean(),
-            "teacher_gap": (leaf.detach() - by_teacher).square().mean(),
-            "gan_generator": gan.detach(),
+            "teacher_gap": (leaf - by_teacher).square().mean(),
             # mean sizes of the two gradients, and of the clip's values (about 1 in normalised latents)
-            "vsd_size": vsd.abs().mean() * len(clip),
-            "gan_size": self.gan_weight * gan_gradient.abs().mean() * len(clip),
-            "clip_square": leaf.detach().square().mean(),
+            "vsd_size": gradient.abs().mean() * len(clip),
+            "clip_square": leaf.square().mean(),
         }
+        if gan_gradient is not None:
+            scalars["gan_size"] = self.gan_weight * gan_gradient.abs().mean() * len(clip)
+            gradient = gradient + self.gan_weight * gan_gradient
         return (clip * gradient).sum(), scalars
+
+    def _judged(
+        self, clip: Tensor, t: Tensor, noise: Tensor, prompt_embeds: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The noisy clip, the teacher's velocity there, the generator's part of the GAN and its gradient."""
+        leaf = clip.clone().requires_grad_()
+        with torch.enable_grad():
+            noisy = mix(leaf, noise, t)
+            velocity, features = within(
+                self.teacher, lambda net: teacher_pass(net, noisy, t, prompt_embeds, rope, self.depths)
+            )
+            gan = generator_loss(within(self.discriminator, lambda net: net(features)))
+            (gradient,) = torch.autograd.grad(gan, leaf)
+        return noisy.detach(), velocity.detach(), gan.detach(), gradient
 
     def _critics_turn(
         self, x: Tensor, clip: Tensor, t: Tensor, noise: Tensor, prompt_embeds: Tensor, rope: Rope
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on generated clips, and real against generated ones by the teacher's features."""
-        noisy, noisy_real = mix(clip, noise, t), mix(x, noise, t)
+        noisy = mix(clip, noise, t)
         by_fake = within(self.fake, lambda net: predict_clip(net, noisy, t, prompt_embeds, rope))
         score = (by_fake - clip).square().mean()
+        if self.discriminator is None:
+            return score, {"fake_score": score}
+        noisy_real = mix(x, noise, t)
         with torch.no_grad():
             _, of_fake = within(self.teacher, lambda net: teacher_pass(net, noisy, t, prompt_embeds, rope, self.depths))
             _, of_real = within(

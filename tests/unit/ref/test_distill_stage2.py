@@ -100,6 +100,21 @@ def test_turns_are_four_to_one_and_the_critics_leave_the_generator_alone():
     assert scalars["gan_critic"].item() == pytest.approx(2 * np.log(2), rel=0.1)  # a judge that knows nothing
 
 
+def test_without_a_discriminator_the_gradient_is_that_of_a_gan_without_weight():
+    gradients = []
+    for parts in (networks(), (*networks()[:3], None)):
+        stage = objective(parts, gan_weight=0.0)
+        value, scalars = stage(Draws(3, 4, 4))
+        value.backward()
+        gradients.append([p.grad for p in parts[0].parameters() if p.grad is not None])
+        assert ("gan_size" in scalars) == (parts[3] is not None)
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert [stage.turn(step) for step in range(5)] == [("fake",)] * 4 + [("generator",)]
+    score, scalars = stage(Draws(3, 0, 4))
+    assert set(scalars) == {"fake_score"} and score == scalars["fake_score"]
+
+
 def test_a_generator_like_its_data_and_teacher_like_the_fake_score_has_no_vsd_gradient():
     generator, fixed, _, judge = networks()
     stage = objective((generator, fixed, teacher(), judge), guidance=1.0, gan_weight=0.0, ratio=1)
