@@ -32,7 +32,7 @@ from tmd_ref.student import load_student
 
 BATCH, CAPTIONS = 16, 128
 COMMON = [f"stage1.batch={BATCH}", f"stage2.batch={BATCH}", "machine.log_every=10", "machine.save_every=50",
-          "stage1.guidance=2.5", "stage2.normaliser=x0"]  # fmt: skip
+          "stage1.guidance=2.5", "stage2.normaliser=x0", "stage2.gan_weight=0.03"]  # fmt: skip
 BASELINE = ["student.head_blocks=0"]
 STEPS = ["stage1.steps=150", "stage2.steps=200"]
 WARM_UP = ["stage1.objective=kd", "stage1.steps=100", "stage1.pairs={count: 96, shift: 3, guidance: 3}"]
