@@ -59,7 +59,7 @@ def test_the_documented_commands_for_torchrun_reach_tmd_distill():
     """torchrun takes an abbreviation such as --run for an option of its own, even after the program's name."""
     from torch.distributed.run import get_args_parser
 
-    text = (ROOT / "docs" / "distill.md").read_text() + cli.main.__doc__
+    text = (ROOT / "docs" / "distill.md").read_text() + str(cli.main.__doc__)
     found = re.findall(r"torchrun (--nproc-per-node \d+ -m [^`\n#]*)", text)
     assert len(found) >= 5
     for command in found:
