@@ -62,6 +62,7 @@ class Scene:
         return self.shape, self.color, self.background, self.motion
 
 
+@functools.cache
 def combinations(held_out: bool) -> list[tuple[str, str, str, str]]:
     """All (shape, color, background, motion) of the training set, or of the one in eight held out for testing.
 

@@ -8,7 +8,7 @@
 # doctest-dev (and clang for the fuzzers, which are left out without it); a Python environment with this repository's
 # package, openvino, onnxruntime, pytest and hypothesis. ONNX Runtime's header is fetched where it is not installed; if
 # that fails, a line says so and the engine onnxruntime is left out. FUZZ_SECONDS (default 5) is the time of each
-# fuzzer; with 0 they are built and see their first inputs once. FUZZ_CORPUS (default: in the build folder) is where
+# fuzzer; with 0 they are built and see their first inputs once; TMD_SKIP_FUZZ=1 leaves them out. FUZZ_CORPUS (default: in the build folder) is where
 # what they find is kept, and where they go on from. SANITIZE=1 also runs the tests under ASan with UBSan, and under TSan. TENSORRT_INCLUDE,
 # TENSORRT_RTX_INCLUDE and CUDA_INCLUDE name the headers of TensorRT, of TensorRT for RTX and of CUDA (folders, with ;
 # between several): their engines are then built as well, and tested on stand-ins for NVIDIA's libraries. TMD_SKIP_PYTEST=1 leaves out the comparison with Python, for who runs
@@ -76,7 +76,7 @@ fi
 
 clang=$(command -v clang++ || compgen -c clang++- | sort -V | tail -n 1 || true)
 fuzzer='extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
-if [ -n "$clang" ] && "$clang" -x c++ -fsanitize=fuzzer,address,undefined -o "$build/fuzzer" - <<<"$fuzzer" 2>/dev/null; then
+if [ -z "${TMD_SKIP_FUZZ:-}" ] && [ -n "$clang" ] && "$clang" -x c++ -fsanitize=fuzzer,address,undefined -o "$build/fuzzer" - <<<"$fuzzer" 2>/dev/null; then
   say fuzz
   configure -S "$root/runtime/cpp" -B "$build/fuzz" -DCMAKE_C_COMPILER="${clang/++/}" -DCMAKE_CXX_COMPILER="$clang" \
     -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DTMD_BUILD_FUZZERS=ON -DTMD_OPENVINO=OFF -DTMD_ONNXRUNTIME=OFF -DTMD_TENSORRT=OFF -DTMD_TENSORRT_RTX=OFF \
@@ -102,7 +102,7 @@ if [ -n "$clang" ] && "$clang" -x c++ -fsanitize=fuzzer,address,undefined -o "$b
   done
   for one in "${running[@]}"; do wait "$one"; done
 else
-  say "no clang, or none with libFuzzer (libclang-rt-*-dev): the fuzzers are not built"
+  say "TMD_SKIP_FUZZ is set, or no clang, or none with libFuzzer (libclang-rt-*-dev): the fuzzers are not built"
 fi
 
 if [ -n "${SANITIZE:-}" ]; then

@@ -31,6 +31,9 @@ pytest.importorskip("transformers")
 PROMPT, SEED, SHAPE = "a red circle", 4, (1, 16, 2, 2, 4)  # 5 frames of 32x16
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`nvidia/AnyFlow-Wan2.1-T2V-…-Diffusers` at a small width."""

@@ -86,6 +86,7 @@ def test_a_bundle_that_is_none_and_a_contender_that_fails_are_named(tmp_path):
         contest(["nonsense"], WORK, 1)
 
 
+@pytest.mark.long
 def test_a_shortened_model_keeps_the_share_of_its_flow_head(tmp_path):
     from tmd_bench.random_model import random_model
 

@@ -77,6 +77,7 @@ def expected(bundles: dict[str, Bundle]) -> tuple[dict[str, np.ndarray], dict[st
     return dict(outputs(bundles["fp32"], "onnxruntime", features)), features
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("engine", "precision"), RUNS, ids=map("-".join, RUNS))
 def test_every_precision_is_within_its_gate_on_every_engine(
     bundles: dict[str, Bundle], expected: Any, engine: str, precision: str

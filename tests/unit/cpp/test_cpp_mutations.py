@@ -46,6 +46,7 @@ def plain_facts(data: bytes, manifest: Manifest, name: str) -> list[Any]:
     return [[sorted(side) for side in found.divisors], found.attentions]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("bundle", "name"), GRAPHS, ids=["-".join(which) for which in GRAPHS])
 def test_changed_graphs_get_the_same_verdicts(bundle: str, name: str) -> None:
     document = (BUNDLES / bundle / "manifest.json").read_bytes()

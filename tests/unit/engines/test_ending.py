@@ -59,6 +59,7 @@ def engine_at_work(script: str, folder: Path, *arguments: str) -> Iterator[subpr
         yield process
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "number"),
     [("onnxruntime", SIGINT), ("onnxruntime", SIGTERM), ("openvino", SIGINT), ("openvino", SIGHUP)],

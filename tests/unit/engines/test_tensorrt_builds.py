@@ -136,6 +136,7 @@ def runs(name: str) -> list[Any]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "precision", "form"), [run for name in SIZES for run in runs(name)])
 def test_every_graph_builds_in_every_precision(name: str, precision: str, form: Form) -> None:
     check(name, precision, form)

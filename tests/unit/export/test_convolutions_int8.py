@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.ms_ssim import ms_ssim
+from tmd_engines.onnxruntime.engine import fast_unsigned_products
 from tmd_engines.onnxruntime.lowering import low_precision_to_float32
 from tmd_engines.openvino.engine import compile_properties
 from tmd_export import ExportError
@@ -83,6 +84,8 @@ def quantized_convolution(weight: Tensor, bias: Tensor) -> ir.Model:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_int8_convolution_is_that_of_the_rounded_values(engine: str) -> None:
+    if engine == "openvino" and not fast_unsigned_products():
+        pytest.skip("this CPU has no products of 8 bits, and sums in 16 bits overflow")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHANNELS, CHANNELS, 3, 3, 3, generator=generator) * 0.1
     bias = torch.randn(CHANNELS, generator=generator).bfloat16()

@@ -71,6 +71,7 @@ def test_no_more_than_one_large_weight_is_in_memory(tmp_path: Path) -> None:
     assert source.alive < sum(shape.numel() for shape, _ in weights.specs.values()) / 2
 
 
+@pytest.mark.long
 def test_every_weight_of_the_file_is_the_sources_and_large_ones_begin_on_their_own_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

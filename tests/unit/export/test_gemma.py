@@ -219,6 +219,7 @@ def run(bundle: Bundle, given: dict[str, np.ndarray], engine: str) -> np.ndarray
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("tokens", [1, 5, LENGTH])
 def test_graphs_give_the_features_of_transformers(

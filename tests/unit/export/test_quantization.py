@@ -83,6 +83,7 @@ def operators(part: str) -> list[onnx.NodeProto]:
     return list(onnx.load(quantized().bundle.graph_path(part), load_external_data=False).graph.node)
 
 
+@pytest.mark.long
 def test_every_large_product_is_quantized_and_nothing_else() -> None:
     for part, linears, attentions in (("backbone", LINEARS, ATTENTIONS), ("flow_head", LINEARS + FUSION, 0)):
         nodes = operators(part)

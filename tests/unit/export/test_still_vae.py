@@ -145,6 +145,7 @@ def picture(kind: str, latents: np.ndarray) -> np.ndarray:
     return (found[0].permute(1, 2, 0) * 127.5 + 127.5).round().numpy()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_bundle_with_it_makes_the_pictures_and_latents_of_diffusers(kind: str, bundle: Bundle, engine: str) -> None:
     pytest.importorskip(engine)

@@ -57,6 +57,7 @@ def test_openvino_computes_the_integer_products_too(quantized: ExportResult) -> 
     assert np.linalg.norm(found[0] - found[1]) < 0.02 * np.linalg.norm(found[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("config", [TEXT, CLASSES], ids=["text", "classes"])
 def test_calibration_watches_a_run_and_the_jumps_that_end_one_early(
@@ -109,6 +110,7 @@ def test_large_pictures_are_calibrated_on_small_ones(
     assert latent_size(manifest, family) == size
 
 
+@pytest.mark.long
 def test_the_table_of_classes_is_not_quantized(tmp_path: Any) -> None:
     source = RandomTiM("small", 0, CLASSES)
     bundle = export_bundle(source, tmp_path / "b", PARTS, precision="int8", keep_layers=False).bundle

@@ -74,6 +74,7 @@ def test_no_operation_of_it_is_fused_or_folded() -> None:
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
 
 
+@pytest.mark.long
 def test_it_stands_beside_every_flow_head_and_no_other_graph(tmp_path: Path) -> None:
     result = export_bundle(
         open_source("tim-tiny", random_seed=0), tmp_path / "stills", ("flow_head",), precision="bf16", verify=False

@@ -252,6 +252,7 @@ def test_stage1_trains_backbone_and_head_alike():
     assert student.head.fusion.gate.grad.abs().sum() > 0
 
 
+@pytest.mark.long
 def test_stage1_learns_a_single_clip():
     """With one clip and no guidance the head's target is x1 - x for a known x: the loss must fall."""
     data = Data()

@@ -51,7 +51,7 @@ def test_a_model_that_does_not_say_which_words_it_knows_gets_no_note() -> None:
 def test_every_caption_of_the_training_is_known() -> None:
     rng = np.random.default_rng(0)
     ways = (caption, typed_caption)
-    captions = [ways[k % 2](sample_scene(rng, held_out=bool(k % 3)), rng) for k in range(20_000)]
+    captions = [ways[k % 2](sample_scene(rng, held_out=bool(k % 3)), rng) for k in range(6_000)]
     draws = DrawsInfo(**{**_draws(still=False), "words": tuple(vocabulary())})
     assert not [text for text in captions if unknown_words(text, draws)]
     said = {word for text in captions for word in text.replace(",", "").replace(".", "").split()}
