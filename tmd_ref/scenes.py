@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import numpy as np
 
@@ -30,7 +31,7 @@ MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "spinning", "b
 SIZES = {"small": 0.16, "medium": 0.185, "large": 0.21}  # radius / picture height; plain captions leave "medium" out
 SPEEDS = {"slow": 0.6, "normal": 1.0, "fast": 1.5}  # and "normal"
 
-_OFTENER = {"spinning": 2.0, "star": 1.5}  # how much oftener than others these are trained on
+_OFTENER = (({"spinning"}, 5.0), ({"star"}, 1.5), ({"green", "gray"}, 3.0))  # than others are these trained on
 
 _STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # A shape as (fold symmetry n, tip radius, inner vertex radius) in units of the scene's radius. One edge, from the tip
@@ -98,9 +99,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 @functools.cache
 def _chances() -> np.ndarray:
     """How often each of `combinations(held_out=False)` is trained on."""
-    weights = [
-        _OFTENER.get(motion, 1.0) * _OFTENER.get(shape, 1.0) for shape, _, _, motion in combinations(held_out=False)
-    ]
+    weights = [prod(n for hard, n in _OFTENER if hard <= {*attributes}) for attributes in combinations(held_out=False)]
     return np.array(weights) / sum(weights)
 
 
