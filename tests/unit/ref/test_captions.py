@@ -49,11 +49,12 @@ def test_training_draws_plain_and_typed_captions_of_scenes_that_exist() -> None:
 
 def test_hard_scenes_come_oftener_in_training_and_not_when_held_out() -> None:
     rng = np.random.default_rng(3)
-    shares = {
-        held_out: np.mean([sample_scene(rng, held_out).motion == "spinning" for _ in range(3000)])
-        for held_out in (False, True)
-    }
-    assert shares[False] > 0.15 > shares[True] > 0.05
+    for hard in ({"spinning"}, {"star"}, {"green", "gray"}):
+        trained, held_out = (
+            np.mean([hard <= {*sample_scene(rng, held_out).combination} for _ in range(3000)])
+            for held_out in (False, True)
+        )
+        assert trained > 1.3 * held_out > 0, hard
 
 
 def test_the_prompts_written_by_hand_are_a_hundred_that_cover_every_value() -> None:
