@@ -21,6 +21,7 @@ PROGRAMS = {
     "tmd-serve": "tmd_serve.start",
 }
 
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which each program is a file on the PATH, as pip leaves it."""
