@@ -57,6 +57,7 @@ def decoder(file: Path) -> WanVAE:
     return vae
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_new_family_goes_from_the_exporter_to_frames(
     registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -69,6 +69,7 @@ def frame_by_frame(bundle: Bundle, latents: torch.Tensor) -> tuple[np.ndarray, n
     return np.concatenate(frames), np.concatenate(values)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("write", [lightvae, taehv])
 @torch.no_grad()
 def test_a_decoder_from_a_file_equals_its_authors_decoding(write: Callable, tmp_path: Path) -> None:

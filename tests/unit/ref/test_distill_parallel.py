@@ -23,6 +23,7 @@ def curve(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_two_processes_give_the_curve_of_one_and_go_on_from_its_checkpoint(tmp_path):
     """Stage 1, sharded and whole, and a Transition Model from the start; stage 2 from a checkpoint of one process."""
     distill_worker.main(tmp_path / "one")
