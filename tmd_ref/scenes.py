@@ -31,7 +31,8 @@ MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "spinning", "b
 SIZES = {"small": 0.16, "medium": 0.185, "large": 0.21}  # radius / picture height; plain captions leave "medium" out
 SPEEDS = {"slow": 0.6, "normal": 1.0, "fast": 1.5}  # and "normal"
 
-_OFTENER = (({"spinning"}, 5.0), ({"star"}, 1.5), ({"green", "gray"}, 3.0))  # than others are these trained on
+# what is hard to learn, and how much oftener than others it is trained on
+_OFTENER = (({"spinning"}, 5.0), ({"star"}, 1.5), ({"green", "gray"}, 3.0))
 
 _STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # A shape as (fold symmetry n, tip radius, inner vertex radius) in units of the scene's radius. One edge, from the tip

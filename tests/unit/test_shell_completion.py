@@ -173,7 +173,7 @@ def test_completion_loads_nothing_heavy(program: str, programs: dict[str, str], 
     assert done.returncode == 0 and "plain,--help" in done.stdout, done.stderr
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "onnx", "onnxruntime", "openvino", "tensorrt", "av", "numpy"}
-    assert len(done.stderr.splitlines()) < 1000  # modules, of which a person waits for every one
+    assert len(done.stderr.splitlines()) < 500  # modules, of which a person waits for every one
 
 
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
