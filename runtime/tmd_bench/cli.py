@@ -45,6 +45,15 @@ def _rivals(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     return names
 
 
+def _precisions(_: click.Context, __: click.Parameter, value: str) -> str:
+    """The list of tmd-export. Its names of parts are left to the export, which knows what the model has."""
+    for item in filter(None, (item.strip() for item in value.split(","))):
+        name = item.rpartition("=")[2].strip()
+        if name not in PRECISIONS:
+            raise click.BadParameter(f"there is no precision {name!r}: choose among {', '.join(PRECISIONS)}.")
+    return value
+
+
 _GROUPS = {
     "What is measured": ("bundle", "size", "frames", "steps", "inner_steps"),
     "A bundle to export first": (
@@ -68,8 +77,9 @@ Every contender has its own process; they are loaded one after the other, run
 once (cold), and then in turn (--rounds). Only the stages that the bundle has
 graphs for are run, by every contender. diffusers and stable-diffusion.cpp have
 no flow head: their figure for the loop is the time of full passes, scaled to
-the same number of evaluations. Beside a bundle in int8, fp8 or nvfp4, rivals in
-torch compute in bf16, and stable-diffusion.cpp in q8_0; it computes bf16 in f16.
+the same number of evaluations. Rivals compute all stages in the precision of the
+loop: beside int8, fp8 or nvfp4 those in torch in bf16, and stable-diffusion.cpp in
+q8_0; it computes bf16 in f16.
 cpu is what the loop (or a stage that is measured alone) took of the processor,
 on all threads together: on a shared machine fairer than the time by the clock.
 The limit is one large float32 matrix product of numpy with as many threads.
@@ -123,7 +133,15 @@ Examples:
 @click.option("--steps", type=Whole(1), metavar="M", help="Outer steps.  [default: the bundle's]")
 @click.option("--inner-steps", type=Whole(1), metavar="N", help="Flow-head passes per step.  [default: the bundle's]")
 @click.option("--engine", type=click.Choice(engine_names()), default="auto", show_default=True, help="Ours.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of --model.")
+@click.option(
+    "--precision",
+    callback=_precisions,
+    shell_complete=offered_list(*PRECISIONS),
+    default="fp32",
+    show_default=True,
+    metavar="P|PART=P,...",
+    help="Of --model, as in tmd-export.",
+)
 @click.option("--text-encoder-weights", type=click.Choice(("int8",)), help="Of --model, as in tmd-export.")
 @click.option("--threads", type=Whole(1, 1024), default=1, show_default=True, metavar="T", help="CPU threads.")
 @click.option("--rounds", type=Whole(1, 1000), default=5, show_default=True, metavar="R", help="Warm runs of each.")

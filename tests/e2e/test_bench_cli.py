@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from time import sleep
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file
 
 import tmd_runtime
-from tmd_bench.cli import MODELS
+from benchmarks.contest import PLAN
+from tmd_bench.cli import MODELS, command
 from tmd_bench.contest import BenchError, contest
 from tmd_bench.ours import BundleRun
 from tmd_bench.published import write
@@ -27,6 +29,7 @@ from tmd_engines import Bundle
 from tmd_engines.cost.sizing import estimate
 from tmd_export import RandomSource
 from tmd_export.families import models
+from tmd_export.parts import parse_precision
 from tmd_export.sources.source import built_in_folder
 from tmd_ref.samplers import effective_nfe, tmd_sample
 from tmd_ref.student import load_student
@@ -69,6 +72,7 @@ def test_a_bundle_is_measured_stage_by_stage_beside_another_engine(tmp_path):
         (("--checkpoint", "x"), "name the model"),
         (("--model", "wan1.3b", "--blocks", "6"), "give --model and --random-weights too"),
         (("--compare", "numpy"), "choose some of torch"),
+        (("--model", "tiny", "--precision", "bf16,decoder=fp33"), "there is no precision 'fp33': choose among fp32"),
         (("--bundle", str(BUILT_IN), "--compare", "torch"), "give --model"),
         (("--size", "10x10"), "16"),
     ],
@@ -77,6 +81,12 @@ def test_bad_usage_is_one_sentence(arguments, said):
     done = bench(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("line", PLAN, ids=lambda line: line.name)
+def test_the_contest_asks_for_what_tmd_bench_takes(line):
+    command.make_context("tmd-bench", ["--model", "wan1.3b", "--random-weights", "0", *line.export()])
+    parse_precision(dict(pairwise(line.export())).get("--precision", "fp32"))
 
 
 def test_a_bundle_that_is_none_and_a_contender_that_fails_are_named(tmp_path):
