@@ -24,7 +24,7 @@ from ..bundle.files import file_size, open_regular, read_up_to
 from ..cache_folder import distrust
 from ..errors import BundleError, quote
 
-MAX_ENTRY_BYTES = 256 << 20  # larger graphs compile about as fast as their entry is read, checked and unpacked
+MAX_ENTRY_BYTES = 256 << 20  # engines keep graphs of up to 64 MiB, which grow when they are compiled
 MAX_FOLDER_BYTES = 1 << 30
 _MAX_LINE = 1 << 16
 _NEW = ".new-"

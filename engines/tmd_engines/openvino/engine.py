@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from tempfile import gettempdir
 from threading import Lock, get_ident
@@ -29,7 +30,7 @@ from ..device.buffers import check_buffers, check_cpu_graph, empty_array
 from ..device.cpu import SMALL_BYTES, cpu_key, describe_cpu
 from ..device.numbers import decimal_point
 from ..device.paths import utf8_name
-from ..device.plan_cache import MAX_ENTRY_BYTES, PlanCache
+from ..device.plan_cache import PlanCache
 from ..device.resident_pages import Range, dropping, mapped_ranges
 from ..device.running import RUNNING
 from ..engine import Engine
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from ..bundle.sections import GraphInfo, TensorSpec
 
 Shapes = tuple[tuple[int, ...], ...]
+
+KEPT_BYTES = 64 << 20  # of a graph and its weights; a larger one compiles as fast as it is read back
+REMARKED_BYTES = 256 << 20  # what takes seconds to compile
+CHECKED_BYTES = 64 << 20  # of the inputs with which a compiled graph is checked, which runs it twice
 
 # precision -> features of a CPU, any of which makes this engine the fastest
 _FASTER_WITH = {
@@ -119,15 +124,14 @@ class OpenVinoEngine(Engine):
         text = bundle.manifest.text
         self._longest = text.max_length if text.tokenization == "plain" else None
         self._key = _base_key(openvino, [file.sha256 for file in files], self._properties)
-        # Beside the weights in their file, an entry holds a second copy of them.
         size = sum(file.size for file in files)
-        small = size <= MAX_ENTRY_BYTES
-        if not small:
+        if size > REMARKED_BYTES:
             self.remark = (
                 f"OpenVINO compiles {graph} anew in every process: it has {format_size(size)}, and compiled graphs of "
-                f"at most {format_size(MAX_ENTRY_BYTES)} are kept. Several prompts in one run are compiled for once."
+                f"at most {format_size(KEPT_BYTES)} are kept. Several prompts in one run are compiled for once."
             )
-        self._plans = PlanCache(cache_folder() if small else None)
+        # Beside the weights in their file, an entry holds a second copy of them.
+        self._plans = PlanCache(cache_folder() if size <= KEPT_BYTES else None)
         self._compiled: weakref.WeakValueDictionary[Shapes, Any] = weakref.WeakValueDictionary()
         self._latest: Any = None
         self._binding = Lock()
@@ -179,11 +183,14 @@ class OpenVinoEngine(Engine):
         """The graph that was `read` for these shapes, from the cache if it is there; `sizes` are without open lengths.
 
         A graph for any length is not kept: the check of a plan is one of a single length, and at 1 a rotary embedding
-        that is lost does not show.
+        that is lost does not show. One with large inputs is not kept either, as the check would take longer.
         """
         key = {**self._key, "shapes": str(shapes)}
-        fixed = shapes == sizes
-        plan = self._plans.load(key) if fixed else None
+        given = sum(
+            prod(shape) * np.dtype(spec.dtype).itemsize for spec, shape in zip(self.inputs.values(), sizes, strict=True)
+        )
+        kept = shapes == sizes and given <= CHECKED_BYTES
+        plan = self._plans.load(key) if kept else None
         if plan:
             try:
                 return _core().import_model(plan, "CPU", self._properties)
@@ -197,7 +204,7 @@ class OpenVinoEngine(Engine):
             compiled = _core().compile_model(model, "CPU", self._properties)
         except Exception as error:
             self._fail("cannot compile", sizes, error)
-        if plan is None and fixed and self._plans.usable and self._bundle.data_is_as_stated(self.graph):
+        if plan is None and kept and self._plans.usable and self._bundle.data_is_as_stated(self.graph):
             self._plans.store(key, self._checked_plan(compiled, sizes))
         return compiled
 

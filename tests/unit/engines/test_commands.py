@@ -90,7 +90,8 @@ def test_a_graph_that_is_compiled_anew_each_time_is_mentioned(monkeypatch: pytes
     import tmd_runtime
     from tmd_engines.openvino import engine
 
-    monkeypatch.setattr(engine, "MAX_ENTRY_BYTES", 10_000)
+    for limit in ("KEPT_BYTES", "REMARKED_BYTES"):
+        monkeypatch.setattr(engine, limit, 10_000)
     with tmd_runtime.load(engine="openvino") as pipeline:
         first = pipeline("x", frames=1, size=(32, 32), seed=1)
         again = pipeline("x", frames=1, size=(32, 32), seed=1)

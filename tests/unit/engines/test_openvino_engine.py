@@ -214,6 +214,15 @@ def test_plan_that_computes_something_else_is_never_used(
     assert done.count("compile_model") == 1 and "import_model" not in done
 
 
+@pytest.mark.parametrize("limit", ["KEPT_BYTES", "CHECKED_BYTES"])
+def test_what_is_large_is_neither_checked_nor_kept(
+    bundle: Bundle, cache: Path, done: list[str], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(openvino_engine, limit, 100)
+    run(bundle, "decoder_step")
+    assert not list(cache.glob("*.plan")) and "import_model" not in done
+
+
 @pytest.mark.parametrize(
     "damage",
     [
