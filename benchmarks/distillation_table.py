@@ -2,12 +2,12 @@
 
     python -m benchmarks.distillation_table --inputs runs/tiny --run runs/table                 # all rows, seed 1
     python -m benchmarks.distillation_table --inputs runs/tiny --run runs/table --budget 8 --seed 2 --row tmd-2
-    python -m benchmarks.distillation_table --run runs/table --plots docs                       # tables, plot again
+    python -m benchmarks.distillation_table --run runs/table --docs docs                        # tables, plot again
 
 `--inputs`: the folder of a run of `tmd-distill tiny`, with data, teacher, VAE and text encoder. A row is trained by the
 stages of `tmd-distill` for as many steps as its budget of arithmetic allows (`UNIT` times `--budget`: matrix products
 and convolutions, forward and backward, counted by torch), and measured on held-out captions. What is finished is kept,
-so that an interrupted run goes on where it was, and several processes can share a folder. `--plots` needs matplotlib.
+so that an interrupted run goes on where it was, and several processes can share a folder. `--docs` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ UNIT = 10e12
 """FLOPs of `--budget 1`: about four minutes of one core of an AMD EPYC (Zen 4)."""
 CAPTIONS = 256
 COMMON = ["stage1.batch=16", "machine.log_every=10", "machine.save_every=100"]
+COMMON += ["stage2.generator.lr=4e-4", "stage2.fake.lr=8e-4"]  # the best of four for both methods, on a seed apart
 BASELINE = ["student.head_blocks=0"]
 COLUMNS = ("shape", "color", "background", "motion", "all", "frechet", "diversity")
 
@@ -153,31 +154,37 @@ def measure(row: Row | None, folder: Path, inputs: Path, *more: str) -> None:
                   frames=config.data.frames, size=config.data.size)  # fmt: skip
 
 
-Found = dict[str, dict[str, list[dict[str, Any]]]]
+Found = dict[str, dict[str, dict[str, dict[str, Any]]]]
+KEPT = "distillation.json"
 
 
-def collect(run: Path) -> Found:
-    """{budget: {row: [what each seed reached and took]}} of all that is finished; the teacher is in budget "0"."""
-    found: Found = defaultdict(lambda: defaultdict(list))
+def collect(run: Path, docs: Path | None) -> Found:
+    """{budget: {row: {seed: what it reached and took}}} of all that is finished, here and in what `docs` keeps; the
+    teacher is in budget "0"."""
+    found: Found = defaultdict(lambda: defaultdict(dict))
+    if docs and (docs / KEPT).exists():
+        for budget, rows in json.loads((docs / KEPT).read_text()).items():
+            for name, seeds in rows.items():
+                found[budget][name] |= seeds
     for path in sorted(run.glob("*x/*/*/evaluation.json")):
         cost = json.loads((path.parent / "cost.json").read_text())
         values = json.loads(path.read_text())["rows"]["row"]
-        budget, row = path.parts[-4].removesuffix("x"), path.parts[-2]
-        found[budget][row].append({**values, "minutes": sum(cost["seconds"].values()) / 60})
+        budget, seed, row = path.parts[-4].removesuffix("x"), path.parts[-3], path.parts[-2]
+        found[budget][row][seed] = {**values, "minutes": sum(cost["seconds"].values()) / 60}
     for path in run.glob("teacher/evaluation.json"):
         rows = json.loads(path.read_text())["rows"]
-        found["0"] = {name: [{**rows[name], "minutes": 0.0}] for name in ("autoencoder", "teacher")}
+        found["0"] = {name: {"": {**rows[name], "minutes": 0.0}} for name in ("autoencoder", "teacher")}
     return found
 
 
-def report(rows: dict[str, list[dict[str, Any]]]) -> None:
+def report(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
     """One table: mean and standard deviation over the seeds."""
     click.echo("| | seeds | CPU minutes | NFE | " + " | ".join(COLUMNS) + " |")
     click.echo("|---" * (4 + len(COLUMNS)) + "|")
     names = {"autoencoder": "rendered clips through the VAE", "teacher": "teacher, 50 x 2"}
     names |= {key: row.name for key, row in ROWS.items()}
-    for key, seeds in rows.items():
-        cells = []
+    for key in sorted(rows, key=lambda key: list(names).index(key) if key in names else len(names)):
+        seeds, cells = [*rows[key].values()], []
         for column in COLUMNS:
             values = np.array([seed[column] for seed in seeds if column in seed])
             scale, digits, unit = (1, 2, "") if column in ("frechet", "diversity") else (100, 1, " %")
@@ -200,14 +207,14 @@ def plot(found: Found, folder: Path) -> None:
         scale = 100 if column == "all" else 1
         for budget, style in zip(sorted(set(found) - {"0"}, key=float), ("--", "-", ":"), strict=False):
             for (name, keys), color in zip(curves.items(), ("C0", "C1"), strict=True):
-                seeds = [found[budget][key] for key in keys if found[budget][key]]
+                seeds = [[*found[budget][key].values()] for key in keys if found[budget][key]]
                 values = [[scale * seed[column] for seed in row] for row in seeds]
                 axis.errorbar([row[0]["nfe"] for row in seeds], [np.mean(v) for v in values],
                               [np.std(v) for v in values], c=color, ls=style, marker="o", capsize=3,
                               label=f"{name}, budget {budget}")  # fmt: skip
         for name, style in (("teacher", "-."), ("autoencoder", ":")):
             if name in found["0"]:
-                axis.axhline(scale * found["0"][name][0][column], ls=style, c="gray", lw=1, label=name)
+                axis.axhline(scale * found["0"][name][""][column], ls=style, c="gray", lw=1, label=name)
         axis.set(xlabel="NFE", title=title)
     axes[0].legend(fontsize=8)
     figure.savefig(folder / "distillation.png", dpi=90)
@@ -221,10 +228,10 @@ def plot(found: Found, folder: Path) -> None:
 @click.option("--row", "chosen", multiple=True, type=click.Choice([*ROWS]), default=COMPARED, help="Default: six rows.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A trial: goes into the row's name.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--plots", type=click.Path(path_type=Path, exists=True), help="Folder for distillation.png.")
+@click.option("--docs", type=click.Path(path_type=Path, exists=True), help="Folder of distillation.json and .png.")
 def main(
     inputs: Path | None, run: Path, budget: float, seeds: tuple[int, ...], chosen: tuple[str, ...],
-    settings: tuple[str, ...], threads: int, plots: Path | None,
+    settings: tuple[str, ...], threads: int, docs: Path | None,
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
     if inputs:
@@ -234,12 +241,14 @@ def main(
                 folder = run / f"{budget:g}x" / str(seed) / " ".join((key, *settings))
                 train(ROWS[key], folder, inputs, seed, budget, *settings)
                 measure(ROWS[key], folder, inputs, *settings)
-    found = collect(run)
+    found = collect(run, docs)
     for name, rows in found.items():
         click.echo(f"\nbudget {name}\n")
         report(rows)
-    if plots:
-        plot(found, plots)
+    if docs:
+        kept = {budget: {key: rows[key] for key in rows if " " not in key} for budget, rows in found.items()}
+        (docs / KEPT).write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")  # without trials
+        plot(found, docs)
 
 
 if __name__ == "__main__":
