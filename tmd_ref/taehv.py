@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmd_ref.ops import at_least_float32, cast_for
+from tmd_ref.ops import at_least_float32, cast_for, passed_on
 from tmd_ref.vae import Nearest2x
 from tmd_ref.vae22 import from_patches
 
@@ -139,7 +139,7 @@ class TAEHV(nn.Module):
             place = _place(stage)
             for k in range(BLOCKS):
                 before = torch.zeros_like(x[:, :1]) if caches is None else next(past).transpose(1, 2)
-                kept.append(at_least_float32(x[:, -1:].transpose(1, 2)))
+                kept.append(passed_on(x[:, -1:].transpose(1, 2)))
                 x = self.decoder[str(place + k)](x, before)
             # Of the first latent frame only the last picture counts (the published code drops the others, so that
             # 1 + k latents make 1 + 4k pictures), and from here on pictures do not see each other.

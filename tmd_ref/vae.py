@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmd_ref.ops import at_least_float32, attention, cast_for
+from tmd_ref.ops import at_least_float32, attention, cast_for, passed_on
 from tmd_ref.vae22 import WAN22_MEAN, WAN22_STD, AverageDown, RepeatUp, from_patches, to_patches
 
 _WAN_MEAN = (
@@ -389,7 +389,7 @@ class WanVAE(nn.Module):
     def _decode_chunk(self, latents: Tensor, caches: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         history = History(caches)
         video = self.decoder(self._unpack(latents), history)
-        return video, [at_least_float32(cache) for cache in history.kept]
+        return video, [passed_on(cache) for cache in history.kept]
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """conv2(denormalise(latents)) as one convolution: W(std·z + mean) + b = (W·std)z + (W·mean + b), exactly.

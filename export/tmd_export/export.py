@@ -71,13 +71,13 @@ def export_bundle(
     """Writes the bundle `out` with the graphs `parts` (None: all that the source is good for), complete or not at all.
 
     `precision` is that of the large products, for all graphs or by graph: see `parts.parse_precision`. Inputs and
-    outputs are float32 in any case, and so is what would feel the rounding. `text_encoder_weights="int8"`: those of the
-    text encoder in a quarter of float32's size, and its arithmetic in fp32. `preset`, one of `families.presets()`, says
-    how the model is sampled (None: as the source says, or as its family usually is), `grid` one of `families.GRIDS`
-    (None: the model's own times). `calibration` is for int8, fp8 and nvfp4: one of the same checkpoint, prompts to make
-    one with, or None for built-in prompts; `keep_layers=False` spares the measurement of their layers, and quantizes
-    all. `verify=False` skips the comparison with the reference, and the manifest then says that nothing was measured.
-    `report` hears of progress.
+    outputs are float32 in any case, but for a decoder's caches, and so is what would feel the rounding.
+    `text_encoder_weights="int8"`: those of the text encoder in a quarter of float32's size, and its arithmetic in fp32.
+    `preset`, one of `families.presets()`, says how the model is sampled (None: as the source says, or as its family
+    usually is), `grid` one of `families.GRIDS` (None: the model's own times). `calibration` is for int8, fp8 and nvfp4:
+    one of the same checkpoint, prompts to make one with, or None for built-in prompts; `keep_layers=False` spares the
+    measurement of their layers, and quantizes all. `verify=False` skips the comparison with the reference, and the
+    manifest then says that nothing was measured. `report` hears of progress.
 
     Weights pass through one at a time: the memory that this takes does not grow with the model.
 

@@ -60,7 +60,8 @@ def parse_precision(text: str) -> dict[str, str]:
     A precision alone is for all parts that are not named; "decoder" names both decoders, "backbone" and "flow_head"
     those of both transformers. Without one, those parts stay fp32. Residual sums of UMT5 leave float16's range: "fp16"
     alone gives the text encoder bf16. "int8", "fp8" and "nvfp4" alone give bf16 to all but the denoiser; decoders are
-    int8 only where they are named. The encoder, which runs once, is fp32 unless it is named. Raises ValueError.
+    int8 only where they are named. The encoder, which runs once, is fp32 unless it is named. Both decoders are fp32 or
+    neither is. Raises ValueError.
     """
     default, named = "fp32", dict[str, str]()
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -85,4 +86,11 @@ def parse_precision(text: str) -> dict[str, str]:
         chosen |= {name: "bf16" for name in _ORDER if MODEL_OF[name] not in _DENOISERS}
     if default == "fp16":
         chosen["text_encoder"] = "bf16"
-    return chosen | named
+    chosen |= named
+    first, step = chosen["decoder_first"], chosen["decoder_step"]
+    if "fp32" in (first, step) and first != step:
+        raise ValueError(
+            f"decoder_first is {first} and decoder_step {step}, and caches go from one to the other, in 16 bits unless "
+            "both are fp32: choose one precision for both, as in decoder=bf16."
+        )
+    return chosen

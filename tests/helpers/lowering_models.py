@@ -59,6 +59,27 @@ def low_precision_model(low: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
+def cached_model(low: int) -> onnx.ModelProto:
+    """A graph that keeps a cache in float16: the rows of the cache and of x (float32) are doubled in `low`. They are
+    the next cache, and y (float32) is read from it."""
+    half = TensorProto.FLOAT16
+    before = [] if low == half else [helper.make_node("Cast", ["cache"], ["kept"], to=low)]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x.low"], to=low),
+        *before,
+        helper.make_node("Concat", ["kept" if before else "cache", "x.low"], ["joined"], axis=0),
+        helper.make_node("Add", ["joined", "joined"], ["cache_next" if low == half else "doubled"]),
+        *([] if low == half else [helper.make_node("Cast", ["doubled"], ["cache_next"], to=half)]),
+        helper.make_node("Cast", ["cache_next"], ["y"], to=TensorProto.FLOAT),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
+    cache = helper.make_tensor_value_info("cache", half, ["m", 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["k", 8])
+    cache_next = helper.make_tensor_value_info("cache_next", half, ["k", 8])
+    graph = helper.make_graph(nodes, "g", [x, cache], [y, cache_next])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
 def low_products(*readers: str, rows: int = 600) -> onnx.ModelProto:
     """A weight in bfloat16, `[rows, 600]` without values, that nodes of these kinds read."""
     nodes = [helper.make_node("Cast", ["x"], ["low"], to=TensorProto.BFLOAT16)]

@@ -24,7 +24,8 @@ _MEASURES = frozenset(("Shape", "Size", "QuantizeLinear"))  # results of a type 
 
 
 def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, where: str = "The graph") -> int:
-    """Makes every float16 and bfloat16 tensor between the inputs and outputs of the graph a float32 one.
+    """Makes every float16 and bfloat16 tensor between the inputs and outputs of the graph a float32 one; those of the
+    two types that it takes or gives are converted where they come in and go out.
 
     ONNX Runtime's CPU provider has no bfloat16 arithmetic, and computes float16 by converting there and back around
     every operator. The weights stay as they are in the data file, each with a `Cast` to float32 behind it, which ONNX
@@ -51,6 +52,12 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, whe
             renamed[weight.name] = f"{weight.name}.upcast"
             cast(weight.name, renamed[weight.name], TensorProto.FLOAT)
     weights = len(nodes)
+    for value in model.graph.input:
+        if (given := value.type.tensor_type.elem_type) in low:
+            types[value.name] = given
+            renamed[value.name] = f"{value.name}.upcast"
+            cast(value.name, renamed[value.name], TensorProto.FLOAT)
+    passed = {value.name: kind for value in model.graph.output if (kind := value.type.tensor_type.elem_type) in low}
     for node in model.graph.node:
         if node.op_type == "Cast":
             target = _cast_target(node, where)
@@ -68,10 +75,14 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, whe
         for index, name in enumerate(node.output):
             if name and to in low:
                 types[name] = to
+                wide = node.output[index] = f"{name}.wide" if name in passed else name
                 if rounding and rounds:
                     node.output[index] = f"{name}.exact"
                     cast(f"{name}.exact", f"{name}.rounded", to)
-                    cast(f"{name}.rounded", name, TensorProto.FLOAT)
+                    cast(f"{name}.rounded", wide, TensorProto.FLOAT)
+                if name in passed:
+                    renamed[name] = wide
+                    cast(wide, name, passed[name])
     if types:
         nodes = [copy.deepcopy(node) for node in nodes]  # they belong to the list that is emptied next
         del model.graph.node[:], model.graph.value_info[:]

@@ -11,6 +11,7 @@ from torch import nn
 from tmd_engines.bundle.families import FAMILIES as ENGINE_FAMILIES
 from tmd_engines.bundle.manifest import LatentInfo, Manifest, TextInfo
 
+from ..graphs.autoencoder import with_caches
 from ..graphs.graph import Graph, Interface
 from ..graphs.update import update
 from ..parts import MODEL_OF, UPDATE
@@ -37,6 +38,7 @@ def build(source: Source, part: str, precision: str = "fp32", blocks: int | None
         shorten(graph.module, blocks)
     found = {name: names[id(weight)] for name, weight in graph.module.named_parameters()}
     lower(graph.module, precision, family.exact)
+    graph = with_caches(graph)
     return graph, Weights(source, which, found, graph.module)
 
 

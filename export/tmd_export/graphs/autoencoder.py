@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,11 @@ VideoDecoder = WanVAE | TAEHV
 
 
 class DecoderFirst(nn.Module):
-    """Normalised latents of the first latent frame to one picture and the caches."""
+    """Normalised latents of the first latent frame to the caches and one picture.
+
+    Engines compute outputs in turn. With the picture in front OpenVINO keeps the input of every convolution until it is
+    done, to take the caches out of them then.
+    """
 
     def __init__(self, vae: VideoDecoder) -> None:
         super().__init__()
@@ -24,11 +30,11 @@ class DecoderFirst(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
         video, caches = self.vae.decode_first(latents)
-        return (*to_frames(video), *caches)
+        return (*caches, *to_frames(video))
 
 
 class DecoderStep(nn.Module):
-    """Normalised latents of a later latent frame and the caches to its pictures and the next caches."""
+    """Normalised latents of a later latent frame and the caches to the next caches and its pictures."""
 
     def __init__(self, vae: VideoDecoder) -> None:
         super().__init__()
@@ -36,7 +42,7 @@ class DecoderStep(nn.Module):
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         video, caches_next = self.vae.decode_step(latents, caches)
-        return (*to_frames(video), *caches_next)
+        return (*caches_next, *to_frames(video))
 
 
 class StillDecoder(nn.Module):
@@ -77,23 +83,30 @@ def encoder(vae: WanVAE | StillVAE, interface: Interface) -> Graph:
 
 
 def decoder_first(vae: VideoDecoder | StillVAE, interface: Interface) -> Graph:
-    inputs, outputs = interface.of("decoder_first")
-    if isinstance(vae, StillVAE):
-        return Graph("decoder_first", StillDecoder(vae), inputs, outputs)
-    written = (spec(f"cache_{number:02d}", shape) for number, shape in enumerate(_caches(vae, later=False)))
-    return Graph("decoder_first", DecoderFirst(vae), inputs, (*outputs, *written))
+    module = StillDecoder(vae) if isinstance(vae, StillVAE) else DecoderFirst(vae)
+    return Graph("decoder_first", module, *interface.of("decoder_first"))
 
 
 def decoder_step(vae: VideoDecoder, interface: Interface) -> Graph:
-    inputs, outputs = interface.of("decoder_step")
-    shapes = list(enumerate(_caches(vae, later=True)))
-    read = (spec(f"cache_{number:02d}", shape) for number, shape in shapes)
-    written = (spec(f"cache_{number:02d}_next", shape) for number, shape in shapes)
-    return Graph("decoder_step", DecoderStep(vae), (*inputs, *read), (*outputs, *written))
+    return Graph("decoder_step", DecoderStep(vae), *interface.of("decoder_step"))
 
 
-def _caches(vae: VideoDecoder, later: bool) -> list[Shape]:
-    """Shapes of the caches that the first latent frame gives, or a `later` one.
+def with_caches(graph: Graph) -> Graph:
+    """`graph` with the caches that its module, in the precision that it has now, reads and writes. Only decoders of
+    videos have some."""
+    if isinstance(graph.module, DecoderFirst):
+        written = (spec(f"cache_{number:02d}", *kind) for number, kind in enumerate(_caches(graph.module.vae, False)))
+        return replace(graph, outputs=(*written, *graph.outputs))
+    if isinstance(graph.module, DecoderStep):
+        kinds = list(enumerate(_caches(graph.module.vae, later=True)))
+        read = (spec(f"cache_{number:02d}", *kind) for number, kind in kinds)
+        written = (spec(f"cache_{number:02d}_next", *kind) for number, kind in kinds)
+        return replace(graph, inputs=(*graph.inputs, *read), outputs=(*written, *graph.outputs))
+    return graph
+
+
+def _caches(vae: VideoDecoder, later: bool) -> list[tuple[Shape, str]]:
+    """Shapes and types of the caches that the first latent frame gives, or a `later` one.
 
     They come from a run of the decoder itself: with latents of one pixel, its sizes are the factors.
     """
@@ -102,9 +115,10 @@ def _caches(vae: VideoDecoder, later: bool) -> list[Shape]:
         _, caches = vae.decode_first(pixel)
         if later:
             _, caches = vae.decode_step(pixel, caches)
+    sides = ((cache, _times(cache.shape[3], "height"), _times(cache.shape[4], "width")) for cache in caches)
     return [
-        ("batch", cache.shape[1], cache.shape[2], _times(cache.shape[3], "height"), _times(cache.shape[4], "width"))
-        for cache in caches
+        (("batch", cache.shape[1], cache.shape[2], height, width), str(cache.dtype).removeprefix("torch."))
+        for cache, height, width in sides
     ]
 
 

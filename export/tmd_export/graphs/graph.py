@@ -71,7 +71,7 @@ class Graph:
             elif spec.dtype == "uint8":
                 given[spec.name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             else:
-                given[spec.name] = torch.randn(shape, generator=generator)
+                given[spec.name] = torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
         return given
 
 

@@ -95,7 +95,7 @@ class DecoderQuantizer:
                 results = module["decoder_first"](*given.values())
                 if part == "decoder_step":
                     caches = (spec.name for spec in info.inputs if spec.name.startswith("cache_"))
-                    given = {"latents": z[:, :, 1:2], **dict(zip(caches, results[2:], strict=True))}
+                    given = {"latents": z[:, :, 1:2], **dict(zip(caches, results[:-2], strict=True))}
                     results = module["decoder_step"](*given.values())
                 expected = {spec.name: value.numpy() for spec, value in zip(info.outputs, results, strict=True)}
                 sizes = {"batch": 1, "frames": 1, "height": z.shape[3], "width": z.shape[4]}

@@ -16,6 +16,7 @@ from tests.helpers.lowering_models import (
     LOW_PRODUCTS,
     NOT_PLAIN,
     attention_model,
+    cached_model,
     low_precision_model,
     quantized_model,
 )
@@ -63,6 +64,8 @@ MODELS = {
     "bf16": low_precision_model(TensorProto.BFLOAT16),
     "fp16": low_precision_model(TensorProto.FLOAT16),
     "attention in bf16": low_attention(),
+    "caches beside bf16": cached_model(TensorProto.BFLOAT16),
+    "caches in fp16": cached_model(TensorProto.FLOAT16),
     **{name: model for name, (model, _) in LOW_PRODUCTS.items()},
     "zero point": quantized_model(),
     "zero point, raw": quantized_model(raw=True),

@@ -16,6 +16,7 @@ from tests.helpers.lowering_models import (
     LOW_PRODUCTS,
     NOT_PLAIN,
     attention_model,
+    cached_model,
     low_precision_model,
     quantized_model,
 )
@@ -140,6 +141,24 @@ def test_low_precision_runs_in_float32_and_rounds_where_torch_does_only_if_asked
     assert np.abs(found - expected(torch.float32)).max() > step / 4
     assert np.abs(found - wanted).max() <= 4 * step  # sums in another order round the other way now and then,
     assert np.mean(found != wanted) < 0.02  # but rarely
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("low", [TensorProto.FLOAT16, TensorProto.BFLOAT16], ids=["fp16", "bf16"])
+def test_caches_in_16_bits_are_widened_where_they_come_in_and_narrowed_where_they_go_out(
+    low: int, rounding: bool
+) -> None:
+    model = cached_model(low)
+    low_precision_to_float32(model, rounding)
+    onnx.checker.check_model(model, full_check=True)
+    x = np.array([[1.0, -2.5, 1 / 3, 1e-3, 1e-6, 3e4, 0, 7]], np.float32)
+    cache = np.array([[0.5, 1 / 3, -4, 2e-7, 1e4, 0, -0.0, 1]], np.float16)
+    stored = (lambda value: value.astype(helper.tensor_dtype_to_np_dtype(low))) if rounding else (lambda value: value)
+    joined = np.concatenate([stored(cache.astype(np.float32)), stored(x)]).astype(np.float32)
+    wanted = stored(2 * joined).astype(np.float16)
+    y, cache_next = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x, "cache": cache})
+    assert cache_next.dtype == np.float16 and np.array_equal(cache_next, wanted)
+    assert np.array_equal(y.astype(np.float16), wanted)
 
 
 def test_attention_in_low_precision_is_lowered_too() -> None:

@@ -30,6 +30,7 @@ from tmd_export.families.build import build
 from tmd_export.graphs import accuracy as verify
 from tmd_export.graphs import trace
 from tmd_export.graphs.autoencoder import to_frames
+from tmd_export.parts import parse_precision
 
 LATENTS = ["batch", 16, "frames", "height", "width"]
 GRAPHS = ("text_encoder", "backbone", "flow_head", "update", "decoder_first", "decoder_step")
@@ -81,15 +82,15 @@ def test_graphs_have_the_documented_names_in_order_and_sizes(part: str) -> None:
 def test_decoders_pass_the_same_caches_and_give_frames() -> None:
     first, step = (small_export().bundle.manifest.graphs[name] for name in ("decoder_first", "decoder_step"))
     for graph in (first, step):
-        assert [spec.name for spec in graph.outputs[:2]] == ["frames", "magnitude"]
-    caches = {f"cache_{k:02d}": spec.shape for k, spec in enumerate(first.outputs[2:])}
+        assert [spec.name for spec in graph.outputs[-2:]] == ["frames", "magnitude"]
+    caches = {f"cache_{k:02d}": spec.shape for k, spec in enumerate(first.outputs[:-2])}
     assert len(caches) == 11
-    assert {spec.name: spec.shape for spec in first.outputs[2:]} == caches
+    assert {spec.name: spec.shape for spec in first.outputs[:-2]} == caches
     assert {spec.name: spec.shape for spec in step.inputs[1:]} == caches
-    assert {spec.name.removesuffix("_next"): spec.shape for spec in step.outputs[2:]} == caches
-    assert step.outputs[0].shape == ("batch", 2, "2*height", "2*width", 3)
-    assert first.outputs[0].shape == ("batch", 1, "2*height", "2*width", 3)
-    assert first.outputs[0].dtype == step.outputs[0].dtype == "uint8"
+    assert {spec.name.removesuffix("_next"): spec.shape for spec in step.outputs[:-2]} == caches
+    assert step.outputs[-2].shape == ("batch", 2, "2*height", "2*width", 3)
+    assert first.outputs[-2].shape == ("batch", 1, "2*height", "2*width", 3)
+    assert first.outputs[-2].dtype == step.outputs[-2].dtype == "uint8"
 
 
 def test_the_manifest_tells_model_sizes_and_measured_accuracy() -> None:
@@ -136,25 +137,57 @@ def test_canonical_operators_stand_for_the_layers() -> None:
     assert count("text_encoder", "Attention") == 1
 
 
-@torch.no_grad()
-def test_decoding_frame_by_frame_equals_the_reference_decoding_at_once() -> None:
-    vae: Any = with_weights(small_source(), "decoder_first").module.vae
-    latents = torch.randn(1, 16, 4, 3, 5, generator=torch.Generator().manual_seed(5))
-    expected = to_frames(vae.decode(latents))[0].numpy()
-    assert len(np.unique(expected)) > 100
+@pytest.mark.parametrize(
+    "mixed", ["bf16,decoder_first=fp32", "decoder_step=fp16", "bf16,decoder=int8,decoder_step=fp32"]
+)
+def test_decoders_of_32_and_16_bits_do_not_go_together(mixed: str) -> None:
+    with pytest.raises(ValueError, match="choose one precision for both"):
+        parse_precision(mixed)
+    parse_precision("fp16,decoder_first=bf16")  # both have caches of 16 bits
 
-    bundle, dims, chunks = small_export().bundle, {"batch": 1, "height": 3, "width": 5}, []
+
+def decoded_frame_by_frame(bundle: Bundle, latents: torch.Tensor, name: str = "onnxruntime") -> np.ndarray:
+    dims, chunks = {"batch": 1, "height": latents.shape[3], "width": latents.shape[4]}, []
     caches: dict[str, np.ndarray] = {}
-    for k, part in enumerate(("decoder_first", "decoder_step", "decoder_step", "decoder_step")):
-        with load(bundle, part, threads=1) as engine:
+    for k, part in enumerate(("decoder_first", *["decoder_step"] * (latents.shape[2] - 1))):
+        with load(bundle, part, name, threads=1) as engine:
             inputs = {"latents": latents[:, :, k : k + 1].numpy().copy(), **caches}
             outputs = {name: engine.empty(name, **dims) for name in engine.outputs}
             engine.run(inputs, outputs)
         chunks.append(outputs.pop("frames"))
         assert np.isfinite(outputs.pop("magnitude")).all()
         caches = {name.removesuffix("_next"): value for name, value in outputs.items()}
-    difference = np.abs(np.concatenate(chunks, axis=1).astype(int) - expected)
+    return np.concatenate(chunks, axis=1).astype(int)
+
+
+@torch.no_grad()
+def test_decoding_frame_by_frame_equals_the_reference_decoding_at_once() -> None:
+    vae: Any = with_weights(small_source(), "decoder_first").module.vae
+    latents = torch.randn(1, 16, 4, 3, 5, generator=torch.Generator().manual_seed(5))
+    expected = to_frames(vae.decode(latents))[0].numpy()
+    assert len(np.unique(expected)) > 100
+    difference = np.abs(decoded_frame_by_frame(small_export().bundle, latents) - expected)
     assert difference.max() <= 1 and difference.mean() < 0.005
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "mean", "most"), [("fp16", 0.1, 2), ("bf16", 0.6, 6)])
+def test_a_decoder_in_16_bits_keeps_16_bits_between_frames(
+    precision: str, mean: float, most: int, tmp_path: Path
+) -> None:
+    parts = ("decoder_first", "decoder_step")
+    bundle = export_bundle(small_source(), tmp_path / "bundle", parts, precision=precision, verify=False).bundle
+    step = bundle.manifest.graphs["decoder_step"]
+    kinds = [spec.dtype for spec in step.inputs if spec.name.startswith("cache_")]
+    assert kinds == ["float32", *["float16"] * 9, "float32"]  # the first and the last convolution are exact
+    latents = torch.randn(1, 16, 4, 3, 5, generator=torch.Generator().manual_seed(5))
+    graph, weights = build(small_source(), "decoder_first", precision)
+    weights.fill(graph.module)
+    vae: Any = graph.module.vae  # in the precision of the bundle
+    expected = to_frames(vae.decode(latents))[0].numpy()
+    for name in ("onnxruntime", "openvino"):
+        difference = np.abs(decoded_frame_by_frame(bundle, latents, name) - expected)
+        assert difference.mean() < mean and difference.max() <= most
 
 
 def test_the_same_seed_gives_the_same_files_and_skipping_the_comparison_is_told(tmp_path: Path) -> None:

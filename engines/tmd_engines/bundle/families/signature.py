@@ -40,7 +40,7 @@ class Signature:
     """The inputs and outputs of one graph by name.
 
     `caches` are numbered tensors that pass from call to call: "write" for outputs `cache_NN`, "step" for inputs
-    `cache_NN` and outputs `cache_NN_next`, as many and of the same shapes.
+    `cache_NN` and outputs `cache_NN_next`, as many, of the same types and shapes.
     """
 
     inputs: Mapping[str, Tensor]
@@ -194,8 +194,8 @@ def _check_caches(graphs: Mapping[str, GraphInfo]) -> None:
         raise ValueError("graphs 'decoder_first' and 'decoder_step' do not pass the same caches")
     for dtype, shape in every[0].values() if every else ():
         symbols = {str(dimension).rpartition("*")[2] for dimension in shape if isinstance(dimension, str)}
-        if dtype != "float32" or not symbols <= {"batch", "height", "width"}:
-            raise ValueError("a cache is float32, of fixed sizes, 'batch', 'height' and 'width'")
+        if dtype not in ("float32", "float16") or not symbols <= {"batch", "height", "width"}:
+            raise ValueError("a cache is float32 or float16, of fixed sizes, 'batch', 'height' and 'width'")
 
 
 def _check_passed(graphs: Mapping[str, GraphInfo], signatures: Mapping[str, Signature]) -> None:

@@ -164,11 +164,11 @@ std::string cache_problem(const Manifest& manifest) {
   for (const Caches& caches : every) {
     if (caches != every.front()) return "graphs 'decoder_first' and 'decoder_step' do not pass the same caches";
     for (const auto& [name, cache] : caches) {
-      bool good = cache.first == DType::f32;
+      bool good = cache.first == DType::f32 || cache.first == DType::f16;
       for (const Dimension& dimension : cache.second)
         good = good && (dimension.symbol.empty() || dimension.symbol == "batch" || dimension.symbol == "height" ||
                         dimension.symbol == "width");
-      if (!good) return "a cache is float32, of fixed sizes, 'batch', 'height' and 'width'";
+      if (!good) return "a cache is float32 or float16, of fixed sizes, 'batch', 'height' and 'width'";
     }
   }
   return "";

@@ -21,7 +21,9 @@ namespace {
 
 // Field numbers of ONNX's messages.
 constexpr std::uint32_t kModelGraph = 7, kModelOpset = 8;
-constexpr std::uint32_t kGraphNode = 1, kGraphInitializer = 5, kGraphValueInfo = 13;
+constexpr std::uint32_t kGraphNode = 1, kGraphInitializer = 5, kGraphInput = 11, kGraphOutput = 12,
+                        kGraphValueInfo = 13;
+constexpr std::uint32_t kValueName = 1, kValueType = 2, kTypeTensor = 1, kTensorElement = 1;
 constexpr std::uint32_t kNodeInput = 1, kNodeOutput = 2, kNodeName = 3, kNodeOpType = 4, kNodeAttribute = 5,
                         kNodeDomain = 7;
 constexpr std::uint32_t kTensorDims = 1, kTensorDataType = 2, kTensorInt32Data = 5, kTensorName = 8, kTensorRawData = 9,
@@ -104,6 +106,11 @@ std::int64_t widen_cast(Node& node, const std::string& where) {
                 "from elsewhere.");
 }
 
+// The type of an input or output of the graph.
+std::int64_t element_of(std::string_view value) {
+  return last_number(last_text(last_text(value, kValueType), kTypeTensor), kTensorElement);
+}
+
 // Walks the nodes in their order, knowing of every name whether it stands for a tensor of low precision.
 class Widening {
  public:
@@ -116,9 +123,19 @@ class Widening {
       renamed_[name] = name + ".upcast";
       casts.emplace_back(cast_node(name, renamed_[name], kFloat32));
     }
+    for (const std::string_view value : all_fields(graph, kGraphInput)) {
+      if (!is_low(element_of(value))) continue;
+      const std::string name(last_text(value, kValueName));
+      low_.insert(name);
+      renamed_[name] = name + ".upcast";
+      casts.emplace_back(cast_node(name, renamed_[name], kFloat32));
+    }
+    for (const std::string_view value : all_fields(graph, kGraphOutput))
+      if (is_low(element_of(value))) passed_[std::string(last_text(value, kValueName))] = element_of(value);
   }
 
-  void widen(Node& node) {
+  // Changes the node; what it gives to the caller is converted by nodes that follow it.
+  std::vector<Node> widen(Node& node) {
     bool low = false;
     if (node.op_type == "Cast") {
       low = is_low(widen_cast(node, where_));
@@ -128,19 +145,29 @@ class Widening {
     }
     for (std::string& name : node.inputs)
       if (const auto found = renamed_.find(name); found != renamed_.end()) name = found->second;
-    if (!low) return;
-    for (const std::string& name : node.outputs)
-      if (!name.empty()) low_.insert(name);
+    std::vector<Node> after;
+    if (!low) return after;
+    for (std::string& name : node.outputs) {
+      if (name.empty()) continue;
+      low_.insert(name);
+      const auto passed = passed_.find(name);
+      if (passed == passed_.end()) continue;
+      const std::string given = name;
+      name = renamed_[given] = given + ".wide";
+      after.emplace_back(cast_node(name, given, passed->second));
+    }
+    return after;
   }
 
   bool found_any() const { return !low_.empty(); }
 
-  std::vector<Node> casts;  // of the weights
+  std::vector<Node> casts;  // of the weights and inputs
 
  private:
   const std::string& where_;
   std::set<std::string> low_;
   std::map<std::string, std::string> renamed_;
+  std::map<std::string, std::int64_t> passed_;  // outputs of low precision, with their types
 };
 
 // int8 activations with zero point 0 become uint8 ones with zero point 128, the same values: ONNX Runtime fuses Q/DQ
@@ -317,9 +344,10 @@ std::string lower_for_onnxruntime(std::string_view stored, const std::string& wh
   std::vector<Node> nodes = widening.casts;
   for (const std::string_view data : all_fields(graph, kGraphNode)) {
     Node node(data);
-    widening.widen(node);
+    std::vector<Node> after = widening.widen(node);
     replaced = use_multi_head(node) || replaced;
     nodes.push_back(std::move(node));
+    for (Node& cast : after) nodes.push_back(std::move(cast));
   }
 
   const Unsigned activations(graph, nodes);

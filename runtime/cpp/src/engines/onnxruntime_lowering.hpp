@@ -8,7 +8,8 @@ namespace tmd::internal {
 
 // The ONNX file `stored` with the changes of tmd_engines.onnxruntime.lowering:
 //   - float4 tensors become float8 ones (onnxruntime_float4.hpp);
-//   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each;
+//   - float16 and bfloat16 tensors between inputs and outputs become float32, weights by a Cast behind each; an input or
+//     output of those types keeps it, with a Cast beside it;
 //   - plain 3-D Attention becomes com.microsoft.MultiHeadAttention, which never holds all scores at once;
 //   - if `unsigned_activations`: int8 activations become uint8 ones, which more products are fused with;
 //   - nodes that nothing reads come last, in an order that lets ONNX Runtime free memory early.
