@@ -170,7 +170,10 @@ def test_graphs_in_low_precision_have_float32_edges_and_casts_only_at_boundaries
     for path, entry in low.values():
         model = onnx.load(path, load_external_data=False)
         assert entry["precision"] == "bf16"
-        assert {spec["dtype"] for spec in entry["inputs"] + entry["outputs"]} <= {"float32", "int64", "uint8"}
+        edges = [spec for spec in entry["inputs"] + entry["outputs"] if spec["dtype"] != "float16"]
+        assert {spec["dtype"] for spec in edges} <= {"float32", "int64", "uint8"}
+        narrow = [spec["name"] for spec in entry["inputs"] + entry["outputs"] if spec not in edges]
+        assert all(name.startswith("cache_") for name in narrow)
         makers = {output: node for node in model.graph.node for output in node.output}
         initializers = {tensor.name for tensor in model.graph.initializer}
         for node in model.graph.node:
@@ -190,8 +193,8 @@ def test_accuracy_in_low_precision_is_that_of_torch_in_low_precision(low: dict) 
         inputs = exact.random_inputs(1, batch=1, frames=5, height=6, width=4, text=100)
         with torch.no_grad():
             results = [graph.module(*inputs.values()) for graph in (exact, rounded[0])]
-        first, second = ((r[-1] if isinstance(r, tuple) else r) for r in results)
-        error = float((first - second).abs().max())
+        first, second = (r if isinstance(r, tuple) else (r,) for r in results)
+        error = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True) if a.is_floating_point())
         assert error / 4 < entry["accuracy"]["max_abs_error"] < 4 * max(error, 1e-3), part
 
 
