@@ -59,9 +59,9 @@ def low_precision_model(low: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
-def cached_model(low: int) -> onnx.ModelProto:
+def cached_model(low: int, reads: bool = True) -> onnx.ModelProto:
     """A graph that keeps a cache in float16: the rows of the cache and of x (float32) are doubled in `low`. They are
-    the next cache, and y (float32) is read from it."""
+    the next cache, and y (float32) is read from it, or else from what it is made of."""
     half = TensorProto.FLOAT16
     before = [] if low == half else [helper.make_node("Cast", ["cache"], ["kept"], to=low)]
     nodes = [
@@ -70,7 +70,7 @@ def cached_model(low: int) -> onnx.ModelProto:
         helper.make_node("Concat", ["kept" if before else "cache", "x.low"], ["joined"], axis=0),
         helper.make_node("Add", ["joined", "joined"], ["cache_next" if low == half else "doubled"]),
         *([] if low == half else [helper.make_node("Cast", ["doubled"], ["cache_next"], to=half)]),
-        helper.make_node("Cast", ["cache_next"], ["y"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["cache_next" if reads else "joined"], ["y"], to=TensorProto.FLOAT),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])
     cache = helper.make_tensor_value_info("cache", half, ["m", 8])

@@ -58,7 +58,13 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, whe
             renamed[value.name] = f"{value.name}.upcast"
             cast(value.name, renamed[value.name], TensorProto.FLOAT)
     passed = {value.name: kind for value in model.graph.output if (kind := value.type.tensor_type.elem_type) in low}
+    read = {name for node in model.graph.node for name in node.input}
     for node in model.graph.node:
+        if node.op_type == "Cast" and passed.keys() & {*node.output} and not read & {*node.output}:
+            _cast_target(node, where)
+            node.input[0] = renamed.get(node.input[0], node.input[0])
+            nodes.append(node)  # it is the conversion on the way out; one more behind it would hide what it waits for
+            continue
         if node.op_type == "Cast":
             target = _cast_target(node, where)
             to, rounds = target.i, target.i in low

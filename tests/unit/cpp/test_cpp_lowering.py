@@ -66,6 +66,7 @@ MODELS = {
     "attention in bf16": low_attention(),
     "caches beside bf16": cached_model(TensorProto.BFLOAT16),
     "caches in fp16": cached_model(TensorProto.FLOAT16),
+    "caches that nothing reads": cached_model(TensorProto.BFLOAT16, reads=False),
     **{name: model for name, (model, _) in LOW_PRODUCTS.items()},
     "zero point": quantized_model(),
     "zero point, raw": quantized_model(raw=True),

@@ -130,6 +130,8 @@ class Widening {
       renamed_[name] = name + ".upcast";
       casts.emplace_back(cast_node(name, renamed_[name], kFloat32));
     }
+    for (const std::string_view node : all_fields(graph, kGraphNode))
+      for (const std::string_view name : all_fields(node, kNodeInput)) read_.insert(name);
     for (const std::string_view value : all_fields(graph, kGraphOutput))
       if (is_low(element_of(value))) passed_[std::string(last_text(value, kValueName))] = element_of(value);
   }
@@ -137,6 +139,15 @@ class Widening {
   // Changes the node; what it gives to the caller is converted by nodes that follow it.
   std::vector<Node> widen(Node& node) {
     bool low = false;
+    if (node.op_type == "Cast" && node.outputs.size() == 1 && passed_.count(node.outputs[0]) &&
+        !read_.count(node.outputs[0])) {
+      // It is the conversion on the way out; one more behind it would hide what it waits for.
+      Node kept = node;
+      widen_cast(kept, where_);
+      for (std::string& name : node.inputs)
+        if (const auto found = renamed_.find(name); found != renamed_.end()) name = found->second;
+      return {};
+    }
     if (node.op_type == "Cast") {
       low = is_low(widen_cast(node, where_));
     } else if (node.op_type != "Shape" && node.op_type != "Size" && node.op_type != "QuantizeLinear") {
@@ -168,6 +179,7 @@ class Widening {
   std::set<std::string> low_;
   std::map<std::string, std::string> renamed_;
   std::map<std::string, std::int64_t> passed_;  // outputs of low precision, with their types
+  std::set<std::string_view> read_;
 };
 
 // int8 activations with zero point 0 become uint8 ones with zero point 128, the same values: ONNX Runtime fuses Q/DQ
