@@ -62,7 +62,8 @@ def low_precision_to_float32(model: onnx.ModelProto, rounding: bool = False, whe
     for node in model.graph.node:
         if node.op_type == "Cast" and passed.keys() & {*node.output} and not read & {*node.output}:
             _cast_target(node, where)
-            node.input[0] = renamed.get(node.input[0], node.input[0])
+            for index, name in enumerate(node.input):
+                node.input[index] = renamed.get(name, name)
             nodes.append(node)  # it is the conversion on the way out; one more behind it would hide what it waits for
             continue
         if node.op_type == "Cast":
