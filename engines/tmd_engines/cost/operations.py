@@ -129,7 +129,8 @@ class _Liveness:
         self._last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.input if name}
         self._constants = set(graph.weights)
         self._folded = 0  # bytes of what is computed from weights alone, and stays
-        self._elsewhere = {*graph.inputs, *graph.outputs}
+        self._elsewhere = self._in_buffers()
+        self._to_widen = {*graph.inputs} - self._elsewhere
         self._storage: dict[str, str] = {}
         self._bytes: dict[str, int] = {}  # of the storages in memory
         self._end: dict[str, int] = {}  # storage -> index of the last node that needs it
@@ -142,16 +143,30 @@ class _Liveness:
                 if node.op_type not in _WEIGHT_FORMS:  # whose values are counted as weights
                     self._folded += sum(self._held(self._graph.tensors[name]) for name in node.output if name)
                 continue
+            for name in self._to_widen & {*node.input}:  # a copy, made for its first reader
+                self._to_widen.discard(name)
+                self._hold(name, name, index)
             for name in node.output:
                 if name and name not in self._elsewhere:
-                    self._place(node, name, index)
+                    self._hold(name, self._viewed(node, name) or name, index)
             peak = max(peak, sum(self._bytes.values()) + self._scratch(node))
             for storage in [storage for storage in self._bytes if self._end[storage] <= index]:
                 del self._bytes[storage]
         return peak + self._folded
 
-    def _place(self, node: onnx.NodeProto, name: str, index: int) -> None:
-        storage = self._viewed(node, name) or name
+    def _in_buffers(self) -> set[str]:
+        """The inputs and outputs that nodes read and write in the runtime's buffers themselves.
+
+        An engine that widens has a copy of each that it must convert; only a `Cast` writes its output there.
+        """
+        graph = self._graph
+        ends = {*graph.inputs, *graph.outputs}
+        if not self._holding.widens:
+            return ends
+        cast = {node.output[0] for node in graph.nodes if node.op_type == "Cast"} - self._last_use.keys()
+        return {name for name in ends if name in cast or not _is_low(graph.tensors[name])}
+
+    def _hold(self, name: str, storage: str, index: int) -> None:
         self._storage[name] = storage
         self._bytes.setdefault(storage, self._held(self._graph.tensors[name]))
         self._end[storage] = max(self._end.get(storage, index), self._last_use.get(name, index))

@@ -28,11 +28,10 @@ class Liveness {
  public:
   Liveness(const ShapedGraph& graph, const Holding& holding)
       : graph_(graph), holding_(holding), constants_(graph.weights.begin(), graph.weights.end()) {
-    elsewhere_.insert(graph.inputs.begin(), graph.inputs.end());
-    elsewhere_.insert(graph.outputs.begin(), graph.outputs.end());
     for (std::size_t i = 0; i < graph.nodes.size(); ++i)
       for (const std::string_view name : graph.nodes[i].inputs)
         if (!name.empty()) last_use_[name] = i;
+    find_in_buffers();
     if (holding.widens) find_widened();
   }
 
@@ -49,8 +48,10 @@ class Liveness {
           for (const std::string_view name : node.outputs) folded_ = plus(folded_, bytes(name));
         continue;
       }
+      for (const std::string_view name : node.inputs)  // a copy, made for its first reader
+        if (to_widen_.erase(name)) hold(name, name, i);
       for (const std::string_view name : node.outputs)
-        if (!name.empty() && !elsewhere_.count(name)) place(node, name, i);
+        if (!name.empty() && !elsewhere_.count(name)) hold(name, storage_of(node, name), i);
       std::uint64_t now = scratch(node);
       for (const auto& [storage, size] : held_) now = plus(now, size);
       most = std::max(most, now);
@@ -66,6 +67,20 @@ class Liveness {
     return name.empty() || found == graph_.tensors.end() ? 0 : found->second.bytes(holding_);
   }
 
+  // The inputs and outputs that nodes read and write in the runtime's buffers themselves. An engine that widens has a
+  // copy of each that it must convert; only a Cast writes its output there.
+  void find_in_buffers() {
+    std::set<std::string_view> cast;
+    for (const ShapedNode& node : graph_.nodes)
+      if (node.op_type == "Cast" && !last_use_.count(node.outputs[0])) cast.insert(node.outputs[0]);
+    const auto stays = [&](std::string_view name) {
+      return !holding_.widens || cast.count(name) || !graph_.tensors.at(name).is_low();
+    };
+    for (const std::string_view name : graph_.outputs)
+      if (stays(name)) elsewhere_.insert(name);
+    for (const std::string_view name : graph_.inputs) (stays(name) ? elsewhere_ : to_widen_).insert(name);
+  }
+
   // The large weights of 16 bits, where only products read them.
   void find_widened() {
     for (const std::string_view name : graph_.weights)
@@ -76,8 +91,7 @@ class Liveness {
         if (widened_.count(name) && !is_product(node.op_type)) return widened_.clear();
   }
 
-  void place(const ShapedNode& node, std::string_view name, std::size_t index) {
-    const std::string_view storage = storage_of(node, name);
+  void hold(std::string_view name, std::string_view storage, std::size_t index) {
     storage_[name] = storage;
     held_.emplace(storage, bytes(name));
     const auto last = last_use_.find(name);
@@ -125,7 +139,7 @@ class Liveness {
 
   const ShapedGraph& graph_;
   const Holding holding_;
-  std::set<std::string_view> constants_, elsewhere_, widened_;
+  std::set<std::string_view> constants_, elsewhere_, to_widen_, widened_;
   std::uint64_t folded_ = 0;  // bytes of what is computed from weights alone, and stays
   std::map<std::string_view, std::size_t> last_use_, end_;
   std::map<std::string_view, std::string_view> storage_;
