@@ -6,6 +6,7 @@ The imports at the top are light, so that `--help` answers at once; the rest com
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -145,7 +146,10 @@ Examples:
 )
 @click.option("--frames", type=Whole(1), metavar="F", help="Length in frames: 1 plus a multiple of 4; 1 is a still.")
 @click.option(
-    "--size", type=Size(), metavar="WxH", help="Width and height in pixels, multiples of 16, for Wan2.2-TI2V-5B of 32."
+    "--size",
+    type=Size(),
+    metavar="WxH",
+    help="Width and height in pixels, multiples of 16 or 32, as the model was made.",
 )
 @click.option(
     "--fps",
@@ -231,9 +235,11 @@ def command(
     _check_sources(texts, embeds, latents, written, {**wishes, "image": image, "init_latents": init_latents})
     outputs = {"--out": out, **{f"--{name}": path for name, path in written.items()}}
     inputs = {"--image": image, "--init-latents": init_latents, "--embeds": embeds, "--latents": latents}
-    _check_names(outputs, inputs)
+    if prompt_file is not None and isinstance(getattr(prompt_file, "name", None), str):  # "-" is a pipe
+        inputs["--prompt-file"] = Path(prompt_file.name)
     drawing = wishes["label"] is not None
     asking = not texts and embeds is None and latents is None and not drawing
+    _check_names(outputs, inputs, numbered=asking or len(texts) > 1)
     if asking and as_json:
         raise click.UsageError("--json needs a prompt: give --prompt TEXT or --prompt-file FILE.")
     if asking and not sys.stdin.isatty():
@@ -287,9 +293,18 @@ def command(
                 show(job.run(pipeline, text))
 
 
-def _check_names(outputs: dict[str, Path | None], inputs: dict[str, Path | None]) -> None:
-    """Raises click.UsageError if two results would have one name, or a result that of what it is made from."""
+def _check_names(outputs: dict[str, Path | None], inputs: dict[str, Path | None], numbered: bool) -> None:
+    """Raises click.UsageError if two results would have one name, or a result that of what it is made from.
+
+    `numbered`: several prompts write video-001.mp4, video-002.mp4, ...
+    """
     seen: dict[str, str] = {}
+    for option, path in outputs.items() if numbered else ():
+        for other, read in inputs.items():
+            if path is not None and read is not None and _is_number_of(read, path):
+                raise click.UsageError(
+                    f"{option} may name {read} for one of the prompts, which {other} reads: give one another name."
+                )
     for kind, paths in (("reads", inputs), ("writes", outputs)):
         for option, path in paths.items():
             name = "" if path is None else os.path.realpath(path)
@@ -297,6 +312,11 @@ def _check_names(outputs: dict[str, Path | None], inputs: dict[str, Path | None]
                 raise click.UsageError(f"{seen[name]} and {option} name the same file: give one of them another name.")
             if name:
                 seen[name] = option
+
+
+def _is_number_of(path: Path, named: Path) -> bool:
+    form = rf"{re.escape(named.stem)}-\d{{3,}}{re.escape(named.suffix)}"
+    return os.path.realpath(path.parent) == os.path.realpath(named.parent) and bool(re.fullmatch(form, path.name))
 
 
 def _check_sources(

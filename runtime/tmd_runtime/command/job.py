@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class Job:
     opening_seconds: float = 0.0
     done: int = 0
     stills: bool = False
+    _written: set[Path] = field(default_factory=set)
 
     def check_targets(self, count: int) -> None:
         """Fail now, not after minutes of work, if a result could not be written."""
@@ -68,10 +69,23 @@ class Job:
         sweep("tmd-run", (place for path in outputs if path is not None for place in (path.parent, path)), self.quiet)
 
     def target(self, prompt: str, seed: int, number: int) -> Path:
-        """File of the prompt with this number (from 1)."""
-        if self.out is None:
-            return Path(f"{slug(prompt)}-{seed}{'.png' if self.stills else '.mp4'}")
-        return self._numbered(self.out, number)
+        """File of the prompt with this number (from 1). Prompts that begin alike have one slug, and still two files."""
+        if self.out is not None:
+            return self._numbered(self.out, number)
+        name, ending = f"{slug(prompt)}-{seed}", ".png" if self.stills else ".mp4"
+        path, times = Path(name + ending), 1
+        while path in self._written:
+            times += 1
+            path = Path(f"{name}-{times}{ending}")
+        return path
+
+    def _target(self, prompt: str, settings: Settings, seed: int) -> Path:
+        """The next file, in a format that holds such a video. Raises UsageFailure."""
+        from ..files.video import check_form
+
+        target = self.target(prompt, seed, self.done + 1)
+        check_form(target, settings.fps, settings.frames, settings.width, settings.height)
+        return target
 
     def _numbered(self, path: Path, number: int) -> Path:
         if not self.numbered:
@@ -122,7 +136,7 @@ class Job:
         settings = pipeline.settings(frames=frames, size=saved.size, label=label, fps=self.wishes.get("fps"))
         memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER, *ENCODER))
         self.stills = pipeline.manifest.family.makes_stills
-        target = self.target(saved.prompt, saved.seed, self.done + 1)
+        target = self._target(saved.prompt, settings, saved.seed)
         texts = describe(saved, saved.model, saved.prompt)
         seconds = no_seconds()
         pieces = []
@@ -171,7 +185,7 @@ class Job:
         self.stills = pipeline.manifest.family.makes_stills
         last = last_stage(pipeline.manifest, self.save_embeds is not None, self.save_latents is not None)
         name = prompt if settings.label is None else f"class {settings.label}"
-        target = self.target(name, settings.seed, self.done + 1) if last == "decode" else None
+        target = self._target(name, settings, settings.seed) if last == "decode" else None
         files, hooks = self._extra_files(pipeline, prompt, settings)
         save_latents = hooks.pop("save_latents", None)
         texts: dict[str, str] = {}
@@ -247,9 +261,10 @@ class Job:
 
             hooks["save_latents"] = write_latents
         if self.preview is not None:
-            from ..files.video import write_video
+            from ..files.video import check_form, write_video
 
             preview_file = self._numbered(self.preview, self.done + 1)
+            check_form(preview_file, settings.fps, settings.frames, settings.width, settings.height)
 
             def write_preview(frames: NDArray[np.uint8]) -> None:
                 write_video(preview_file, frames, settings.fps)
@@ -275,6 +290,8 @@ class Job:
         result.stage_seconds["file"] = file_seconds
         self.opening_seconds = 0.0
         self.done += 1
+        if target is not None:
+            self._written.add(target)
         for warning in result.warnings:
             if not self.quiet:
                 tell(f"tmd-run: note: {warning}")

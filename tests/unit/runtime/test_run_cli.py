@@ -105,6 +105,23 @@ def test_a_prompt_file_gives_runs_even_if_it_holds_one(synthetic_bundle: Path) -
     assert [json.loads(line)["out"] for line in result.stdout.splitlines()] == ["v.png"]
 
 
+def test_prompts_that_begin_alike_have_a_file_each(synthetic_bundle: Path) -> None:
+    """Without --out a file has the first words of its prompt."""
+    prompts = [f"{' '.join(['word'] * 12)} {last}" for last in ("slowly", "quickly", "again")]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    result = run(*words, "--bundle", synthetic_bundle, "--seed", 3, "--frames", 5, "--json")
+    names = [json.loads(line)["out"] for line in result.stdout.splitlines()]
+    assert len(names) == 3 and sorted(names) == files(), result.output
+    assert names[1:] == [names[0].replace("-3.mp4", f"-3-{number}.mp4") for number in (2, 3)]
+
+
+def test_no_result_takes_the_name_of_the_prompts(synthetic_bundle: Path) -> None:
+    Path("prompts.txt").write_text(PROMPT)
+    result = run("--prompt-file", "prompts.txt", "--bundle", synthetic_bundle, "--save-latents", "prompts.txt")
+    assert result.exit_code == 2 and "--prompt-file and --save-latents name the same file" in result.output
+    assert Path("prompts.txt").read_text() == PROMPT
+
+
 def test_quiet_says_nothing(synthetic_bundle: Path) -> None:
     result = run("--prompt", PROMPT * 20, "--bundle", synthetic_bundle, "--quiet", "--out", "v.png", "--frames", 5)
     assert (result.exit_code, result.stdout, result.stderr, files()) == (0, "", "", ["v.png"])
@@ -141,6 +158,12 @@ def test_quiet_says_nothing(synthetic_bundle: Path) -> None:
         (["--prompt", "x", "--out", "-"], 2, "a result cannot go to stdout"),
         (["--prompt", "x", "--out", ".mp4"], 2, "an ending without a name. Write video.mp4"),
         (["--prompt", "x", "--out", "v.mp4", "--preview", "./v.mp4"], 2, "--out and --preview name the same file"),
+        (["--prompt", "x", "--out", "v.mp4", "--preview", "p.gif", "--fps", "60"], 2, "a GIF of 60 frames per second"),
+        (
+            ["--prompt", "x", "--prompt", "y", "--out", "v.png", "--image", "./v-002.png"],
+            2,
+            "--out may name v-002.png for one of the prompts, which --image reads",
+        ),
         (["--prompt", "x", "--out", "v.mp4", "--save-latents", "nowhere/l"], 1, "the folder nowhere does not exist"),
         (["--prompt", "x", "--seed", "1.5"], 2, "is no whole number"),
         (["--prompt", "x", "--seed", "9" * 5000], 2, "is no whole number"),

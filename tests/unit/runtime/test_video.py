@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 
 from tmd_runtime import RuntimeFailure, UsageFailure, open_video, write_video
-from tmd_runtime.files.video import check_target, contact_sheet
+from tmd_runtime.files.encoders import contact_sheet, sheet_size
+from tmd_runtime.files.video import check_form, check_target
 
 FPS, FRAMES = 8, 17
 NAMES = ["v.mp4", "v.webm", "v.gif", "v.png", "frames"]
@@ -243,12 +246,12 @@ def test_an_existing_folder_is_filled_in_place(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tmd_runtime.files import video
+    from tmd_runtime.files import encoders
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video._ENCODERS["" if name == "frames" else Path(name).suffix], "add", full)
+    monkeypatch.setattr(encoders.ENCODERS["" if name == "frames" else Path(name).suffix], "add", full)
     with (
         pytest.raises(RuntimeFailure, match=r"cannot write .*: no space left on device"),
         open_video(tmp_path / name, FPS) as writer,
@@ -285,3 +288,72 @@ def test_other_arrays_are_refused(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match="frames must be uint8"):
         write_video(tmp_path / "v.gif", frames, FPS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["while it waits for room", "while the encoder ends"])
+def test_ctrl_c_while_a_video_is_closed_ends_it_and_leaves_nothing(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes where `__exit__` waits; a thread that nobody has told of the end would wait for ever."""
+    from tmd_runtime.files import encoders
+
+    encoding = threading.Event()
+
+    def slow(*_: object) -> None:
+        encoding.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(encoders.ENCODERS[".png"], "add", slow)
+    pieces = 4 if when == "while it waits for room" else 1
+    signal = threading.Timer(0.2, _thread.interrupt_main)
+
+    def close() -> None:
+        with open_video(tmp_path / "v.png", FPS) as writer:
+            for number in range(pieces):
+                writer.write(clip(frames=1))
+                if number == 0:
+                    encoding.wait()
+            signal.start()
+
+    closing_began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        close()
+    assert time.perf_counter() - closing_began < 30  # it hung for ever
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "video-file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "what"),
+    [
+        ("v.png", (8, 293, 1280, 704), "a contact sheet of 293 frames of 1280x704"),
+        ("v.gif", (60, 5, 64, 64), "a GIF of 60 frames per second"),
+        ("v.mp4", (0, 5, 64, 64), "0 frames per second"),
+    ],
+)
+def test_a_form_that_a_format_does_not_have_is_refused_beforehand(name: str, form: tuple, what: str) -> None:
+    with pytest.raises(UsageFailure, match=what):
+        check_form(name, *form)
+    check_form("v.png", 8, 161, 1280, 704)
+    check_form("frames", 8, 10_000, 1280, 704)
+
+
+def test_a_contact_sheet_is_refused_where_ffmpeg_refuses_it() -> None:
+    largest = max(frames for frames in range(1, 400) if fits(frames, 1280, 704))
+    for frames in (largest, largest + 1):
+        codec = av.CodecContext.create("png", "w")
+        codec.width, codec.height = sheet_size(frames, 1280, 704)
+        codec.pix_fmt = "rgb24"
+        if frames == largest:
+            codec.open()
+        else:
+            with pytest.raises(av.FFmpegError):
+                codec.open()
+
+
+def fits(frames: int, width: int, height: int) -> bool:
+    try:
+        check_form("v.png", FPS, frames, width, height)
+    except UsageFailure:
+        return False
+    return True
