@@ -1,9 +1,9 @@
-"""What each precision does to the built-in model: the tables of docs/precision.md, and of docs/tim.md.
+"""What each precision does to the built-in model: the tables of docs/precision.md, and of docs/tim-log.md.
 
     python benchmarks/precision.py                              # exports into a temporary folder, prints the tables
     python benchmarks/precision.py --write docs/precision.md    # and puts them there, between the marks
     python benchmarks/precision.py --folder DIR                 # keeps the bundles, and takes those that are there
-    python benchmarks/precision.py --model tim-tiny --checkpoint DIR --write docs/tim.md
+    python benchmarks/precision.py --model tim-tiny --checkpoint DIR --write docs/tim-log.md
 
 Backbone and flow head of every precision are run over whole samplings on ONNX Runtime, which computes in float32 and
 rounds each value where the graph says so. Prompts and noise are the same for all; the rest of the line (text encoder,
@@ -217,6 +217,15 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
     return lines
 
 
+def around(page: Path) -> tuple[str, str]:
+    """What stands before and after the tables of a page. Raises click.UsageError for a page without their marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise click.UsageError(f"{page} has no lines {BEGIN} and {END}, between which the tables would go.")
+    return before, after
+
+
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the bundles are, or shall be kept.")
 @click.option("--write", type=click.Path(path_type=Path, exists=True), help="The page to put the tables into.")
@@ -225,6 +234,8 @@ def layers_table(bundles: dict[str, Bundle]) -> list[str]:
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="Its folder, if it is not built in.")
 def main(folder: Path | None, write: Path | None, prompts: int, model: str, checkpoint: Path | None) -> None:
     """Measures a small model of ours in every precision."""
+    if write:
+        around(write)  # refused before the work, not after it
     from tmd_runtime.pipeline import load
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
@@ -251,9 +262,7 @@ def main(folder: Path | None, write: Path | None, prompts: int, model: str, chec
     text = "\n".join(lines).strip() + "\n"
     click.echo(text)
     if write:
-        page = write.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        after = rest.partition(END)[2]
+        before, after = around(write)
         write.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 

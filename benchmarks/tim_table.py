@@ -1,4 +1,4 @@
-"""Transition Models, flow matching and MeanFlow on stills, equal network and training: the table of docs/tim.md.
+"""Transition Models, flow matching and MeanFlow on stills, equal network and training: the table of docs/tim-log.md.
 
     python -m benchmarks.tim_table --inputs runs/tim --run runs/tim-table     # about 50 minutes a seed, one core
     python -m benchmarks.tim_table --run runs/tim-table --plots docs          # tables and plots again

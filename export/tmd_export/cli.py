@@ -57,15 +57,15 @@ Parts: {", ".join(PARTS)}.
 Checkpoints:
 A checkpoint is a folder as tmd-distill leaves it (student.safetensors and, for
 the other parts, vae.safetensors, umt5.safetensors, tokenizer.model), a Wan2.1
-text-to-video or Wan2.2-TI2V-5B folder as its authors publish it, the same in the layout of
-diffusers, or a single .safetensors, .gguf, .pt or .pth file of one part. Its
-format and size are recognised from the tensors; weights in scaled fp8, int8,
-mxfp8, nvfp4, GGUF or MLX are dequantised to bfloat16. With several, a file
-given by itself replaces that part of a folder, in any order. Parts that no checkpoint has are
-left out. Autoregressive models (CausVid, Self-Forcing) cannot be told from
-bidirectional ones and do not work. For the tim models: a folder with the
-released file (t2i_model.bin, c2i_model_256.safetensors, ...), or with what
-tmd-distill pack leaves.
+or Wan2.2 text-to-video or Wan2.2-TI2V-5B folder as its authors publish it, the
+same in the layout of diffusers (AnyFlow too), or a single .safetensors, .gguf,
+.pt or .pth file of one part. Its format and size are recognised from the
+tensors; weights in scaled fp8, int8, mxfp8, nvfp4, GGUF or MLX are dequantised
+to bfloat16. With several, a file given by itself replaces that part of a
+folder, in any order. Parts that no checkpoint has are left out. Autoregressive
+models (CausVid, Self-Forcing) cannot be told from bidirectional ones and do not
+work. For the tim models: a folder with the released file (t2i_model.bin,
+c2i_model_256.safetensors, ...), or with what tmd-distill pack leaves.
 
 \b
 Names on the hub:
@@ -100,7 +100,8 @@ error above 1e-4 is a failure, in units of an output's RMS where that is above 1
 (in fp16 and bf16: a cosine below 0.9999; with 8 or 4 bits: below 0.99).
 
 \b
-Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the export failed, 2 bad usage, 130 stopped by Ctrl-C
+(129 by SIGHUP, 143 by SIGTERM).
 The bundle appears under its name only when it is complete.
 
 \b
@@ -243,7 +244,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn the weights of a TMD student and its helpers into ONNX graphs that tmd-run and other programs load."""
+    """Turn a checkpoint into a bundle: ONNX graphs and a manifest, which tmd-run and other programs load."""
     if checkpoint and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights are two sources of weights: give one of them.")
     if model is None and not checkpoint:

@@ -191,6 +191,8 @@ def _bench(
     options: dict[str, Any],
 ) -> None:
     """Finds or makes the bundle, and measures it."""
+    from tmd_runtime.built_in import locate
+
     if model is None:
         needless = {"--checkpoint": origin["checkpoint"], "--random-weights": origin["random_seed"] is not None,
                     "--keep": keep}  # fmt: skip
@@ -198,8 +200,6 @@ def _bench(
             raise click.UsageError(f"{given[0]} says where the weights of --model come from: name the model.")
         torch = [name for name in options["compare"] if name not in engine_names()]
         if not torch:
-            from tmd_runtime.built_in import locate
-
             return _measure(locate(bundle), origin, json_file, options)
         if bundle is not None:
             raise click.UsageError(f"{torch[0]} needs the model's weights, not graphs: give --model, not --bundle.")
@@ -208,7 +208,7 @@ def _bench(
     sweep("tmd-bench", [place, *([keep.absolute().parent] if keep else [])])
     folder = unfinished.begin(place, is_folder=True)
     try:
-        out = bundle or keep or folder / "bundle"
+        out = locate(bundle) if bundle else keep or folder / "bundle"
         if bundle is None:
             _export(origin, graphs, out)
         _measure(out, origin, json_file, options, folder)

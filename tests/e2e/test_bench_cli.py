@@ -75,6 +75,7 @@ def test_a_bundle_is_measured_stage_by_stage_beside_another_engine(tmp_path):
         (("--model", "tiny", "--precision", "bf16,decoder=fp33"), "there is no precision 'fp33': choose among fp32"),
         (("--bundle", str(BUILT_IN), "--compare", "torch"), "give --model"),
         (("--size", "10x10"), "16"),
+        (("--bundle", "builtin:tiny", "--model", "tiny", "--size", "10x10"), "16"),
     ],
 )
 def test_bad_usage_is_one_sentence(arguments, said):

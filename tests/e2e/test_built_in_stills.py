@@ -54,7 +54,7 @@ def test_the_runtime_computes_what_the_reference_computes(pipeline: Pipeline, st
 
 
 def test_more_steps_draw_more_shapes_right(pipeline: Pipeline) -> None:
-    """A coarse check that the shipped weights are the trained ones; docs/tim.md has the measured table."""
+    """A coarse check that the shipped weights are the trained ones; docs/tim-log.md has the measured table."""
     scenes, captions = held_out(208, seed=7)
     shape = {}
     for steps in (1, 8):

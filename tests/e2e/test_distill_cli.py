@@ -167,3 +167,5 @@ def test_real_clips_become_a_bundle_and_are_compared_with(made, tmp_path):
 def test_plan_says_what_fits_where():
     done = CliRunner().invoke(main, ["plan", "--config", "wan1.3b", "--gpus", "8"])
     assert done.exit_code == 0 and "fake score" in done.output and "TFLOP/s" in done.output
+    done = CliRunner().invoke(main, ["plan", "--config", "tim-tiny"])
+    assert done.exit_code == 2 and "there is no plan" in done.output

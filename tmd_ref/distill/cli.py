@@ -94,7 +94,8 @@ _RUN = click.option("--run", type=click.Path(path_type=Path), default=Path("runs
 _THREADS = click.option("--threads", type=click.IntRange(1), default=None, metavar="T",
                         help="CPU threads.  [default: all cores]")  # fmt: skip
 _CONFIG = click.option("--config", "config_name", required=True, metavar="NAME|FILE", shell_complete=_configs,
-                       help="Settings: tiny, tim-tiny, wan1.3b, wan14b, or a YAML file.")  # fmt: skip
+                       help="Settings: tiny, wan1.3b, wan14b, tim-tiny, tim-tiny-flow, tim-tiny-meanflow, or a YAML "
+                            "file.")  # fmt: skip
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
                     help="Change one setting, such as stage2.steps=100; may be repeated.")  # fmt: skip
 
@@ -181,9 +182,13 @@ def plan(config_name: str, overrides: tuple[str, ...], gpus: int) -> None:
 
     def action() -> None:
         from tmd_ref.distill.budget import describe
-        from tmd_ref.distill.config import load_config
+        from tmd_ref.distill.config import ConfigError
+        from tmd_ref.distill.tim_config import TiMRun, load_any
 
-        click.echo(describe(load_config(config_name, overrides), gpus))
+        config = load_any(config_name, overrides)
+        if isinstance(config, TiMRun):
+            raise ConfigError(f"{config_name} trains a Transition Model, of which there is no plan: name a TMD config.")
+        click.echo(describe(config, gpus))
 
     _guarded(Path(), action)
 

@@ -5,7 +5,7 @@ All tiles have one size, so that a graph is bound, or compiled, once.
 
 from __future__ import annotations
 
-TILE_PIXELS = 1024  # 5 GB for DC-AE's decoder on ONNX Runtime; 1536 would be about twice that (docs/tim.md)
+TILE_PIXELS = 1024  # 5 GB for DC-AE's decoder on ONNX Runtime; 1536 would be about twice that (docs/tim-log.md)
 OVERLAP_PIXELS = 256
 
 

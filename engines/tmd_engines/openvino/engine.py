@@ -78,8 +78,8 @@ class OpenVinoEngine(Engine):
     """One graph, compiled once per combination of input shapes. Buffers are numpy arrays; nothing is copied.
 
     Static shapes are worth a compilation: 1.2 to 1.8 times as fast as one graph for all sizes (docs/speed.md). Only the
-    length of prompts that keep their own is left open, which costs nothing (docs/tim.md). The latest compiled graph is
-    kept, and those of older sizes as long as a step uses them.
+    length of prompts that keep their own is left open, which costs nothing (docs/tim-log.md). The latest compiled graph
+    is kept, and those of older sizes as long as a step uses them.
     """
 
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")

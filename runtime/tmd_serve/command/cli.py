@@ -305,7 +305,7 @@ def _explained() -> Iterator[None]:
         except click.UsageError:
             raise
         except ImportError as error:
-            fail(f"the server's packages are missing ({error.name}): pip install 'tmd-runtime[serve]'", FAILED)
+            fail(f"the server's packages are missing ({error.name}): pip install '.[serve]' in tmd's checkout", FAILED)
         except Exception as error:
             from ..store.database import DatabaseFailure
 

@@ -30,7 +30,7 @@ _LOOK_SECONDS = 1.0
 @router.post(
     "/generations",
     response_model=ImageList,
-    responses=refusals(400, 404, 409, 413, 415, 429, 500, 503),
+    responses=refusals(400, 404, 408, 409, 413, 415, 429, 500, 503),
     openapi_extra=body_of("ImageRequest"),
 )
 async def create_images(

@@ -15,6 +15,7 @@ _MEANINGS = {
     401: "The API key is missing or wrong",
     403: "The request came from another web page, or for another host",
     404: "There is no such thing",
+    408: "The body did not come in time",
     409: "Not now, or not with this key",
     413: "The request is too large",
     415: "The body is neither JSON nor a form",

@@ -27,7 +27,7 @@ The = Annotated[Context, Depends(context_of)]
 @router.post(
     "",
     response_model=Video,
-    responses=refusals(400, 404, 409, 413, 415, 429),
+    responses=refusals(400, 404, 408, 409, 413, 415, 429),
     openapi_extra=body_of("VideoRequest", file="input_reference"),
 )
 async def create_video(

@@ -79,7 +79,7 @@ class Model:
             engine, device = self._options.engine, self._options.device
             remedy = f"{engine} on {device} was chosen, and tmd-engine doctor says what it lacks"
             if (engine, device) == ("auto", "auto"):
-                remedy = "install one (pip install 'tmd-runtime[onnxruntime]'), or see tmd-engine doctor"
+                remedy = "install one (pip install '.[cpu]' in tmd's checkout), or see tmd-engine doctor"
             raise RuntimeFailure(f"this machine has no engine for the model {self.name}: {remedy}.")
 
     def open(self, memory: Memory | None = None) -> Pipeline:

@@ -87,8 +87,8 @@ class Arguments(_Part):
     """`bundles` are names and folders, which every machine has at the same place, as it has the folder `data`: a file
     system that all share. `database` is a PostgreSQL URL; without one a SQLite file in `data`, for one ingress.
 
-    `in_flight` is how many jobs one ingress keeps going (None: two for each denoiser that there may be, so that texts
-    and decoders work beside them). `require_key` false is for an ingress that only this machine reaches.
+    `in_flight` is how many jobs one ingress keeps going (None: its share of two for each denoiser that there may be,
+    so that texts and decoders work beside them). `require_key` false is for an ingress that only this machine reaches.
     """
 
     data: Annotated[Path, AfterValidator(_absolute)]
@@ -132,7 +132,7 @@ class Arguments(_Part):
     @property
     def limits(self) -> Limits:
         width, height = self.max_size
-        return Limits(width * height, self.max_frames, self.max_steps, waiting=self.max_waiting)
+        return Limits(width * height, self.max_frames, self.max_steps, self.max_seconds, waiting=self.max_waiting)
 
     @property
     def slots(self) -> int:

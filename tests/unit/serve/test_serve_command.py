@@ -119,4 +119,4 @@ def test_an_installation_without_the_server_s_packages_says_how_to_get_them(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = serve("--data", str(tmp_path))
-    assert done.exit_code == 1 and "pip install 'tmd-runtime[serve]'" in done.output
+    assert done.exit_code == 1 and "pip install '.[serve]' in tmd's checkout" in done.output

@@ -40,6 +40,12 @@ def test_an_ingress_keeps_two_jobs_going_for_each_denoiser_that_there_may_be() -
     assert Arguments.read(several).slots == 8
 
 
+def test_the_limits_of_requests_are_those_of_the_arguments() -> None:
+    words = {"max_size": "64x32", "max_frames": 9, "max_steps": 7, "max_seconds": 5.5, "max_waiting": 3}
+    found = Arguments.read({"data": "/x", **words}).limits
+    assert (found.pixels, found.frames, found.steps, found.seconds, found.waiting) == (2048, 9, 7, 5.5, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
