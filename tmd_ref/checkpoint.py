@@ -42,7 +42,7 @@ def save_model(path: str | os.PathLike[str], model: WanVAE | UMT5Encoder | WanTr
 
 def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:
     """The configuration in a file written by `save_model`, without its weights. Arguments, errors: `load_model`."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)}: expected the weights of a {kind.__name__}.")
@@ -54,7 +54,7 @@ def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:
         if not wanted - _ADDED.get(config_class, set()) <= set(stored) <= wanted:
             raise KeyError(f"its fields are {sorted(stored)}, not {sorted(wanted)}")
         return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise _foreign(path, kind, error) from error
 
 
@@ -63,13 +63,14 @@ def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
 
     Raises FileNotFoundError, or ValueError if the file holds something else.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with torch.device("meta"):
         model = kind(read_config(path, kind))
     try:
         model.load_state_dict({name: value.float() for name, value in load_file(path).items()}, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _foreign(path, kind, error) from error
     return model.eval().requires_grad_(False)
 

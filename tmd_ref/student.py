@@ -264,14 +264,17 @@ def save_student(path: str | os.PathLike[str], student: TMDStudent) -> None:
 
 def read_student(path: str | os.PathLike[str]) -> TMDStudent:
     """The student in a file written by `save_student`, without weights, on the meta device. Errors: `load_student`."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"there is no student at {os.fspath(path)}: train one with tmd-distill, or check the path."
         )
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}): copy or make it again.") from error
     try:
         stored = json.loads(metadata["config"])
         arguments = WanConfig(**stored["wan"]), stored["head_blocks"], stored["fusion"]

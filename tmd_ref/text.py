@@ -40,7 +40,10 @@ class Tokenizer:
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}: it must hold at least the end token, so be 1 or more.")
         self.max_length = max_length
-        self._model = SentencePieceProcessor(model_file=os.fspath(model_file))
+        try:
+            self._model = SentencePieceProcessor(model_file=os.fspath(model_file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{os.fspath(model_file)} is not a sentencepiece model: copy or make it again.") from error
         found = (self._model.pad_id(), self._model.eos_id())
         if found != (PAD_ID, EOS_ID):
             raise ValueError(

@@ -81,7 +81,8 @@ def _kind(value: object) -> str:
 
 
 def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: int) -> None:
-    """Raises RuntimeFailure unless the embeddings of a prompt are `[1, text, width]`, and those of none the same."""
+    """Raises RuntimeFailure unless the embeddings of a prompt are `[1, text, width]`, and those of none the same;
+    UsageFailure for NaN or Inf in them."""
     check_arrays(prompt_embeds=positive, negative_embeds=negative)
     if positive.ndim != 3 or positive.shape[0] != 1 or positive.shape[2] != width:
         raise RuntimeFailure(f"prompt_embeds must be [1, text, {width}] for this bundle, not {list(positive.shape)}.")
@@ -89,6 +90,9 @@ def check_embeds(positive: NDArray[Any], negative: NDArray[Any] | None, width: i
         raise RuntimeFailure(
             f"negative_embeds must have the shape of prompt_embeds, {list(positive.shape)}, not {list(negative.shape)}."
         )
+    for embeds in (positive, negative):
+        if embeds is not None and not is_finite(embeds):
+            raise UsageFailure("the embeddings hold NaN or Inf: encode the prompt again.")
 
 
 def check_latents(latents: NDArray[Any], channels: int) -> None:

@@ -12,6 +12,7 @@ keeps it, so only the first run is cold, unless memory is short (`memory.py`). T
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from .checks import (
     check_condition,
     check_embeds,
     check_hooks,
+    check_latents,
     check_preview,
     check_prompt,
     check_start,
@@ -201,6 +203,8 @@ class Pipeline:
         check_arrays(prompt_embeds=prompt_embeds, negative_embeds=negative_embeds)
         check_start(self._takes_picture, settings, init_latents, image)
         check_condition(settings, prompt, prompt_embeds is not None)
+        if prompt_embeds is not None:
+            check_embeds(prompt_embeds, None, self.manifest.text.dim)
         self.prepare(settings, reads=prompt_embeds is None, encodes_image=image is not None, last=last)
         if on_preview is not None:
             check_preview(settings, self._graphs.memory)
@@ -354,10 +358,27 @@ class Pipeline:
     ) -> Iterator[NDArray[np.uint8]]:
         """As `decode`, in pieces: one frame, then a few for each further latent frame. Each is the caller's own.
 
-        `seconds`, if given, is filled with what `load` and `decode` took.
+        `seconds`, if given, is filled with what `load` and `decode` took. Raises RuntimeFailure for other shapes, and
+        where the memory of this machine is too small.
         """
-        with self.turns.take():
+        with self.turns.take(), self._room_for(latents):
             yield from self._frames(latents, Timings(callback, seconds))
+
+    @contextmanager
+    def _room_for(self, latents: NDArray[Any]) -> Iterator[None]:
+        """Settles the memory mode of a decoding, and names its size where memory ends."""
+        check_latents(latents, self.manifest.latents.channels)
+        layout, (frames, height, width) = self.manifest.latents, latents.shape[2:]
+        label = None if self.manifest.family.classes(self.manifest.model) is None else 0  # none is drawn any more
+        size = width * layout.spatial_stride, height * layout.spatial_stride
+        try:
+            settings = self.settings(frames=(frames - 1) * layout.temporal_stride + 1, size=size, label=label)
+        except UsageFailure:  # a size that the decoder takes and no run has: nothing tells what it needs
+            yield
+            return
+        self.choose_memory(settings, unused=(*READER, *DENOISER, *ENCODER))
+        with memory_failure(settings):
+            yield
 
     def close(self) -> None:
         """Give the engines and buffers back. A later run loads them again."""

@@ -82,6 +82,7 @@ def test_the_baseline_and_its_warm_up_share_data_and_teacher(made, tmp_path):
         ("prepare", ("--set", "data.clips=null"), 2, "--videos"),
         ("stage1", ("--set", "data.frames=33"), 1, "another resolution"),
         ("evaluate", ("--clips", "5"), 2, "--videos"),
+        ("evaluate", ("--set", "sources.teacher=setup.cfg"), 1, "setup.cfg"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_in_one_line(made, tmp_path, command, options, code, message):
@@ -92,6 +93,33 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(made, tmp_path, command, o
     done = distill(command, tmp_path, *inputs, *options)
     assert done.exit_code == code and message in done.output, done.output
     assert "Traceback" not in done.output
+
+
+def test_data_are_prepared_anew_in_another_folder_alone(made):
+    run, _ = made
+    again = distill("prepare", run, settings=[*SHORT, "data.seed=9"])
+    assert again.exit_code == 1 and "made with another seed" in again.output, again.output
+    assert distill("prepare", run).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "student.safetensors", "tokenizer.model", "umt5.safetensors"])
+def test_a_file_that_is_cut_is_named(made, tmp_path, name):
+    run, _ = made
+    (tmp_path / name).write_bytes((run / name).read_bytes()[:5000])
+    done = distill("evaluate", tmp_path, "--inputs", str(run))
+    assert done.exit_code == 1 and name in done.output and "Traceback" not in done.output, done.output
+
+
+def test_a_packing_that_was_stopped_is_done_again(made, tmp_path, monkeypatch):
+    run, _ = made
+    whole = tmp_path / "run"
+    shutil.copytree(run, whole)
+    (whole / "weights" / "recipe.json").unlink()
+    (whole / "weights" / "student.safetensors").unlink()
+    (whole / "evaluation.json").unlink()
+    monkeypatch.setattr(tiny, "evaluate", lambda run, report: None)
+    tiny.all(whole, lambda line: None)
+    assert (whole / "weights" / "student.safetensors").is_file()
 
 
 def test_a_finished_stage_is_not_kept_when_its_input_was_replaced(made, tmp_path):

@@ -205,7 +205,7 @@ class Config(_Part):
         layers = self.wan.num_layers
         if self.student.head_blocks >= layers:
             raise ValueError(f"student.head_blocks {self.student.head_blocks}: {self.model} has {layers} blocks")
-        if max(self.stage2.depths) >= layers or not self.stage2.depths:
+        if not self.stage2.depths or not all(0 <= depth < layers for depth in self.stage2.depths):
             raise ValueError(f"stage2.depths {list(self.stage2.depths)}: blocks of {self.model} are 0 to {layers - 1}")
         if self.stage1.objective == "kd" and self.student.is_tmd:
             raise ValueError("stage1.objective kd belongs to the baseline (student.head_blocks 0)")
@@ -226,8 +226,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, *read_values(name, overrides))
 
 
-def read_values(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], dict[tuple[str, ...], int]]:
-    """The file that `name` means, its values with `overrides`, and the line of every key. Raises ConfigError."""
+def read_values(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], dict[tuple[str, ...], str]]:
+    """The file that `name` means, its values with `overrides`, and the place of every key. Raises ConfigError."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         path = Path(name)
@@ -241,20 +241,23 @@ def read_values(name: str, overrides: Sequence[str]) -> tuple[Path, dict[str, An
             FOLDER / f"{base}.yaml" if (FOLDER / f"{base}.yaml").is_file() else path.parent / str(base)
         )
         values = _merge(inherited, values)
+    places = {keys: f"{path}, line {line}" for keys, line in lines.items()}
     for override in overrides:
         values = _merge(values, _parse(override))
-    return path, values, lines
+        given = tuple(override.partition("=")[0].split("."))
+        places = {keys: place for keys, place in places.items() if keys[: len(given)] != given}
+        places[given] = f"--set {override}"
+    return path, values, places
 
 
-def validated(kind: type[Kind], path: Path, values: dict[str, Any], lines: Mapping[tuple[str, ...], int]) -> Kind:
-    """A config of `kind` from the values of a file. Raises ConfigError that names the line."""
+def validated(kind: type[Kind], path: Path, values: dict[str, Any], places: Mapping[tuple[str, ...], str]) -> Kind:
+    """A config of `kind` from the values of a file and of `--set`. Raises ConfigError that names the line, or which."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
         keys = tuple(str(key) for key in found["loc"])
-        line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
-        where = f"{path}, line {line}" if line else str(path)
+        where = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), str(path))
         message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(found["type"], found["msg"])
         given = f" (given: {found['input']!r})" if found["type"] not in ("missing",) and keys else ""
         raise ConfigError(f"{where}: {'.'.join(keys) or 'config'}: {message}{given}.") from error

@@ -34,6 +34,7 @@ PHRASINGS = 4  # captions per rendered clip, every other as somebody might type 
 BATCH = 8  # clips encoded at a time; convolutions of batch 1 are several times slower
 NEGATIVE_PROMPT = ""  # the built-in model's null condition: dropped prompts in training, negative one of guidance
 INDEX = "index.json"
+MADE = "made.json"  # what the shards beside it are made of, written before the first of them
 
 
 class DataError(TrainingError):
@@ -83,6 +84,27 @@ def write_shard(path: Path, latents: Tensor, prompt_embeds: Tensor, null_embeds:
         ) from error
 
 
+def claim(folder: Path, made: dict[str, Any], first: bool = True) -> None:
+    """Settles that shards in `folder` are made of `made`, before any is written; the `first` process writes that down.
+
+    Shards that are there are kept by who makes them, so they must be of the same. Raises DataError if they are not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = json.loads(json.dumps(made))
+    if (folder / MADE).is_file():
+        before = json.loads((folder / MADE).read_text())
+        other = sorted(key for key in {*before, *made} if before.get(key) != made.get(key))
+        if other:
+            raise DataError(
+                f"{folder} holds what was made with another {', another '.join(other)}: delete that folder, or take "
+                "another one with --run."
+            )
+    elif any(folder.glob("*.safetensors")):
+        raise DataError(f"{folder} holds shards, and nothing says what they were made of: delete that folder.")
+    elif first:
+        write_whole(folder / MADE, f"{json.dumps(made, indent=1)}\n".encode())
+
+
 def write_index(folder: Path, made: dict[str, Any]) -> int:
     """Write `index.json` over the shards in `folder`; returns the number of clips. Raises DataError for none."""
     files = sorted(folder.glob("*.safetensors"))
@@ -97,7 +119,7 @@ def write_index(folder: Path, made: dict[str, Any]) -> int:
 @torch.no_grad()
 def render_shard(
     path: Path, vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, clips: int, seed: int, first: int = 0,
-    report=print, frames: int = CLIP_FRAMES,
+    report=print, frames: int = CLIP_FRAMES, negative_prompt: str = NEGATIVE_PROMPT,
 ) -> None:  # fmt: skip
     """Render training scenes number `first` to `first + clips`, encode pictures and captions, write one shard.
 
@@ -113,7 +135,7 @@ def render_shard(
         embeds.append(encode_prompts(encoder, tokenizer, captions).unflatten(0, (len(scenes), PHRASINGS)).half())
         if (start - first) // BATCH % 50 == 49:
             report(f"{start + len(scenes)} clips encoded")
-    null = encode_prompts(encoder, tokenizer, [NEGATIVE_PROMPT])[0]
+    null = encode_prompts(encoder, tokenizer, [negative_prompt])[0]
     made = {"seed": str(seed), "vae": json.dumps(asdict(vae.config))}
     write_shard(path, torch.cat(latents), torch.cat(embeds), null, **made)
 

@@ -78,12 +78,17 @@ class Row:
     sample: Callable[[Tensor, torch.Generator], Tensor]
 
 
+def _noise(prompt: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A clip's noise for each prompt: drawn on the CPU, so that every device gets the same."""
+    return torch.randn(len(prompt), *shape, generator=generator).to(prompt.device)
+
+
 def teacher_row(name: str, teacher: WanTransformer, negative: Tensor, steps: int, shift: float, guidance: float,
                 shape: tuple[int, ...]) -> Row:  # fmt: skip
     """UniPC with guidance. `negative` `[1,S,E]`, `shape` of one clip's latents."""
 
     def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(prompt), *shape, generator=generator)
+        noise = _noise(prompt, shape, generator)
         return unipc_sample(teacher, noise, prompt, negative.expand_as(prompt), steps, shift, guidance)
 
     return Row(name, float(steps * (1 if guidance == 1 else 2)), sample)
@@ -93,8 +98,8 @@ def student_row(name: str, student: TMDStudent, outer_steps: int, inner_steps: i
     """TMD's transitions without guidance, on the student's own time grids."""
 
     def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(prompt), *shape, generator=generator)
-        draws = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
+        noise = _noise(prompt, shape, generator)
+        draws = lambda shape: torch.randn(shape, generator=generator).to(prompt.device)  # noqa: E731
         return tmd_sample(student, noise, prompt, outer_steps, inner_steps, inner_noise=draws)
 
     return Row(name, effective_nfe(outer_steps, inner_steps, student.head_blocks, student.config.num_layers), sample)
@@ -104,7 +109,7 @@ def baseline_row(name: str, model: WanTransformer, outer_steps: int, shift: floa
     """DMD2-v without guidance."""
 
     def sample(prompt: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(prompt), *shape, generator=generator)
+        noise = _noise(prompt, shape, generator)
         return dmd_sample(model, noise, prompt, outer_steps, shift)
 
     return Row(name, float(outer_steps), sample)
@@ -137,7 +142,7 @@ def measure(
     free = diversity(clip_features(same).reshape(groups, repeats, -1), scale)
 
     def autoencode(index: slice) -> Tensor:
-        return vae.encode(to_video(np.stack([draw(scene) for scene in scenes[index]])))
+        return vae.encode(to_video(np.stack([draw(scene) for scene in scenes[index]])).to(embeds.device))
 
     typed_scenes, typed_captions = as_typed(count)
     typed_embeds = encode_prompts(encoder, tokenizer, typed_captions)

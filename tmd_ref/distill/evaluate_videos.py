@@ -35,6 +35,7 @@ PROMPT_BYTES = 180
 def measure_videos(
     rows: Sequence[Row], vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, entries: Sequence[Entry],
     settings: Data, out: Path, *, clips: int = 1, seed: int = 7, report: Callable[[str], None] = print,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Samples each row `clips` times for the first caption of every video; the first row is the autoencoder's.
 
@@ -54,7 +55,7 @@ def measure_videos(
         made, began = [], time.monotonic()
         for entry, video in zip(entries, real, strict=True):
             if row is None:
-                latents = vae.encode(video[None])
+                latents = vae.encode(video[None].to(device))
             else:
                 embeds = encode_prompts(encoder, tokenizer, [entry.captions[0]] * clips)
                 latents = row.sample(embeds, generator)
@@ -69,7 +70,9 @@ def measure_videos(
                 folder.mkdir(parents=True, exist_ok=True)
                 write_mp4(folder / f"{prompt}-{written[prompt]}.mp4", video, settings.fps)
                 written[prompt] += 1
-        distance = frechet_distance(clip_features(np.concatenate(made)) / scale, reference / scale)
+        # One clip of each caption, whatever `clips`: distances compare at equal numbers alone.
+        features = clip_features(np.concatenate([videos[:1] for videos in made]))
+        distance = frechet_distance(features / scale, reference / scale)
         results[name] = {"nfe": 0.0 if row is None else row.nfe, "frechet": distance, "seconds": seconds}
         report(f"{name}: {json.dumps({key: round(value, 3) for key, value in results[name].items()})}")
     about = {"videos": len(entries), "clips": clips, "seed": seed, "rows": results}

@@ -37,9 +37,9 @@ def read_list(path: Path) -> list[Entry]:
     """The videos of a list. Raises DataError naming the line."""
     entries = []
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"the list of videos cannot be read: {error}") from error
+        lines = path.read_text(encoding="utf-8").split("\n")  # captions may hold other ends of lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list of videos {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

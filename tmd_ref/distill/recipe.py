@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tmd_ref.checkpoint import save_model
 from tmd_ref.distill.config import Config, ConfigError
-from tmd_ref.distill.data import CLIP_FRAMES, LatentDataset, encode_prompts, render_shard, write_index
+from tmd_ref.distill.data import CLIP_FRAMES, LatentDataset, claim, encode_prompts, render_shard, write_index
 from tmd_ref.distill.discriminator import Discriminator
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.parallel import World, autocast, bare, place
@@ -94,12 +94,18 @@ class Job:
     def training(self, name: str, stage: Any) -> Run:
         """How a stage is run; what it was asked to do goes into its checkpoint."""
         config = self.config
-        settings = {"stage": stage.model_dump(mode="json"), "student": config.student.model_dump(mode="json"),
-                    "model": config.model, "data": config.data.model_dump(mode="json")}  # fmt: skip
-        settings |= {f"input {found}": fingerprint(path) for found, path in sorted(self.read.items())}
+        settings = {"stage": stage.model_dump(mode="json"), "model": config.model,
+                    "data": config.data.model_dump(mode="json")}  # fmt: skip
+        if isinstance(config, Config):
+            settings["student"] = config.student.model_dump(mode="json")
+        settings |= self.inputs_read()
         machine = config.machine
         return Run(self.run / name, stage.batch, getattr(stage, "micro", None), stage.seed, settings,
                    machine.log_every, machine.save_every, self.world, self.report)  # fmt: skip
+
+    def inputs_read(self) -> dict[str, str]:
+        """What tells the files that this command has read from others of the same names."""
+        return {f"input {found}": fingerprint(path) for found, path in sorted(self.read.items())}
 
     def cast(self, objective: Objective) -> Objective:
         """The objective under autocast, if the run computes in bfloat16."""
@@ -144,7 +150,8 @@ def prepare(job: Job, videos: Path | None = None) -> None:
     vae = load_vae(job.find(config.sources.vae)).to(job.world.device)
     encoder = load_text_encoder(job.find(config.sources.text_encoder)).to(job.world.device)
     tokenizer = job.tokenizer()
-    out.mkdir(parents=True, exist_ok=True)
+    listed = {} if videos is None else {"list of videos": fingerprint(videos)}
+    claim(out, {**config.data.model_dump(mode="json"), **job.inputs_read(), **listed}, job.world.first)
     if rendered is None:
         clips = encode_videos(
             entries, out, config.data, vae, encoder, tokenizer, job.world, config.machine.bf16, job.report
@@ -157,8 +164,9 @@ def prepare(job: Job, videos: Path | None = None) -> None:
             if number % job.world.size == job.world.rank and not path.exists():
                 count = min(config.data.shard, rendered - first)
                 render_shard(
-                    path, vae, encoder, tokenizer, count, config.data.seed, first, job.report, config.data.frames
-                )
+                    path, vae, encoder, tokenizer, count, config.data.seed, first, job.report, config.data.frames,
+                    config.data.negative_prompt,
+                )  # fmt: skip
         job.world.wait()
         clips = write_index(out, config.data.model_dump(mode="json")) if job.world.first else 0
         job.world.wait()
@@ -223,6 +231,7 @@ def _knowledge_distillation(job: Job, data: LatentDataset) -> None:
     pairs = settings.pairs
     assert pairs is not None  # the config says so
     fixed = job.place(job.load_teacher(), frozen=True)
+    claim(job.run / "pairs", {**pairs.model_dump(mode="json"), **job.inputs_read()}, job.world.first)
     write_pairs(
         job.run / "pairs", fixed, data, pairs.count, pairs.seed, steps=pairs.sampler_steps, shift=pairs.shift,
         guidance=pairs.guidance, skip=pairs.skip_layers, world=job.world, report=job.report,
@@ -292,25 +301,26 @@ def evaluate(job: Job, out: Path | None = None, videos: Path | None = None, clip
         raise ConfigError("clips are counted for real videos alone: list them (--videos), or leave out --clips.")
     if config.model != "tiny" and videos is None:
         raise ConfigError("without rendered scenes there is nothing to compare with: list held-out videos (--videos).")
-    encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)), job.tokenizer()
-    vae = load_vae(job.find(config.sources.vae))
+    device = job.world.device
+    encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)).to(device), job.tokenizer()
+    vae = load_vae(job.find(config.sources.vae)).to(device)
     negative = encode_prompts(encoder, tokenizer, [config.data.negative_prompt])
     shape = (config.wan.in_channels, *config.data.latent_size)
     steps = settings.teacher_steps
-    rows = [table.teacher_row(f"teacher {steps}x2", job.load_teacher(), negative, steps, settings.shift,
+    rows = [table.teacher_row(f"teacher {steps}x2", job.load_teacher().to(device), negative, steps, settings.shift,
                               settings.guidance, shape)]  # fmt: skip
     m, n = student.outer_steps, student.inner_steps
     for name, kind in (("student_stage1", "TMD stage 1"), ("student", "TMD")):
         if student.is_tmd and (path := _found(job, f"{name}.safetensors")):
-            tmd = load_student(path).float().eval()
+            tmd = load_student(path).float().eval().to(device)
             rows.append(table.student_row(f"{kind} M={m} N={n}", tmd, m, n, shape))
     for name, kind in (("generator_stage1", "DMD2-v warm-up"), ("generator", "DMD2-v")):
         if not student.is_tmd and (path := _found(job, f"{name}.safetensors")):
-            wan = load_teacher(path, config.wan)
+            wan = load_teacher(path, config.wan).to(device)
             rows.append(table.baseline_row(f"{kind} M={m}", wan, m, student.outer_shift, shape))
     if videos is not None:
         measure_videos(rows, vae, encoder, tokenizer, read_list(videos), config.data, out or job.run, clips=clips,
-                       seed=settings.seed, report=job.report)  # fmt: skip
+                       seed=settings.seed, report=job.report, device=device)  # fmt: skip
         return
     table.measure(
         rows, vae, encoder, tokenizer, out or job.run, count=settings.captions, seed=settings.seed,

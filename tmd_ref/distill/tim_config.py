@@ -89,7 +89,7 @@ class TiMRun(_Part):
 
 def load_any(name: str, overrides: Sequence[str] = ()) -> Config | TiMRun:
     """As `config.load_config`, for either kind of config. Raises ConfigError."""
-    path, values, lines = read_values(name, overrides)
+    path, values, places = read_values(name, overrides)
     kind: type[Any] = TiMRun if "tim" in values else Config
-    found: Config | TiMRun = validated(kind, path, values, lines)
+    found: Config | TiMRun = validated(kind, path, values, places)
     return found

@@ -66,8 +66,8 @@ def measure(
     reference = _features(np.stack([still(scene, size) for scene in held_out(count, seed + 1)[0]]))
     scale = reference.std(0) + 1e-6
     shape = (model.config.in_channels, size[0] // 8, size[1] // 8)
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    rope = rope_tables(*token_grid(noise, model.config.patch), model.config.head_dim)
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(embeds.device)
+    rope = rope_tables(*token_grid(noise, model.config.patch), model.config.head_dim, embeds.device)
 
     typed_scenes, typed_prompts = as_typed(count)
     typed_embeds = encode_prompts(encoder, tokenizer, typed_prompts)
@@ -79,7 +79,8 @@ def measure(
         ).unsqueeze(2)  # fmt: skip
 
     def autoencode(part: slice) -> Tensor:
-        return vae.encode(to_video(np.stack([still(scene, size)[None] for scene in scenes[part]])))
+        stills = np.stack([still(scene, size)[None] for scene in scenes[part]])
+        return vae.encode(to_video(stills).to(embeds.device))
 
     results: dict[str, dict[str, float]] = {}
     groups: dict[str, Any] = {}

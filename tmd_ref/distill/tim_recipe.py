@@ -44,13 +44,6 @@ class TiMJob(recipe.Job):
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.find(self.config.sources.tokenizer), self.config.network.text_len)
 
-    def training(self, name: str, stage: Any) -> Run:
-        config, machine = self.config, self.config.machine
-        settings = {"stage": stage.model_dump(mode="json"), "model": config.model,
-                    "data": config.data.model_dump(mode="json")}  # fmt: skip
-        return Run(self.run / name, stage.batch, stage.micro, stage.seed, settings, machine.log_every,
-                   machine.save_every, self.world, self.report)  # fmt: skip
-
     def save(self, name: str, network: nn.Module) -> None:
         weights = gather(bare(network).state_dict(), keep=self.world.first)
         if self.world.first:
@@ -104,10 +97,11 @@ def evaluate(job: TiMJob, videos: Path | None = None, clips: int = 1) -> None:
         raise ConfigError("a Transition Model makes stills: --videos is for models of videos.")
     from tmd_ref.distill import tim_evaluate
 
-    config = job.config
-    encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)), job.tokenizer()
+    config, device = job.config, job.world.device
+    encoder, tokenizer = load_text_encoder(job.find(config.sources.text_encoder)).to(device), job.tokenizer()
+    model, vae = load_model(job.find(WEIGHTS), TiM).to(device), load_vae(job.find(config.sources.vae)).to(device)
     tim_evaluate.measure(
-        load_model(job.find(WEIGHTS), TiM), load_vae(job.find(config.sources.vae)), encoder, tokenizer,
+        model, vae, encoder, tokenizer,
         encode_prompts(encoder, tokenizer, [config.data.negative_prompt]), job.run, config.evaluate,
         size=config.data.size, report=job.report,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def all(run: Path, report: Report = print) -> None:
         (teacher, "teacher.safetensors"),
         (stage1, "student_stage1.safetensors"),
         (stage2, "student.safetensors"),
-        (pack, "weights"),
+        (pack, "weights/recipe.json"),
         (evaluate, "evaluation.json"),
     ):
         if (run / result).exists():

@@ -34,7 +34,7 @@ def to_video(frames: np.ndarray) -> Tensor:
 
 def to_frames(video: Tensor) -> np.ndarray:
     """float `[B,3,F,H,W]` in -1..1 -> uint8 `[B,F,H,W,3]`, rounded to nearest."""
-    return (video.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+    return (video.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def render_crops(seed: int, step: int, count: int, frames: int, crop: int, size: tuple[int, int]) -> np.ndarray:

@@ -45,6 +45,7 @@ def pixels(hexed: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         {"steps": 7, "shift": 2.5},
         {"schedule": [1.0, 0.7, 0.1, 0.0]},
         {"guidance": 3.0, "negative_prompt": "a blue square"},
+        {"guidance": 3.0, "negative_prompt": "blue " * 99},
     ],
     ids=str,
 )

@@ -35,6 +35,8 @@ BROKEN = {
     "data: {frames: 16}\n": r"line 2: data: .*4k \+ 1",
     "model: wan2b\n": r"model 'wan2b'.*tiny",
     "stage2: {depths: [3, 8]}\n": r"blocks of tiny are 0 to 7",
+    "stage2: {depths: []}\n": r"stage2.depths \[\]: blocks of tiny are 0 to 7",
+    "stage2: {depths: [-1]}\n": r"blocks of tiny are 0 to 7",
     "student: {head_blocks: 0}\nstage1: {objective: kd}\n": r"needs stage1.pairs",
     "student: {head_blocks: 2}\nstage1: {objective: kd}\n": r"kd belongs to the baseline",
     "stage2:\n  steps: 3\n  steps: 4\n": r"line 4: stage2.steps is given twice",
@@ -55,8 +57,10 @@ def test_single_settings_can_be_changed_and_are_checked_too():
     assert (config.stage2.steps, config.student.outer_steps, config.stage2.depths) == (7, 1, (1, 2))
     baseline = load_config("tiny", ["student.head_blocks=0", "student.outer_steps=4"])
     assert not baseline.student.is_tmd and baseline.stage1.objective == "meanflow", "which stage1 refuses to run"
-    with pytest.raises(ConfigError, match=r"stage2.steps"):
+    with pytest.raises(ConfigError, match=r"^--set stage2.steps=0: stage2.steps: .*greater than 0"):
         load_config("tiny", ["stage2.steps=0"])
+    with pytest.raises(ConfigError, match=r"^--set stage2=\{stepz: 3\}: stage2.stepz: unknown key"):
+        load_config("tiny", ["stage2={stepz: 3}"])
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         load_config("tiny", ["stage2.steps"])
     with pytest.raises(ConfigError, match=r"wan1\.3b"):

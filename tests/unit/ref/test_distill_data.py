@@ -11,7 +11,7 @@ from torch import nn
 
 from tmd_ref.checkpoint import save_model
 from tmd_ref.distill.config import Data
-from tmd_ref.distill.data import DataError, LatentDataset, write_index, write_shard
+from tmd_ref.distill.data import DataError, LatentDataset, claim, write_index, write_shard
 from tmd_ref.distill.draws import Draws
 from tmd_ref.distill.prepare import encode_videos, read_list, read_video
 from tmd_ref.distill.trainer import TrainingError
@@ -166,6 +166,26 @@ def load_text_encoder_of(folder):
     from pathlib import Path
 
     return load_text_encoder(Path(folder) / "umt5.safetensors")
+
+
+def test_shards_of_another_origin_are_not_mixed(tmp_path):
+    claim(tmp_path, {"seed": 1, "size": (64, 64)})
+    claim(tmp_path, {"seed": 1, "size": (64, 64)})  # an interrupted run goes on
+    with pytest.raises(DataError, match="made with another input vae, another seed: delete that folder"):
+        claim(tmp_path, {"seed": 2, "size": (64, 64), "input vae": "x"})
+    (tmp_path / "unknown").mkdir()
+    shards(tmp_path / "unknown", counts=(1,))
+    with pytest.raises(DataError, match="nothing says what they were made of"):
+        claim(tmp_path / "unknown", {"seed": 1})
+
+
+def test_a_caption_may_hold_what_other_formats_end_lines_with(tmp_path):
+    caption = "a red\u2028circle\x85on black"
+    (tmp_path / "list.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": caption}, ensure_ascii=False), "utf-8")
+    assert [entry.captions for entry in read_list(tmp_path / "list.jsonl")] == [(caption,)]
+    (tmp_path / "latin.jsonl").write_bytes(b'{"video": "a.mp4", "caption": "gr\xfcn"}')
+    with pytest.raises(DataError, match=r"latin.jsonl cannot be read"):
+        read_list(tmp_path / "latin.jsonl")
 
 
 @pytest.mark.parametrize("line", ['{"video": "a.mp4"}', '{"video": "a.mp4", "caption": ""}', "[]", "{"])

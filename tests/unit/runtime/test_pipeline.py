@@ -323,6 +323,16 @@ def test_a_bundle_without_update_says_how_to_get_one(tmp_path: Path) -> None:
 def test_wrong_embeddings_are_named(pipeline: Pipeline, shape: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeFailure, match=r"prompt_embeds must be \[1, text, 64\]"):
         pipeline.denoise(np.zeros(shape, np.float32))
+    with pytest.raises(RuntimeFailure, match=r"prompt_embeds must be \[1, text, 64\]"):
+        pipeline(PROMPT, prompt_embeds=np.zeros(shape, np.float32))
+
+
+def test_embeddings_with_nan_are_refused_before_the_backbone_reads_them(pipeline: Pipeline) -> None:
+    embeds = np.zeros((1, 7, 64), np.float32)
+    embeds[0, 3, 5] = np.nan
+    for run in (lambda: pipeline.denoise(embeds, frames=1), lambda: pipeline(PROMPT, prompt_embeds=embeds, frames=1)):
+        with pytest.raises(UsageFailure, match="the embeddings hold NaN or Inf"):
+            run()
 
 
 @pytest.mark.parametrize("shape", [(16, 5, 8, 8), (1, 15, 5, 8, 8), (1, 16, 0, 8, 8)])

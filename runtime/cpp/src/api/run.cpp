@@ -262,6 +262,9 @@ tmd_status tmd_denoise(tmd_context* context, const float* embeds, const float* n
     if (!classes && (settings.passes() == 2) != (negative != nullptr))
       refuse_usage(negative ? "negative_embeds need guidance, and this run has none: leave them out, or set guidance."
                             : "this run has guidance, which needs negative_embeds: give them, or set guidance to 1.");
+    for (const float* each : {embeds, negative})
+      if (each && !all_finite(each, static_cast<std::size_t>(tokens) * static_cast<std::size_t>(manifest.text.dim)))
+        refuse_usage("the embeddings hold NaN or Inf: encode the prompt again.");
     need_room("latents", count, settings.latents_count(), "floats");
     std::string warnings = settings.warnings;
     pipeline.prepare(latent_size(manifest, settings), kDenoise, warnings);

@@ -153,12 +153,16 @@ std::vector<float> Pipeline::encode(std::string_view prompt, Progress& progress,
   return encode_tokens(tokens, progress, 1, expected);
 }
 
-const std::vector<float>& Pipeline::encode_negative(const std::string& prompt, Progress& progress, std::int64_t total) {
-  if (!negative_ || negative_->first != prompt) {
+const std::vector<float>& Pipeline::encode_negative(const std::string& prompt, Progress& progress, std::int64_t total,
+                                                    std::string& warnings) {
+  if (!negative_ || negative_->prompt != prompt) {
     negative_.reset();
-    negative_.emplace(prompt, encode_tokens(tokenize(prompt, true), progress, total, total));
+    const Tokens tokens = tokenize(prompt, true);
+    negative_ = Negative{prompt, tokens.dropped ? tokens.warning("the negative prompt") + "\n" : "",
+                         encode_tokens(tokens, progress, total, total)};
   }
-  return negative_->second;
+  warnings += negative_->warning;
+  return negative_->embeds;
 }
 
 std::vector<float> Pipeline::null_embeds(std::int64_t tokens) const {
@@ -174,7 +178,7 @@ std::vector<float> Pipeline::null_embeds(std::int64_t tokens) const {
 
 std::int64_t Pipeline::prompts(const Settings& settings) const {
   if (manifest().classes()) return 0;
-  const bool kept = negative_ && negative_->first == settings.negative_prompt;
+  const bool kept = negative_ && negative_->prompt == settings.negative_prompt;
   return settings.passes() == 2 && !kept && !is_stored(settings) ? 2 : 1;
 }
 
@@ -187,7 +191,7 @@ Condition Pipeline::condition(std::string_view prompt, const Settings& settings,
   made.embeds = encode(prompt, progress, total, warnings, dropped);
   if (settings.passes() == 2)
     made.negative = is_stored(settings) ? null_embeds(rows(made.embeds))
-                                        : encode_negative(settings.negative_prompt, progress, total);
+                                        : encode_negative(settings.negative_prompt, progress, total, warnings);
   made.tokens = std::max(rows(made.embeds), rows(made.negative));
   // The shorter one is filled up with rows of the empty prompt: what the text encoder gives where it pads.
   const std::vector<float> null =

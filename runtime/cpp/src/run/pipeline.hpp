@@ -80,7 +80,8 @@ class Pipeline {
 
  private:
   std::shared_ptr<LoadedGraph> graph(const std::string& name, const char* purpose, Progress& progress);
-  const std::vector<float>& encode_negative(const std::string& prompt, Progress& progress, std::int64_t total);
+  const std::vector<float>& encode_negative(const std::string& prompt, Progress& progress, std::int64_t total,
+                                            std::string& warnings);
   // Whether the embeddings of the negative prompt lie in the bundle.
   bool is_stored(const Settings& settings) const {
     return settings.negative_prompt.empty() && manifest().text.null_embeds;
@@ -104,7 +105,11 @@ class Pipeline {
   Stages checked_ = 0;  // that were compared with what is free
   Stages checked_alone_ = 0;
   std::map<std::string, std::shared_ptr<LoadedGraph>> graphs_;
-  std::optional<std::pair<std::string, std::vector<float>>> negative_;  // the latest negative prompt, which is kept
+  struct Negative {
+    std::string prompt, warning;
+    std::vector<float> embeds;
+  };
+  std::optional<Negative> negative_;  // the latest negative prompt, which is kept
   // Buffers of the latest shape only: those of two sizes of a large model would not fit side by side.
   std::unique_ptr<Loop> loop_;
   std::vector<std::int64_t> loop_key_;

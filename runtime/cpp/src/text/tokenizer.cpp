@@ -40,9 +40,9 @@ struct Tokenizer::Model {
   sentencepiece::SentencePieceProcessor processor;
 };
 
-std::string Tokens::warning() const {
+std::string Tokens::warning(const char* what) const {
   if (!dropped) return "";
-  return "the prompt is too long: its last " + std::to_string(dropped) + " of " + std::to_string(kept + dropped) +
+  return what + std::string(" is too long: its last ") + std::to_string(dropped) + " of " + std::to_string(kept + dropped) +
          " tokens are ignored. Shorten it.";
 }
 

@@ -15,8 +15,8 @@ struct Tokens {
   std::vector<std::int64_t> ids, mask;  // [max_length]; of tokenization "plain" as many as there are
   std::int32_t kept = 0, dropped = 0;   // tokens of the text that are among them, and that did not fit
 
-  // What the user should know about this prompt, in one sentence, or "".
-  std::string warning() const;
+  // What the user should know about this prompt, in one sentence, or "". `what` it is called.
+  std::string warning(const char* what = "the prompt") const;
 };
 
 // The sentencepiece model of a bundle. Its methods may be called by several threads.
