@@ -136,10 +136,11 @@ def _inputs(bundle: Bundle, engine: Engine, seed: int) -> dict[str, np.ndarray]:
     """Normal values; times in 0..1 with r below s (or t), a turn by random angles, ids, a mask with padding, and the
     first frame held."""
     rng = np.random.default_rng(seed)
-    dims = _dims(bundle)
+    dims, classes = _dims(bundle), bundle.manifest.family.classes(bundle.manifest.model)
+    ids = _IDS if classes is None else classes
     arrays = {name: engine.empty(name, **dims) for name in engine.inputs}
     for name, array in arrays.items():
-        array[...] = _values(engine.inputs[name], array.shape, rng)
+        array[...] = _values(engine.inputs[name], array.shape, rng, ids)
     if "r" in arrays:
         arrays["r"] *= arrays["s" if "s" in arrays else "t"]
     if "rope_cos" in arrays and "rope_sin" in arrays:
@@ -148,11 +149,11 @@ def _inputs(bundle: Bundle, engine: Engine, seed: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _values(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _values(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator, ids: int) -> np.ndarray:
     if spec.name == "attention_mask":
         return np.broadcast_to(np.arange(shape[1]) < max(1, shape[1] // 3), shape)
     if spec.name == "held":
         return np.arange(*shape) == 0
     if np.dtype(spec.dtype).kind != "f":
-        return rng.integers(0, _IDS, shape)
+        return rng.integers(0, ids, shape)
     return rng.uniform(size=shape) if spec.name in ("t", "s", "r") else rng.normal(size=shape)

@@ -231,6 +231,8 @@ def graph_sizes(manifest: Manifest, width: int, height: int, frames: int) -> dic
     for side, pixels, unit in (("width", width, stride * patch_width), ("height", height, stride * patch_height)):
         if pixels < unit or pixels % unit:
             raise ValueError(f"A {side} of {pixels} pixels cannot be made: choose a multiple of {unit}.")
+    if manifest.family.makes_stills and frames != 1:
+        raise ValueError(f"{frames} frames cannot be made: this is a model of stills, which have 1.")
     if frames < 1 or (frames - 1) % latents.temporal_stride:
         raise ValueError(f"{frames} frames cannot be made: choose 1 plus a multiple of {latents.temporal_stride}.")
     grid = ((frames - 1) // latents.temporal_stride + 1, height // stride, width // stride)

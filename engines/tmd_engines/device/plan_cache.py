@@ -196,11 +196,22 @@ def _file_name(key: Key) -> str:
 
 
 def _make_room(folder: Path, limit: int) -> None:
-    entries = sorted(((path.stat(), path) for path in folder.glob("*.plan")), key=lambda entry: entry[0].st_mtime_ns)
-    making = sum(path.stat().st_size for path in folder.glob(f"{_NEW}*{unfinished.SUFFIX}"))  # of other processes
-    excess = sum(status.st_size for status, _ in entries) + making - limit
-    for status, path in entries:
+    entries = sorted(_sizes(folder, "*.plan"))
+    making = _sizes(folder, f"{_NEW}*{unfinished.SUFFIX}")  # of other processes
+    excess = sum(size for _, size, _ in entries) + sum(size for _, size, _ in making) - limit
+    for _, size, path in entries:
         if excess <= 0:
             return
-        excess -= status.st_size
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def _sizes(folder: Path, pattern: str) -> list[tuple[int, int, Path]]:
+    """When it was changed, bytes and path of each file, without those that another process removes meanwhile."""
+    found = []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    return found

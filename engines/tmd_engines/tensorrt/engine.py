@@ -265,6 +265,7 @@ class BoundPlan:
         if stream.recording and self._not_recordable is not None:
             raise EngineError(self._not_recordable)
         if self._moves != self._scratch.moves:
+            self._scratch.reserve(self._plan.scratch)  # it may be gone since somebody wanted more than there was
             self._plan.use_scratch(self._scratch.address, self._scratch.size)
             self._moves = self._scratch.moves
         self._plan.enqueue(addresses, stream.handle)

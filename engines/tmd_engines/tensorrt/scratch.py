@@ -7,7 +7,10 @@ would take 5.5 GB, and share 2.0 GB.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
+
+from ..errors import EngineError
 
 
 class Block(Protocol):
@@ -32,11 +35,18 @@ class Scratch:
         return self._block.nbytes if self._block is not None else 0
 
     def reserve(self, size: int) -> None:
-        """Makes it at least this large. Nothing may be running. Raises EngineError where the memory is not there."""
-        if self._block is None or size > self._block.nbytes:
+        """Makes it at least this large. Nothing may be running. Raises EngineError where the memory is not there; then
+        it is as large as before, for those that run in it."""
+        before = self.size
+        if self._block is None or size > before:
             self._block = None  # two would not fit side by side
-            self._block = self._allocate(max(1, size))
             self.moves += 1
+            try:
+                self._block = self._allocate(max(1, size))
+            except EngineError:
+                with suppress(EngineError):
+                    self._block = self._allocate(before) if before else None
+                raise
 
     @property
     def address(self) -> int:

@@ -75,6 +75,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** address, std::size_t size) {
+  const char* most = std::getenv("FAKE_CUDA_LARGEST");
+  if (most && size > std::strtoull(most, nullptr, 10)) return cudaErrorMemoryAllocation;
   *address = std::aligned_alloc(256, (size + 255) / 256 * 256);
   if (!*address) return cudaErrorMemoryAllocation;
   std::memset(*address, 0xFF, size);  // NaN as float

@@ -165,6 +165,26 @@ TEST_CASE("steps are recorded anew when the scratch memory has moved") {
   CHECK(seen("launches") - launched == 2);
 }
 
+TEST_CASE("what ran goes on when somebody wants more scratch memory than there is") {
+  const Disk disk;
+  disk.cache_all();
+  std::vector<PlanOf> larger = all();
+  for (PlanOf& plan : larger) {
+    plan.size = {96, 96};
+    disk.cache(plan);
+  }
+  tmd::Context context(TMD_TEST_BUNDLE, Options(disk));
+  tmd::Context clone = context.clone();
+  const std::vector<std::uint8_t> expected = on_the_cpu(seeded(2, 2));
+  CHECK(context.generate(kPrompt, seeded(2, 2)).frames == expected);
+  {
+    const Variable largest("FAKE_CUDA_LARGEST", "5000000");  // the decoder takes 3.2 MB, and 7.3 at the larger size
+    CHECK(clone.try_generate(kPrompt, sized({96, 96})).status == TMD_ERROR_ENGINE);
+    CHECK(has(clone.error(), "the GPU has no memory left"));
+  }
+  CHECK(context.generate(kPrompt, seeded(2, 2)).frames == expected);
+}
+
 TEST_CASE("the kernels that a card compiled are kept for the next process") {
   const Disk disk;
   disk.make_folder(all());

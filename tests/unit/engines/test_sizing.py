@@ -303,6 +303,12 @@ def test_what_the_model_cannot_make_is_a_value_error(wish):
         estimate(bundle, **{"width": 64, "height": 64, "frames": 17, **wish})
 
 
+def test_a_model_of_stills_has_one_frame(tmp_path: Path):
+    bundle = Bundle.open(write_tim_bundle(tmp_path / "stills"))
+    with pytest.raises(ValueError, match="5 frames cannot be made: this is a model of stills"):
+        estimate(bundle, width=64, height=64, frames=5)
+
+
 def test_a_graph_of_the_bundle_that_cannot_be_counted_is_named(synthetic_bundle: Path):
     edit_graph(synthetic_bundle, impossible_transpose)
     with pytest.raises(BundleError, match=r"backbone.onnx cannot be sized: node Transpose"):

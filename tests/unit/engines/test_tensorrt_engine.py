@@ -42,9 +42,12 @@ class Array(DeviceArray):
     """Memory of the stand-in: an address and no more."""
 
     made = 1 << 20
+    free = 1 << 40
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         super().__init__(shape, dtype)
+        if self.nbytes > Array.free:
+            raise EngineError("out of memory")
         Array.made += self.nbytes + 256
         self._address = Array.made - self.nbytes
 
@@ -175,6 +178,21 @@ def test_scratch_memory_is_one_piece_for_all_plans_as_large_as_the_largest_asks_
     small()
     (_, _, first), (_, at, second), (_, again, third) = world.runs
     assert first < second == third and at == again
+
+
+@pytest.mark.parametrize("other", [0, 1], ids=["memory for the piece as it was", "for none"])
+def test_what_ran_goes_on_when_somebody_wants_more_scratch_memory_than_there_is(
+    world: World, monkeypatch: pytest.MonkeyPatch, other: int
+) -> None:
+    small = bound(world.engine(), SMALL)
+    small()
+    (_, _, size) = world.runs[-1]
+    with monkeypatch.context() as full:
+        full.setattr(Array, "free", size - other)
+        with pytest.raises(EngineError, match="out of memory"):
+            module.scratch().reserve(size + 1)
+    small()
+    assert world.runs[-1][1:] == (module.scratch().address, size)
 
 
 def test_what_was_compiled_at_the_first_run_is_there_for_the_next_process(world: World) -> None:

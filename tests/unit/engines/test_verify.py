@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from tests.helpers.bundle_tools import edit_graph
 from tests.helpers.synthetic import GRAPHS
+from tests.helpers.synthetic_tim import write_tim_bundle
 from tmd_engines import Bundle, load
 from tmd_engines.command import verify
 from tmd_engines.command.cli import main
@@ -37,6 +38,11 @@ def test_engine_that_computes_every_graph_passes(synthetic_bundle: Path) -> None
         assert row["max_abs_error"] < 1e-5 and row["cosine"] > 0.999999
         assert (row["max_levels"] is None) == (not row["graph"].startswith("decoder"))
     assert any(row["max_abs_error"] > 0 for row in document["graphs"])  # two engines, not one twice
+
+
+def test_a_model_of_few_classes_is_asked_for_those_that_it_has(tmp_path: Path) -> None:
+    checks = list(verify.verify(Bundle.open(write_tim_bundle(tmp_path / "stills", classes=True)), "openvino", 1))
+    assert [check.problem for check in checks] == [None] * len(checks) and len(checks) > 3
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,29 @@ def test_a_cache_entry_in_the_making_counts_and_is_cleaned(tmp_path: Path) -> No
     assert not left.exists() and cache.load({"a": "3"}) == bytes(300)
 
 
+@pytest.mark.parametrize("call", ["stat", "unlink"])
+def test_an_entry_that_another_process_removes_meanwhile_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    tmp_path.chmod(0o700)
+    cache = PlanCache(tmp_path, max_folder=1000)
+    cache.store({"a": "1"}, bytes(500))
+    (old,) = tmp_path.glob("*.plan")
+    real, is_there = getattr(Path, call), True
+
+    def gone(path: Path, *given: Any, **more: Any) -> Any:
+        nonlocal is_there
+        if path == old and is_there:
+            is_there = False
+            os.remove(old)
+        return real(path, *given, **more)
+
+    with monkeypatch.context() as race:
+        race.setattr(Path, call, gone)
+        cache.store({"a": "2"}, bytes(600))
+    assert cache.load({"a": "2"}) == bytes(600)
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_of_frames_changes_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:

@@ -109,15 +109,18 @@ class CudaGraph : public Step {
 void Scratch::join(std::uint64_t size) {
   const CudaLock lock(cuda_.mutex);
   if (!address_ || size > size_) {
+    const std::uint64_t before = size_, bytes = std::max<std::uint64_t>(size, 1);
     free();  // two would not fit side by side
-    const std::uint64_t bytes = std::max<std::uint64_t>(size, 1);
-    if (cuda_.cudaMalloc(&address_, bytes) != cudaSuccess) {
-      address_ = nullptr;
+    ++moves_;
+    const auto allocate = [&](std::uint64_t count) {
+      if (cuda_.cudaMalloc(&address_, count) == cudaSuccess) return size_ = count, true;
+      return address_ = nullptr, false;
+    };
+    if (!allocate(bytes)) {
+      if (before) allocate(before);  // for those that run in it
       fail_engine("the GPU has no memory left for the " + std::to_string(bytes) +
                   " bytes that a graph needs while it runs: choose fewer frames or a smaller size, or TMD_MEMORY_LOW.");
     }
-    size_ = bytes;
-    ++moves_;
   }
   ++users_;
 }

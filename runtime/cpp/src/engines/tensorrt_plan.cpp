@@ -125,6 +125,7 @@ void Plan::check_tensor(const std::string& name, const Buffer& buffer, nvinfer1:
 void Plan::run(const Buffers& buffers, const std::function<void(std::string_view)>& keep) {
   if (cuda_->recording && !not_recordable_.empty()) fail_engine(not_recordable_);
   if (moves_ != cuda_->scratch.moves()) {
+    if (!cuda_->scratch.address()) fail_engine("the GPU has no memory left for what a graph needs while it runs.");
     made_.context->setDeviceMemoryV2(cuda_->scratch.address(), static_cast<std::int64_t>(cuda_->scratch.size()));
     moves_ = cuda_->scratch.moves();
   }
