@@ -274,7 +274,7 @@ def read_student(path: str | os.PathLike[str]) -> TMDStudent:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}): copy or make it again.") from error
+        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}): make it again.") from error
     try:
         stored = json.loads(metadata["config"])
         arguments = WanConfig(**stored["wan"]), stored["head_blocks"], stored["fusion"]

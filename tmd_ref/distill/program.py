@@ -45,10 +45,11 @@ def run_program(command: Callable[[], object]) -> NoReturn:
         code = stop.code
     except SystemExit as end:
         code = end.code
-    except OSError as error:  # --help and the report, where nobody reads
+    except OSError as error:  # a file; or --help and the report, where nobody reads
         code = 1
+        where = "" if error.filename is None else f"{str(error.filename)[:200]}: "
         with suppress(OSError):
-            os.write(2, f"tmd-distill: {error.strerror or error}.\n".lower().encode())
+            os.write(2, f"tmd-distill: {where}{(error.strerror or str(error)).lower()}.\n".encode(errors="replace"))
     _flush()
     if raised or seen:  # nobody waits for torch to give its memory back
         os._exit(128 + (raised or seen)[0])

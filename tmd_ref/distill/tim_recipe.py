@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from tmd_ref.distill.parallel import bare
 from tmd_ref.distill.state import gather
 from tmd_ref.distill.tim import tim_loss
 from tmd_ref.distill.tim_config import TiMRun
-from tmd_ref.distill.trainer import AveragedWeights, Run, train
+from tmd_ref.distill.trainer import AveragedWeights, train
 from tmd_ref.distill.weights import load_text_encoder, load_vae
 from tmd_ref.partial import write_whole
 from tmd_ref.text import Tokenizer

@@ -17,6 +17,7 @@ from ..registry import engine_names
 from ..utf8 import json_text
 from .help import SETTINGS, Grouped
 from .options import BundleFolder, Size, offered
+from .screen import of_file
 
 if TYPE_CHECKING:
     from ..bundle.manifest import GraphInfo, TensorSpec
@@ -58,7 +59,10 @@ def _errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (BundleError, EngineError) as error:
             raise click.ClickException(str(error)) from None
-        except OSError as error:  # standard output is full or closed
+        except OSError as error:
+            if error.filename is not None:
+                raise click.ClickException(of_file(error)) from None
+            # Standard output is full or closed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more at its end
             raise click.ClickException(f"standard output cannot be written: {error.strerror}.") from None
 

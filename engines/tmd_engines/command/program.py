@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from .. import unfinished
-from .screen import repair_streams, silence, tell
+from .screen import of_file, repair_streams, silence, tell
 from .signals import Ending
 
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
@@ -40,7 +40,11 @@ def run_program(command: click.Command, name: str, arguments: Sequence[str] | No
     except (KeyboardInterrupt, click.Abort):
         tell(f"{name}: stopped.")
         sys.exit(INTERRUPTED)
-    except OSError as error:  # --help and --version, where nobody reads
+    except OSError as error:
+        if error.filename is not None:
+            tell(f"{name}: {of_file(error)}")
+            sys.exit(FAILED)
+        # --help and --version, where nobody reads.
         silence(1, "stdout")
         tell(f"{name}: cannot write to stdout: {(error.strerror or str(error)).lower()}.")
         sys.exit(FAILED)

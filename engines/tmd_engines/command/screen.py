@@ -48,6 +48,11 @@ def say(text: str) -> None:
         raise EngineError(f"cannot write to stdout: {reason}. Files that were written are complete.") from error
 
 
+def of_file(error: OSError) -> str:
+    """What the system says of a file or folder, as a sentence that names it."""
+    return f"{clean(str(error.filename), 200)}: {(error.strerror or str(error)).lower()}."
+
+
 def repair_streams() -> None:
     """Gives stdin, stdout and stderr that are closed a place: the next file would be opened under their number, and
     whatever a library prints would go into it."""

@@ -63,6 +63,12 @@ def expert_named(path: Path) -> str | None:
     return match[1].lower() if match else None
 
 
+def expert_of_lora(path: Path) -> str | None:
+    """ "high" or "low" if a LoRA's file or folder is called so, or lies in a folder of that noise."""
+    around = _EXPERT.search(path.parent.name)
+    return expert_named(path) or (around[1].lower() if around and around[1] else None)
+
+
 def has_experts(folder: Path) -> bool:
     """Whether `folder` holds both."""
     return any(all((folder / name).is_dir() for name in pair) for pair in FOLDERS)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints.contents import boundary_of
-from ..checkpoints.experts import Experts, expert_named
+from ..checkpoints.experts import Experts, expert_of_lora
 from ..checkpoints.hub_cache import called
 from ..checkpoints.mapped import Codes
 from ..errors import ExportError
@@ -89,9 +89,12 @@ class TwoTransformers(Wrapped):
         first, second = _apart(parts)
         return self._high.sha256(first) | self._low.sha256(second)
 
-    def lora_note(self, file: str) -> str | None:
-        side = expert_named(Path(file))
-        return side and f"{file} is for the {side}-noise transformer by its name, and is not added to the other one."
+    def lora_note(self, path: Path) -> str | None:
+        side = expert_of_lora(path)
+        return side and (
+            f"{called(path)} is for the {side}-noise transformer by its name, and is not added to the other one. Rename "
+            "it if it is for both."
+        )
 
 
 def _apart(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

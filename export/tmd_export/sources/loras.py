@@ -18,7 +18,7 @@ from tmd_engines.bundle.files import sha256_hex
 from tmd_engines.bundle.sections import MAX_LORAS
 from tmd_engines.errors import quote
 
-from ..checkpoints.experts import expert_named
+from ..checkpoints.experts import expert_of_lora
 from ..checkpoints.hub_cache import called
 from ..checkpoints.lora import Lora, listed
 from ..checkpoints.lora_names import Layers
@@ -41,7 +41,7 @@ def with_loras(source: Source, loras: Sequence[LoraFile]) -> Source:
     if not set(SECOND_PARTS) <= set(source.parts):
         return WithLoras(source, loras)
     for which, side in ((DENOISER, "high"), (SECOND, "low")):
-        own = [lora for lora in loras if (expert_named(lora.path) or expert_named(lora.path.parent)) in (None, side)]
+        own = [lora for lora in loras if expert_of_lora(lora.path) in (None, side)]
         if own:
             source = WithLoras(source, own, which)
     return source
@@ -63,7 +63,8 @@ class WithLoras(Wrapped):
         layers = self._layers()
         self._loras = [self._opened(LoraFile(Path(path), strength), layers) for path, strength in files]
         self.origin = f"{source.origin}; {len(files)} LoRA{'s' if len(files) > 1 else ''} merged in"
-        self.notes = (*source.notes, *(note for lora in self._loras for note in self._notes_on(lora)))
+        notes = (self._notes_on(lora, Path(path)) for lora, (path, _) in zip(self._loras, files, strict=True))
+        self.notes = (*source.notes, *(note for each in notes for note in each))
 
     def loras(self) -> tuple[dict[str, Any], ...]:
         before = super().loras()
@@ -149,14 +150,14 @@ class WithLoras(Wrapped):
         width = f"of width {found.dim} " if found.dim else ""
         return f"It is for a model {width}with at least {found.blocks} blocks, and {self.model} has {model}. "
 
-    def _notes_on(self, lora: Lora) -> list[str]:
+    def _notes_on(self, lora: Lora, path: Path) -> list[str]:
         notes = []
         if lora.lacks_alpha:
             notes.append(
                 f"{lora.name} states no alpha, so the products of its matrices count in full. If its authors name an "
                 "alpha, give alpha/rank as the strength (FILE=0.125 for alpha 8 and rank 64)."
             )
-        if note := self._inner.lora_note(lora.name):
+        if note := self._inner.lora_note(path):
             notes.append(note)
         return notes
 

@@ -104,8 +104,8 @@ class Source(ABC):
         """The manifest's `sampler`, with what no preset can know of this model."""
         return dict(sampler)
 
-    def lora_note(self, file: str) -> str | None:
-        """What the user should know of a LoRA because of the name of its file."""
+    def lora_note(self, path: Path) -> str | None:
+        """What the user should know of a LoRA because of the name of its file or folder."""
         return None
 
 

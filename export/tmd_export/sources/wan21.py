@@ -16,6 +16,7 @@ from tmd_ref.text import EOS_ID, PAD_ID
 from tmd_ref.vae import WAN_VAE_CONFIGS, WanVAEConfig
 from tmd_ref.wan import WanConfig, WanTransformer
 
+from ..checkpoints.hub_cache import called
 from ..checkpoints.names import converted, uncut
 from ..errors import ExportError
 from ..parts import PARTS, VIDEO_PARTS
@@ -90,11 +91,11 @@ class Wan21Source(Source):
         original = uncut(name, self.wan.num_layers - self.head_blocks)
         return (original, converted("transformer", original), *(() if self.fusion is None else (name,)))
 
-    def lora_note(self, file: str) -> str | None:
-        expert = re.search(r"(high|low)[_-]?noise", file, re.IGNORECASE)
+    def lora_note(self, path: Path) -> str | None:
+        expert = re.search(r"(high|low)[_-]?noise", path.name, re.IGNORECASE)
         return expert and (
-            f"by its name {file} is for the {expert[1].lower()}-noise expert of a Wan2.2 A14B. Its tensors are those "
-            "of any model of that size: if this checkpoint is another one, nothing here can tell."
+            f"by its name {called(path)} is for the {expert[1].lower()}-noise expert of a Wan2.2 A14B. Its tensors are "
+            "those of any model of that size: if this checkpoint is another one, nothing here can tell."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,5 +69,5 @@ class Wrapped(Source):
     def completed(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
         return self._inner.completed(sampler)
 
-    def lora_note(self, file: str) -> str | None:
-        return self._inner.lora_note(file)
+    def lora_note(self, path: Path) -> str | None:
+        return self._inner.lora_note(path)

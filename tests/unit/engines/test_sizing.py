@@ -38,9 +38,7 @@ def shaped(
         else onnx.TensorProto(name=name, dims=value[0], data_type=value[1])  # no values: nobody may ask for them
         for name, value in weights.items()
     ]
-    values = [
-        helper.make_tensor_value_info(name, kind, ["n"] * len(shape)) for name, shape in inputs.items()
-    ]
+    values = [helper.make_tensor_value_info(name, kind, ["n"] * len(shape)) for name, shape in inputs.items()]
     last = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in nodes[-1].output]
     graph = helper.make_graph(nodes, "g", values, last, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])

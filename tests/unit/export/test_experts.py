@@ -16,7 +16,7 @@ from tests.helpers import lora_files
 from tests.helpers import synthetic_checkpoints as made
 from tests.helpers.checkpoint_files import refusal
 from tmd_export import LoraFile, open_source
-from tmd_export.checkpoints.experts import expert_named, experts_of
+from tmd_export.checkpoints.experts import expert_named, expert_of_lora, experts_of
 from tmd_export.checkpoints.names import uncut
 from tmd_export.families import sampling_of
 from tmd_export.parts import TWO_TRANSFORMERS
@@ -133,6 +133,22 @@ def test_full_size_is_called_by_its_name(tmp_path: Path) -> None:
     assert source.model_entry()["architecture"] == "wan2.2-t2v-a14b"
     sampler = sampling_of(source).sampler
     assert (sampler["steps"], sampler["shift"], sampler["guidance"], sampler["guidance_2"]) == (40, 12.0, 4.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "side"),
+    [
+        ("style.safetensors", None),
+        ("style_HIGH.safetensors", "high"),
+        ("low-vram/style.safetensors", None),
+        ("Wan2.2-Lightning/high_noise_model/lora.safetensors", "high"),
+        ("low noise/lora.safetensors", "low"),
+        ("low noise/style-high.safetensors", "high"),
+        ("transformer_2/lora.safetensors", None),
+    ],
+)
+def test_a_folder_says_which_noise_a_lora_is_for_if_it_says_noise(path: str, side: str | None) -> None:
+    assert expert_of_lora(Path(path)) == side
 
 
 def test_a_lora_goes_where_its_name_says(official: Path, tmp_path: Path) -> None:

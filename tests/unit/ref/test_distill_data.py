@@ -181,7 +181,9 @@ def test_shards_of_another_origin_are_not_mixed(tmp_path):
 
 def test_a_caption_may_hold_what_other_formats_end_lines_with(tmp_path):
     caption = "a red\u2028circle\x85on black"
-    (tmp_path / "list.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": caption}, ensure_ascii=False), "utf-8")
+    (tmp_path / "list.jsonl").write_text(
+        json.dumps({"video": "a.mp4", "caption": caption}, ensure_ascii=False), "utf-8"
+    )
     assert [entry.captions for entry in read_list(tmp_path / "list.jsonl")] == [(caption,)]
     (tmp_path / "latin.jsonl").write_bytes(b'{"video": "a.mp4", "caption": "gr\xfcn"}')
     with pytest.raises(DataError, match=r"latin.jsonl cannot be read"):
