@@ -92,8 +92,8 @@ class TwoTransformers(Wrapped):
     def lora_note(self, path: Path) -> str | None:
         side = expert_of_lora(path)
         return side and (
-            f"{called(path)} is for the {side}-noise transformer by its name, and is not added to the other one. Rename "
-            "it if it is for both."
+            f"{called(path)} is for the {side}-noise transformer by its name, and is not added to the other one. "
+            "Rename it if it is for both."
         )
 
 
