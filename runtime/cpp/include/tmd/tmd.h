@@ -38,7 +38,9 @@
  *               against an older header stays correct with a newer library of the same major version: new fields come
  *               at the end, and the library reads and writes only as many bytes as struct_size says.
  *   Manners     The library throws nothing, ends no process, writes to no stream, installs no signal handler, opens no
- *               connection and reads no environment variable but TMPDIR. It is silent unless tmd_set_log asks for lines.
+ *               connection and reads no environment variable but TMPDIR. Before it loads ONNX Runtime it sets
+ *               ORT_DISABLE_TELEMETRY, if that is not set: a host whose threads read the environment meanwhile sets it
+ *               itself. It is silent unless tmd_set_log asks for lines.
  *               Its own threads block all signals. The host's locale changes no frame.
  *
  * Numbers: lengths in bytes are size_t; counts are int32_t; TMD_DEFAULT (-1) means "what the bundle says".
