@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from .graph_export import GraphReport
+from .parts import DECODERS
 
 LEAST_BYTES = 64 << 20  # of the graphs meant; with smaller ones nobody waits
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 _INT8 = ("avx512_vnni", "amx_int8")
-_DECODERS = ("decoder_first", "decoder_step")
 
 
 def advice(graphs: Iterable[GraphReport], features: Collection[str]) -> str | None:
@@ -23,7 +23,7 @@ def advice(graphs: Iterable[GraphReport], features: Collection[str]) -> str | No
             f"{names} will be computed in float32 on a CPU. This one multiplies bfloat16 ({units[0]}), which is about "
             "twice as fast: for this machine choose --precision bf16, and run with OpenVINO."
         )
-    decoders = [each for each in exported if each.name in _DECODERS and each.precision == "bf16"]
+    decoders = [each for each in exported if each.name in DECODERS and each.precision == "bf16"]
     units = [unit for unit in _INT8 if unit in features]
     if units and sum(each.bytes for each in decoders) > LEAST_BYTES:
         return (

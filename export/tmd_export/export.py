@@ -21,11 +21,11 @@ from .errors import ExportError
 from .families import FAMILIES, built_in, sampling_of
 from .families.build import build
 from .graph_export import GraphReport, Tell, export_graph
-from .parts import QUANTIZED, UPDATE
+from .parts import DECODERS, QUANTIZED, UPDATE
 from .plan import planned
 from .presets import Preset
 from .quantization.calibration import QUANTIZABLE, Calibration
-from .quantization.decoder import DECODERS, DecoderQuantizer
+from .quantization.decoder import DecoderQuantizer
 from .quantization.quantizer import Quantizer
 from .sources.source import TOKENIZER, Source
 from .weights.int8 import int8_bytes

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 PARTS = ("encoder", "text_encoder", "backbone", "flow_head", "decoder_first", "decoder_step")
 """The graphs of a bundle, in the order in which a run uses them."""
 
+DECODERS = PARTS[-2:]
+
 UPDATE = "update"
 """The graph that every bundle with a flow head has beside it. It has no weights and is always fp32."""
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 FLOAT4, FLOAT8 = 23, 17  # TensorProto's FLOAT4E2M1 and FLOAT8E4M3FN
 BLOCK = 16
-LARGEST = 6.0  # of E2M1
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Code of E2M1 -> value: one bit of sign, two of exponent, one of mantissa."""
+LARGEST = max(VALUES)
 BLOCK_SCALES = ".block_scale"  # what the names of a weight's scales end in
 
 

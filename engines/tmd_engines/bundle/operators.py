@@ -15,6 +15,9 @@ from ..errors import quote
 if TYPE_CHECKING:
     import onnx
 
+PLAIN_ATTENTION = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
+"""What an `Attention` may say besides its heads and scale if it is softmax(scale q k^T) v and no more."""
+
 _CONVOLUTION = "auto_pad dilations group kernel_shape pads strides"
 
 OPERATORS: dict[str, frozenset[str]] = {

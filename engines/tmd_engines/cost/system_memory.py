@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..device.control_groups import control_groups, lines
+
 
 def available_bytes(root: Path = Path("/")) -> int | None:
     """Memory that this process can take without swapping, in bytes; None where the system does not tell (not Linux).
@@ -24,7 +26,7 @@ def resident_bytes(root: Path = Path("/")) -> int:
 
 def _address_space(root: Path) -> int | None:
     """What `ulimit -v` leaves, which counts addresses and not memory; None: no limit."""
-    for line in _lines(root / "proc/self/limits"):
+    for line in lines(root / "proc/self/limits"):
         if line.startswith("Max address space"):
             limit = line.removeprefix("Max address space").split()[0]
             used = _status(root, "VmSize")
@@ -33,7 +35,7 @@ def _address_space(root: Path) -> int | None:
 
 
 def _status(root: Path, name: str) -> int | None:
-    for line in _lines(root / "proc/self/status"):
+    for line in lines(root / "proc/self/status"):
         field, _, value = line.partition(":")
         if field == name:
             return int(value.split()[0]) * 1024
@@ -41,7 +43,7 @@ def _status(root: Path, name: str) -> int | None:
 
 
 def _machine(root: Path) -> int | None:
-    for line in _lines(root / "proc/meminfo"):
+    for line in lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
@@ -50,33 +52,19 @@ def _machine(root: Path) -> int | None:
 
 def _control_groups(root: Path) -> Iterator[int]:
     """What each memory limit leaves, from this process's own group up to the root (version 2 and version 1)."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # Inside a container the path may be the host's, which is not there; the limit then stands at the mount itself.
-        parts = Path(path.lstrip("/")).parts
-        for depth in range(len(parts), -1, -1):
-            left = _left(mount.joinpath(*parts[:depth]), *names)
-            if left is not None:
-                yield left
+    files = {
+        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    for version, group in control_groups(root, "memory", ("memory",)):
+        left = _left(group, *files[version])
+        if left is not None:
+            yield left
 
 
 def _left(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
-    limit, usage = ("".join(_lines(group / name)) for name in (limit_name, usage_name))
+    limit, usage = ("".join(lines(group / name)) for name in (limit_name, usage_name))
     if not limit.isdigit() or not usage.isdigit():  # "max": no limit
         return None
-    statistics = dict(line.split(maxsplit=1) for line in _lines(group / "memory.stat") if " " in line)
+    statistics = dict(line.split(maxsplit=1) for line in lines(group / "memory.stat") if " " in line)
     return int(limit) - int(usage) + int(statistics.get(cache_name, "0"))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

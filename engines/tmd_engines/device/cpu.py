@@ -9,6 +9,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .control_groups import control_groups, lines
+
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
 
@@ -75,21 +77,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
     None: no limit. `root` is where /proc and /sys are.
     """
-    found = []
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            mounts = [root / "sys/fs/cgroup"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup" / name for name in ("cpu", "cpu,cpuacct")]
-        else:
-            continue
-        # Inside a container the path may be the host's, which is not there; the limit then stands at the mount itself.
-        parts = Path(path.lstrip("/")).parts
-        for mount in mounts:
-            found += [_quota(mount.joinpath(*parts[:depth])) for depth in range(len(parts), -1, -1)]
-    return min((quota for quota in found if quota is not None), default=None)
+    groups = control_groups(root, "cpu", ("cpu", "cpu,cpuacct"))
+    return min((quota for _, group in groups if (quota := _quota(group)) is not None), default=None)
 
 
 def resolve_threads(bundle: Bundle, threads: int | None, root: Path = Path("/")) -> tuple[int | None, str | None]:
@@ -108,16 +97,9 @@ def resolve_threads(bundle: Bundle, threads: int | None, root: Path = Path("/"))
 
 
 def _quota(group: Path) -> float | None:
-    words = "".join(_lines(group / "cpu.max")).split()
+    words = "".join(lines(group / "cpu.max")).split()
     if not words:
-        words = ["".join(_lines(group / f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period")]
+        words = ["".join(lines(group / f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period")]
     if len(words) != 2 or not all(word.isdigit() for word in words) or 0 in map(int, words):
         return None  # "max", -1, or no such file
     return int(words[0]) / int(words[1])
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle.float4 import BLOCK, FLOAT4, FLOAT8, LARGEST, block_problem, makes_float4
+from ..bundle.float4 import BLOCK, FLOAT4, FLOAT8, LARGEST, VALUES, block_problem, makes_float4
 from ..errors import BundleError, quote
 
 if TYPE_CHECKING:
     import onnx
-
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Code of E2M1 -> value: one bit of sign, two of exponent, one of mantissa."""
 
 
 def float4_to_float8(model: onnx.ModelProto, where: str = "The graph") -> int:

@@ -6,14 +6,13 @@ import copy
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.operators import PLAIN_ATTENTION
 from ..errors import BundleError, quote
 from ..holding import WIDENED_BYTES
 
 if TYPE_CHECKING:
     import onnx
 
-# What a plain attention may say besides its head counts; anything else keeps the standard operator.
-_PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
 
 # Operators that pass values on or give integers: there is nothing to round behind them.
 _EXACT = frozenset((
@@ -179,7 +178,7 @@ def _is_plain(node: onnx.NodeProto, attributes: dict[str, Any]) -> bool:
     return (
         not any(node.input[3:])
         and not any(node.output[1:])
-        and all(_PLAIN.get(name) == value for name, value in attributes.items())
+        and all(PLAIN_ATTENTION.get(name) == value for name, value in attributes.items())
     )
 
 

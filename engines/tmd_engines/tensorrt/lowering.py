@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.operators import PLAIN_ATTENTION
 from ..cost.shapes import Tensor, infer_shapes
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ CANONICAL_SINCE = (10, 15)  # RotaryEmbedding and RMSNormalization; Attention is
 _PRIMITIVE_OPSET = 20
 _BATCH_HEADS_ROWS = [0, 2, 1, 3]
 _BATCH_HEADS_COLUMNS = [0, 2, 3, 1]
-# What an attention may say besides its head counts, and what both forms do without.
-_PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
 # Attributes newer than opset 20. Zero and the first choice are what was always so.
 _LATER = {
     "Cast": ("round_mode",),
@@ -126,7 +125,7 @@ def _plain_heads(node: onnx.NodeProto) -> tuple[int, float | None] | None:
         or any(node.output[1:])
     ):
         return None
-    if any(_PLAIN.get(name) != value for name, value in attributes.items()):
+    if any(PLAIN_ATTENTION.get(name) != value for name, value in attributes.items()):
         return None
     return heads, scale
 

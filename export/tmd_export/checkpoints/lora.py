@@ -22,7 +22,7 @@ from tmd_engines.errors import quote
 from ..errors import ExportError
 from .folders import WEIGHTS
 from .hub_cache import called
-from .lora_config import read_lora_config
+from .lora_config import MAX_ALPHA, read_lora_config
 from .lora_names import ALPHA, DIFF, DIFF_BIAS, DOWN, UP, UP_BIAS, Layers, other_kind, role
 from .recognise import LISTED
 from .tensors import Entry, Tensors, open_tensors
@@ -32,7 +32,6 @@ FILES = tuple(f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _NUMBERS = (*_FLOATS, "int64", "int32")
-_MAX_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class Lora:
         if math.prod(self.tensors.entries[parts[ALPHA]].shape) != 1:
             raise ExportError(f"{quote(parts[ALPHA])} of {self.file} is not one number: copy it again.")
         alpha = float(self.tensors.read(parts[ALPHA]).reshape(()))
-        if not abs(alpha) < _MAX_ALPHA:
+        if not abs(alpha) < MAX_ALPHA:
             raise ExportError(f"{quote(parts[ALPHA])} of {self.file} is {alpha}: copy it again.")
         return alpha / rank
 

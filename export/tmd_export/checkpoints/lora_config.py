@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # diffusers' key
 _PREFIX = "transformer."  # of its fields, where it saves a whole pipeline
 _MAX_BYTES = 1 << 20
-_MAX_ALPHA = 1e9
+MAX_ALPHA = 1e9
 _LITERAL = re.compile(r"\^?[\w.]+\$?")  # a pattern that is a name; PEFT allows any
 
 
@@ -70,7 +70,7 @@ def _config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
 
 
 def _alpha(path: Path, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _MAX_ALPHA:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MAX_ALPHA:
         raise ExportError(
             f"the configuration of {path} has {quote(str(value)[:64])} as an alpha, where a number belongs: "
             "copy it again."

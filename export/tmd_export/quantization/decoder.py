@@ -23,6 +23,7 @@ from ..errors import ExportError
 from ..families.build import build
 from ..graph_export import Tell
 from ..graphs import accuracy
+from ..parts import DECODERS
 from ..sources.source import Source
 from ..weights.precision import DTYPES
 from ..weights.weights import Weights
@@ -32,7 +33,6 @@ from .passes import Pass
 from .sensitivity import measure
 from .weights import QuantizedWeights
 
-DECODERS = ("decoder_first", "decoder_step")
 CLIPS, HELD_OUT_CLIPS = 6, 2
 FRAMES, SIZE = 9, 64  # of a clip: the first latent frame and two later ones
 LATENT = 8  # height and width of latents without an encoder

@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tmd_engines.bundle.operators import PLAIN_ATTENTION
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 ATTENTION = ".attention"
-# What an attention may say besides its heads and scale, and what its plain form does without.
-_PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "softcap": 0.0, "softmax_precision": 1}
 
 
 @dataclass(frozen=True)
@@ -98,5 +98,5 @@ def _is_plain(node: ir.Node) -> bool:
         and attributes.pop("kv_num_heads", heads) == heads
         and not any(node.inputs[3:])
         and len(node.outputs) == 1
-        and all(_PLAIN.get(name) == value for name, value in attributes.items())
+        and all(PLAIN_ATTENTION.get(name) == value for name, value in attributes.items())
     )

@@ -20,11 +20,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 16
-LARGEST, LARGEST_SCALE = 6.0, 448.0
+from tmd_engines.bundle.float4 import BLOCK, LARGEST, VALUES
+
+LARGEST_SCALE = 448.0
 LEAST_DIVISOR = 2.0**-126  # for blocks whose scale is zero: their values are zero, whatever they are divided by
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Code of E2M1 -> value."""
+_VALUES = np.array(VALUES, np.float32)
 
 Floats = NDArray[np.float32]
 
@@ -61,7 +61,7 @@ def quantize(values: Floats, scale: float) -> tuple[NDArray[np.uint8], NDArray[n
 
 def dequantize(codes: NDArray[np.uint8], scales: NDArray[np.uint8], scale: float) -> Floats:
     """The values that these codes stand for."""
-    blocks = VALUES[codes].reshape(*codes.shape[:-1], -1, BLOCK)
+    blocks = _VALUES[codes].reshape(*codes.shape[:-1], -1, BLOCK)
     wide = (decode_scales(scales) * np.float32(scale))[..., None]
     found: Floats = (blocks * wide).reshape(codes.shape)
     return found

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tmd_engines.bundle.families.tim import MAX_RHO
+
 from ..errors import UsageFailure
 from ..settings import Wishes
 from .family import check_guidance, common_settings
@@ -14,8 +16,6 @@ from .schedule import uniform_times
 
 if TYPE_CHECKING:
     from tmd_engines import Manifest
-
-MAX_RHO = 10.0  # the manifest's limit
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from tests.helpers.export_tools import small_source
 from tests.helpers.synthetic_quantized import quantized_models
+from tmd_engines.bundle.float4 import VALUES as CODES
 from tmd_engines.onnxruntime import float4
 from tmd_export.families.build import build
 from tmd_export.graphs import rules
@@ -66,13 +67,14 @@ def around(values: list[float]) -> Floats:
 
 
 E2M1 = [e2m1(code) for code in range(16)]
+VALUES = np.array(CODES, np.float32)
 E4M3 = [e4m3(code) for code in range(127)]
 
 
 def test_all_codes_have_the_values_of_the_definition() -> None:
     codes = np.arange(16, dtype=np.uint8)
     others = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    for found in (nvfp4.VALUES, np.array(float4.VALUES, np.float32), others):
+    for found in (VALUES, others):
         assert np.array_equal(found, np.array(E2M1)) and np.array_equal(np.signbit(found), codes > 7)
     scales = np.arange(127, dtype=np.uint8)
     assert np.array_equal(nvfp4.decode_scales(scales), np.array(E4M3, np.float32)) and E4M3[-1] == 448
@@ -85,7 +87,7 @@ def test_every_value_becomes_the_nearest_code_ties_to_even_and_ends_saturate() -
     assert np.array_equal(codes, expected)
     inside = np.abs(values) <= 6
     assert np.array_equal(codes[inside], values[inside].astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
-    assert set(nvfp4.VALUES[codes[~inside]]) == {-6.0, 6.0}
+    assert set(VALUES[codes[~inside]]) == {-6.0, 6.0}
 
 
 def test_every_block_gets_the_nearest_scale() -> None:
@@ -194,7 +196,7 @@ def test_weights_are_four_bits_in_the_file_and_the_same_numbers_in_a_graph() -> 
     assert scale == nvfp4.tensor_scale(float(np.abs(exact).max()))
     codes, scales = nvfp4.quantize(np.ascontiguousarray(exact.T), scale)
     expected = nvfp4.dequantize(codes, scales, scale).T
-    assert np.array_equal(numpy_helper.to_array(weights[0]).astype(np.float32), nvfp4.VALUES[codes].T)  # onnx unpacks
+    assert np.array_equal(numpy_helper.to_array(weights[0]).astype(np.float32), VALUES[codes].T)  # onnx unpacks
     nodes = [
         helper.make_node("DequantizeLinear", [".block_scale", ".tensor_scale"], ["scales"]),
         helper.make_node("DequantizeLinear", [".quantized", "scales"], ["y"], axis=0, block_size=16),

@@ -1,11 +1,8 @@
-"""What formats of small blocks share: the numbers of e2m1, and the order in which cuBLAS wants the scales."""
+"""What formats of small blocks share: the order in which cuBLAS wants the scales."""
 
 from __future__ import annotations
 
 from torch import Tensor
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The number of each of the 16 patterns of sign, two bits of exponent and one of mantissa."""
 
 
 def unswizzled(scales: Tensor, rows: int, groups: int) -> Tensor:

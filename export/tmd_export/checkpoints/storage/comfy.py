@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmd_engines.bundle.float4 import VALUES
 from tmd_engines.bundle.strict_json import read_json
 from tmd_engines.errors import quote
 
 from ...errors import ExportError
 from ..mapped import Entry, Packed, Tensors
 from ..names import bare
-from .blocks import E2M1, unswizzled
+from .blocks import unswizzled
 from .format import SCALES, Layer, StorageFormat, scaled
 from .hadamard import hadamard, is_power_of_four
 from .rows import by_rows
@@ -172,7 +173,7 @@ def _nvfp4(layer: Layer, _: Conf) -> Packed:
     def read() -> Tensor:
         stored, total = layer.tensors.read_stored(layer.weight), layer.numbers(whole).reshape(1, 1)
         small = unswizzled(layer.tensors.read_stored(scale).view(torch.uint8), rows, groups)
-        factor, values = small.view(torch.float8_e4m3fn), torch.tensor(E2M1)
+        factor, values = small.view(torch.float8_e4m3fn), torch.tensor(VALUES)
         smooth = layer.numbers(before[0]).reshape(1, columns) if before else None
 
         def some(piece: slice) -> Tensor:
