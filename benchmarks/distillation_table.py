@@ -42,7 +42,7 @@ CAPTIONS = 256
 COMMON = ["stage1.batch=16", "machine.log_every=10", "machine.save_every=100"]
 COMMON += ["stage2.generator.lr=4e-4", "stage2.fake.lr=8e-4"]  # the best of four for both methods, on a seed apart
 BASELINE = ["student.head_blocks=0"]
-COLUMNS = ("shape", "color", "background", "motion", "all", "frechet", "diversity")
+COLUMNS = ("shape", "color", "background", "motion", "all", "typed", "frechet", "diversity")
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,15 @@ def collect(run: Path, docs: Path | None) -> Found:
                 found[budget][name] |= seeds
     for path in sorted(run.glob("*x/*/*/evaluation.json")):
         cost = json.loads((path.parent / "cost.json").read_text())
-        values = json.loads(path.read_text())["rows"]["row"]
+        measured = json.loads(path.read_text())
         budget, seed, row = path.parts[-4].removesuffix("x"), path.parts[-3], path.parts[-2]
-        found[budget][row][seed] = {**values, "minutes": sum(cost["seconds"].values()) / 60}
+        by_motion = {motion: share["all"] for motion, share in measured["groups"]["row"]["motion"].items()}
+        found[budget][row][seed] = {
+            **measured["rows"]["row"],
+            "typed": measured["typed"]["row"]["all"],
+            "by motion": by_motion,
+            "minutes": sum(cost["seconds"].values()) / 60,
+        }
     for path in run.glob("teacher/evaluation.json"):
         rows = json.loads(path.read_text())["rows"]
         found["0"] = {name: {"": {**rows[name], "minutes": 0.0}} for name in ("autoencoder", "teacher")}
@@ -192,6 +198,20 @@ def report(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
             cells.append(f"{scale * values.mean():.{digits}f}{spread}{unit}" if len(values) else "")
         name, minutes = names.get(key, key), np.mean([seed["minutes"] for seed in seeds])
         click.echo(f"| {name} | {len(seeds)} | {minutes:.1f} | {seeds[0]['nfe']:g} | " + " | ".join(cells) + " |")
+
+
+def report_motions(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """One table: all four right for each motion, means over the seeds that tell."""
+    shares = {key: [seed["by motion"] for seed in seeds.values() if "by motion" in seed] for key, seeds in rows.items()}
+    motions = sorted({motion for seeds in shares.values() for seed in seeds for motion in seed})
+    if not motions:
+        return
+    click.echo("\n| | " + " | ".join(motions) + " |")
+    click.echo("|---" * (1 + len(motions)) + "|")
+    for key, seeds in shares.items():
+        if seeds:
+            cells = (f"{100 * np.mean([seed[motion] for seed in seeds]):.0f} %" for motion in motions)
+            click.echo(f"| {ROWS[key].name if key in ROWS else key} | " + " | ".join(cells) + " |")
 
 
 def plot(found: Found, folder: Path) -> None:
@@ -245,6 +265,7 @@ def main(
     for name, rows in found.items():
         click.echo(f"\nbudget {name}\n")
         report(rows)
+        report_motions(rows)
     if docs:
         kept = {budget: {key: rows[key] for key in rows if " " not in key} for budget, rows in found.items()}
         (docs / KEPT).write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")  # without trials
