@@ -14,15 +14,12 @@ def control_groups(root: Path, controller: str, mounts: tuple[str, ...]) -> Iter
     for line in lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers == "":
-            version, names = 2, ("",)
-        elif controller in controllers.split(","):
-            version, names = 1, mounts
-        else:
+        version = 2 if controllers == "" else 1
+        if version == 1 and controller not in controllers.split(","):
             continue
         # Inside a container the path may be the host's, which is not there; the limit then stands at the mount itself.
         parts = Path(path.lstrip("/")).parts
-        for name in names:
+        for name in mounts if version == 1 else ("",):
             for depth in range(len(parts), -1, -1):
                 yield version, (root / "sys/fs/cgroup" / name).joinpath(*parts[:depth])
 
