@@ -92,9 +92,13 @@ def weight_bytes(graph: ShapedGraph, holding: Holding = ONNXRUNTIME) -> int:
     for node in graph.nodes:
         for index, name in enumerate(node.input):
             readers.setdefault(name, set()).add(node.op_type if index == 0 else "")
-    stored = widened_in_products(graph) if holding.widens else frozenset()
+    stored = widened_in_products(graph) if holding.keeps_products else frozenset()
+
+    def held(weight: Tensor) -> int:
+        return _held(weight, holding) * (holding.float16_weights if _is_float16(weight) else 1)
+
     return sum(
-        graph.tensors[name].nbytes if name in stored else _held(graph.tensors[name], holding)
+        graph.tensors[name].nbytes if name in stored else held(graph.tensors[name])
         for name in graph.weights
         if readers.get(name) != {"Gather"} or graph.tensors[name].itemsize < 4
     )
@@ -115,9 +119,11 @@ def peak_activation_bytes(graph: ShapedGraph, holding: Holding = ONNXRUNTIME) ->
     """The most memory that an engine on a CPU needs between inputs and outputs of the graph, in bytes.
 
     Found by running through the nodes in the file's order, where each tensor is freed after its last reader; views take
-    no memory, and what follows from weights alone is computed when the graph is loaded. On top comes the arena's share.
+    no memory, and what follows from weights alone is computed when the graph is loaded. On top come the arena's share,
+    and the inputs where the engine copies them.
     """
-    return int(holding.arena * _Liveness(graph, holding).peak())
+    copied = sum(graph.tensors[name].nbytes for name in graph.inputs) if holding.copies_inputs else 0
+    return int(holding.arena * _Liveness(graph, holding).peak()) + copied
 
 
 class _Liveness:
@@ -125,7 +131,7 @@ class _Liveness:
 
     def __init__(self, graph: ShapedGraph, holding: Holding) -> None:
         self._graph, self._holding = graph, holding
-        self._widened = widened_in_products(graph) if holding.widens else frozenset()
+        self._widened = widened_in_products(graph) if holding.keeps_products else frozenset()
         self._last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.input if name}
         self._constants = set(graph.weights)
         self._folded = 0  # bytes of what is computed from weights alone, and stays
@@ -157,14 +163,15 @@ class _Liveness:
     def _in_buffers(self) -> set[str]:
         """The inputs and outputs that nodes read and write in the runtime's buffers themselves.
 
-        An engine that widens has a copy of each that it must convert; only a `Cast` writes its output there.
+        An engine that does not copy all inputs has a wide copy of each that it must convert; only a `Cast` writes its
+        output there.
         """
         graph = self._graph
         ends = {*graph.inputs, *graph.outputs}
-        if not self._holding.widens:
+        if self._holding.copies_inputs:
             return ends
         cast = {node.output[0] for node in graph.nodes if node.op_type == "Cast"} - self._last_use.keys()
-        return {name for name in ends if name in cast or not _is_low(graph.tensors[name])}
+        return {name for name in ends if name in cast or not _is_widened(graph.tensors[name], self._holding)}
 
     def _hold(self, name: str, storage: str, index: int) -> None:
         self._storage[name] = storage
@@ -205,7 +212,17 @@ class _Liveness:
 
 def _held(tensor: Tensor, holding: Holding) -> int:
     """Bytes of a tensor in the engine's memory."""
-    return tensor.elements * (4 if holding.widens and _is_low(tensor) else tensor.itemsize)
+    return tensor.elements * (4 if _is_widened(tensor, holding) else tensor.itemsize)
+
+
+def _is_widened(tensor: Tensor, holding: Holding) -> bool:
+    return _is_float16(tensor) or (holding.widens_bfloat16 and _is_low(tensor))
+
+
+def _is_float16(tensor: Tensor) -> bool:
+    from onnx import TensorProto
+
+    return bool(tensor.dtype == TensorProto.FLOAT16)
 
 
 def _is_low(tensor: Tensor) -> bool:

@@ -74,6 +74,10 @@ def compile_properties(threads: int | None) -> dict[str, str]:
     return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": str(threads)}
 
 
+def _is_of_frames(info: GraphInfo) -> bool:
+    return any(spec.name == "frames" for spec in (*info.inputs, *info.outputs))
+
+
 class OpenVinoEngine(Engine):
     """One graph, compiled once per combination of input shapes. Buffers are numpy arrays; nothing is copied.
 
@@ -90,10 +94,11 @@ class OpenVinoEngine(Engine):
     @classmethod
     def prefers(cls, info: GraphInfo, size: int) -> bool:
         """For a bf16 graph where the CPU multiplies bfloat16, which is twice as fast as float32 there and which ONNX
-        Runtime cannot do, for an int8 graph where it multiplies int8, and for a large fp16 graph, which both compute in
-        float32. Small ones in float32 are 1.0 to 1.6 times as fast as with ONNX Runtime, and take several times as long
-        to get ready."""
-        if info.precision == "fp16" and size <= SMALL_BYTES:
+        Runtime cannot do, for an int8 graph where it multiplies int8, and for a large fp16 encoder or decoder, which
+        both compute in float32. Small ones in float32 are 1.0 to 1.6 times as fast as with ONNX Runtime, and take
+        several times as long to get ready. A transformer in fp16 takes four times its file's size here, and one in ONNX
+        Runtime."""
+        if info.precision == "fp16" and (size <= SMALL_BYTES or not _is_of_frames(info)):
             return False
         return bool({*_FASTER_WITH.get(info.precision, ())} & {*(describe_cpu()["features"] or ())})
 

@@ -108,6 +108,9 @@ TEST_CASE("pieces, stages and low memory give the same frames as one call") {
 
   const tmd::Latents latents = shared().denoise(shared().encode(kPrompt), seeded());
   CHECK(shared().decode(latents).frames == expected().frames);
+  std::vector<float> broken = shared().encode(kPrompt);
+  broken[7] = NAN;
+  CHECK(shared().try_denoise(broken, seeded()).status == TMD_ERROR_USAGE);
 
   tmd::OpenOptions low = one_thread();
   low.memory = TMD_MEMORY_LOW;

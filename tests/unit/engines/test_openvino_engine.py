@@ -335,14 +335,22 @@ def test_auto_takes_openvino_only_where_it_was_measured_faster(
     assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
 
 
-@pytest.mark.parametrize(("features", "chosen"), [(["avx512f"], "openvino"), (["avx2"], "onnxruntime")])
-def test_auto_takes_openvino_for_large_graphs_in_fp16(
-    synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch, features: list[str], chosen: str
+@pytest.mark.parametrize(
+    ("graph", "features", "chosen"),
+    [
+        ("decoder_first", ["avx512f"], "openvino"),
+        ("decoder_first", ["avx2"], "onnxruntime"),
+        ("backbone", ["avx512f"], "onnxruntime"),  # whose weights would be there twice in float32
+    ],
+)
+def test_auto_takes_openvino_for_large_decoders_in_fp16(
+    synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch, graph: str, features: list[str], chosen: str
 ) -> None:
-    edit_manifest(synthetic_bundle, lambda document: document["graphs"]["backbone"].update(precision="fp16"))
+    low = {name: {"precision": "fp16"} for name in ("backbone", "decoder_first", "decoder_step")}
+    edit_manifest(synthetic_bundle, lambda document: [document["graphs"][name].update(low[name]) for name in low])
     monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
     monkeypatch.setattr(openvino_engine, "SMALL_BYTES", 0)
-    assert choose(Bundle.open(synthetic_bundle), "backbone", device="cpu") == (chosen, "cpu")
+    assert choose(Bundle.open(synthetic_bundle), graph, device="cpu") == (chosen, "cpu")
 
 
 def test_missing_openvino_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ class Liveness {
       for (const std::string_view name : graph.nodes[i].inputs)
         if (!name.empty()) last_use_[name] = i;
     find_in_buffers();
-    if (holding.widens) find_widened();
+    if (holding.keeps_products) find_widened();
   }
 
   std::uint64_t peak() {
@@ -67,14 +67,14 @@ class Liveness {
     return name.empty() || found == graph_.tensors.end() ? 0 : found->second.bytes(holding_);
   }
 
-  // The inputs and outputs that nodes read and write in the runtime's buffers themselves. An engine that widens has a
-  // copy of each that it must convert; only a Cast writes its output there.
+  // The inputs and outputs that nodes read and write in the runtime's buffers themselves. An engine that does not copy
+  // all inputs has a wide copy of each that it must convert; only a Cast writes its output there.
   void find_in_buffers() {
     std::set<std::string_view> cast;
     for (const ShapedNode& node : graph_.nodes)
       if (node.op_type == "Cast" && !last_use_.count(node.outputs[0])) cast.insert(node.outputs[0]);
     const auto stays = [&](std::string_view name) {
-      return !holding_.widens || cast.count(name) || !graph_.tensors.at(name).is_low();
+      return holding_.copies_inputs || cast.count(name) || !graph_.tensors.at(name).is_widened(holding_);
     };
     for (const std::string_view name : graph_.outputs)
       if (stays(name)) elsewhere_.insert(name);
@@ -149,8 +149,12 @@ class Liveness {
 }  // namespace
 
 std::uint64_t peak_activation_bytes(const ShapedGraph& graph, const Holding& holding) {
-  const std::uint64_t peak = times(holding.arena_halves, Liveness(graph, holding).peak());
-  return peak == UINT64_MAX ? UINT64_MAX : peak / 2;
+  std::uint64_t peak = times(holding.arena_halves, Liveness(graph, holding).peak());
+  if (peak == UINT64_MAX) return UINT64_MAX;
+  peak /= 2;
+  if (holding.copies_inputs)
+    for (const std::string_view name : graph.inputs) peak = plus(peak, graph.tensors.at(name).stored_bytes());
+  return peak;
 }
 
 }  // namespace tmd::internal

@@ -2,6 +2,7 @@
 
 #include "base/error.hpp"
 #include "base/quote.hpp"
+#include "base/saturating.hpp"
 #include "bundle/protobuf_wire.hpp"
 #include "bundle/shape_walk.hpp"
 
@@ -38,11 +39,15 @@ std::uint64_t ShapedTensor::elements() const {
 
 bool ShapedTensor::is_low() const { return type == kFloat16 || type == kBfloat16; }
 
-std::uint64_t ShapedTensor::bytes(const Holding& holding) const {
-  std::uint64_t product;
-  const std::uint64_t item = holding.widens && is_low() ? 4 : item_bytes(type);
-  return __builtin_mul_overflow(elements(), item, &product) ? UINT64_MAX : product;
+bool ShapedTensor::is_widened(const Holding& holding) const {
+  return type == kFloat16 || (holding.widens_bfloat16 && type == kBfloat16);
 }
+
+std::uint64_t ShapedTensor::bytes(const Holding& holding) const {
+  return is_widened(holding) ? times(elements(), 4) : stored_bytes();
+}
+
+std::uint64_t ShapedTensor::stored_bytes() const { return times(elements(), item_bytes(type)); }
 
 std::int64_t ShapedNode::number(std::string_view attribute, std::int64_t otherwise) const {
   const auto found = attributes.find(attribute);

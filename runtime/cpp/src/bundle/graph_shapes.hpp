@@ -19,8 +19,10 @@ struct ShapedTensor {
 
   std::uint64_t elements() const;
   bool is_low() const;  // a float of 16 bits
-  // Bytes in an engine on a CPU. UINT64_MAX for more than 64 bits count.
+  bool is_widened(const Holding& holding) const;
+  // Bytes in an engine on a CPU, and as they are in a buffer. UINT64_MAX for more than 64 bits count.
   std::uint64_t bytes(const Holding& holding) const;
+  std::uint64_t stored_bytes() const;
 };
 
 struct ShapedNode {

@@ -27,7 +27,7 @@ StageBytes stage_bytes(const Bundle& bundle, const std::vector<const char*>& nam
     const auto found = bundle.manifest.graphs.find(name);
     if (found == bundle.manifest.graphs.end() || (one_frame && std::string(name) == "decoder_step")) continue;
     const GraphInfo& info = found->second;
-    total.rough = plus(total.rough, weight_bytes(bundle.manifest, info));
+    total.rough = plus(total.rough, weight_bytes(bundle.manifest, info, holding));
     InputShapes shapes;
     for (const auto* tensors : {&info.inputs, &info.outputs})
       for (const TensorSpec& spec : *tensors) {
@@ -78,7 +78,7 @@ std::optional<std::uint64_t> left(const std::string& group, const char* limit_na
 
 }  // namespace
 
-std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
+std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph, const Holding& holding) {
   std::uint64_t bytes = 0;
   for (const std::string& file : {graph.file, graph.data.value_or("")})
     if (const auto found = manifest.files.find(file); found != manifest.files.end())
@@ -86,6 +86,7 @@ std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph) {
   const std::string& stored = graph.storage.empty() ? graph.precision : graph.storage;
   if (stored == "fp8") return times(4, bytes);
   if (stored == "nvfp4") return times(8, bytes);
+  if (stored == "fp16" && !holding.keeps_products) return times(2 * holding.float16_weights, bytes);
   return bytes;  // of 16 bits and of int8 the large ones stay as they are
 }
 

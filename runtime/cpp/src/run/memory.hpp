@@ -37,7 +37,7 @@ struct LatentSize {
 Need estimate_need(const Bundle& bundle, const LatentSize& size, const Holding& holding);
 
 // The weights of one graph in memory, in bytes.
-std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph);
+std::uint64_t weight_bytes(const Manifest& manifest, const GraphInfo& graph, const Holding& holding);
 
 // Memory that this process can take without swapping: what the machine has (MemAvailable), or less if a control group
 // around the process leaves less; pages of files count as free. Absent where the system does not tell. `root` is where

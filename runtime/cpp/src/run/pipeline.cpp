@@ -72,7 +72,7 @@ std::uint64_t Pipeline::free_bytes() const {
   const std::optional<std::uint64_t> free = available_bytes(shared_->system_root);
   if (!free) return UINT64_MAX;
   std::uint64_t loaded = 0;
-  for (const auto& [name, graph] : graphs_) loaded += weight_bytes(manifest(), graph->info());
+  for (const auto& [name, graph] : graphs_) loaded += weight_bytes(manifest(), graph->info(), holding());
   return *free + loaded;
 }
 
