@@ -225,12 +225,13 @@ def plot(found: Found, folder: Path) -> None:
     curves = {"DMD2-v": ("dmd2-1", "dmd2-2", "dmd2-4"), "TMD": ("tmd-1", "tmd-2", "tmd-4")}
     for axis, column, title in ((axes[0], "all", "all four right, %"), (axes[1], "frechet", "Fréchet distance")):
         scale = 100 if column == "all" else 1
-        for budget, style in zip(sorted(set(found) - {"0"}, key=float), ("--", "-", ":"), strict=False):
+        budgets = sorted(set(found) - {"0"}, key=float)
+        for budget, style, marker in zip(budgets, ("--", "-", ":"), ("o", "s", "^"), strict=False):
             for (name, keys), color in zip(curves.items(), ("C0", "C1"), strict=True):
                 seeds = [[*found[budget][key].values()] for key in keys if found[budget][key]]
                 values = [[scale * seed[column] for seed in row] for row in seeds]
                 axis.errorbar([row[0]["nfe"] for row in seeds], [np.mean(v) for v in values],
-                              [np.std(v) for v in values], c=color, ls=style, marker="o", capsize=3,
+                              [np.std(v) for v in values], c=color, ls=style, marker=marker, capsize=3,
                               label=f"{name}, budget {budget}")  # fmt: skip
         for name, style in (("teacher", "-."), ("autoencoder", ":")):
             if name in found["0"]:
