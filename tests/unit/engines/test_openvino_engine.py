@@ -346,8 +346,11 @@ def test_auto_takes_openvino_only_where_it_was_measured_faster(
 def test_auto_takes_openvino_for_large_decoders_in_fp16(
     synthetic_bundle: Path, monkeypatch: pytest.MonkeyPatch, graph: str, features: list[str], chosen: str
 ) -> None:
-    low = {name: {"precision": "fp16"} for name in ("backbone", "decoder_first", "decoder_step")}
-    edit_manifest(synthetic_bundle, lambda document: [document["graphs"][name].update(low[name]) for name in low])
+    def lower(document: dict[str, Any]) -> None:
+        for name in ("backbone", "decoder_first", "decoder_step"):
+            document["graphs"][name]["precision"] = "fp16"
+
+    edit_manifest(synthetic_bundle, lower)
     monkeypatch.setattr(openvino_engine, "describe_cpu", lambda: {"features": features})
     monkeypatch.setattr(openvino_engine, "SMALL_BYTES", 0)
     assert choose(Bundle.open(synthetic_bundle), graph, device="cpu") == (chosen, "cpu")
