@@ -54,7 +54,9 @@ def read_config(path: str | os.PathLike[str], kind: type[Model]) -> Any:
         if not wanted - _ADDED.get(config_class, set()) <= set(stored) <= wanted:
             raise KeyError(f"its fields are {sorted(stored)}, not {sorted(wanted)}")
         return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise incomplete(path, error) from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise _foreign(path, kind, error) from error
 
 
@@ -63,16 +65,19 @@ def load_model(path: str | os.PathLike[str], kind: type[Model]) -> Model:
 
     Raises FileNotFoundError, or ValueError if the file holds something else.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with torch.device("meta"):
         model = kind(read_config(path, kind))
     try:
         model.load_state_dict({name: value.float() for name, value in load_file(path).items()}, assign=True)
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise _foreign(path, kind, error) from error
     return model.eval().requires_grad_(False)
+
+
+def incomplete(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(f"{os.fspath(path)} is not a complete safetensors file ({error}): copy it again.")
 
 
 def _foreign(path: str | os.PathLike[str], kind: type, error: Exception) -> ValueError:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tmd_ref.checkpoint import incomplete
 from tmd_ref.ops import at_least_float32, cast_for, rotary_operands
 from tmd_ref.partial import writing
 from tmd_ref.wan import (
@@ -274,7 +275,7 @@ def read_student(path: str | os.PathLike[str]) -> TMDStudent:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}): make it again.") from error
+        raise incomplete(path, error) from error
     try:
         stored = json.loads(metadata["config"])
         arguments = WanConfig(**stored["wan"]), stored["head_blocks"], stored["fusion"]
