@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .autoencoder.frames import FrameDecoder
+from .autoencoder.frames import FrameDecoder, wishes_of
 from .autoencoder.picture import encode_picture, start_size
 from .built_in import locate
 from .checks import (
@@ -368,11 +368,8 @@ class Pipeline:
     def _room_for(self, latents: NDArray[Any]) -> Iterator[None]:
         """Settles the memory mode of a decoding, and names its size where memory ends."""
         check_latents(latents, self.manifest.latents.channels)
-        layout, (frames, height, width) = self.manifest.latents, latents.shape[2:]
-        label = None if self.manifest.family.classes(self.manifest.model) is None else 0  # none is drawn any more
-        size = width * layout.spatial_stride, height * layout.spatial_stride
         try:
-            settings = self.settings(frames=(frames - 1) * layout.temporal_stride + 1, size=size, label=label)
+            settings = self.settings(**wishes_of(latents, self.manifest))
         except UsageFailure:  # a size that the decoder takes and no run has: nothing tells what it needs
             yield
             return

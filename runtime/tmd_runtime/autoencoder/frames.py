@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from ..graphs import Graphs
 
 
+def wishes_of(latents: NDArray[Any], manifest: Manifest) -> dict[str, Any]:
+    """The wishes of a run that has latents of this shape, `[1, C, T, h, w]`."""
+    layout, (frames, height, width) = manifest.latents, latents.shape[2:]
+    return {
+        "frames": (frames - 1) * layout.temporal_stride + 1,
+        "size": (width * layout.spatial_stride, height * layout.spatial_stride),
+        # None is drawn any more, but a model of classes has no settings without one.
+        "label": None if manifest.family.classes(manifest.model) is None else 0,
+    }
+
+
 class FrameDecoder:
     """The decoder of a pipeline; keeps the buffers of the latest size."""
 

@@ -120,6 +120,7 @@ class Job:
         """Decode a latents file; print about it, and return its record for JSON."""
         import numpy as np
 
+        from ..autoencoder.frames import wishes_of
         from ..clock import no_seconds
         from ..files.png import describe
         from ..files.tensor_files import load_latents
@@ -130,10 +131,7 @@ class Job:
 
         start = perf_counter()
         saved = load_latents(path, pipeline.manifest)
-        frames = (saved.latents.shape[2] - 1) * pipeline.manifest.latents.temporal_stride + 1
-        # No class is drawn any more, but a model of classes has no settings without one.
-        label = None if pipeline.manifest.family.classes(pipeline.manifest.model) is None else 0
-        settings = pipeline.settings(frames=frames, size=saved.size, label=label, fps=self.wishes.get("fps"))
+        settings = pipeline.settings(**wishes_of(saved.latents, pipeline.manifest), fps=self.wishes.get("fps"))
         memory = pipeline.choose_memory(settings, unused=(*READER, *DENOISER, *ENCODER))
         self.stills = pipeline.manifest.family.makes_stills
         target = self._target(saved.prompt, settings, saved.seed)

@@ -226,6 +226,8 @@ def test_auto_memory_takes_what_fits(
     if memory is RuntimeFailure:
         with pytest.raises(RuntimeFailure, match=r"not enough memory for 17 frames of 64x64.*GB are free.*--memory"):
             pipeline(PROMPT)
+        with pytest.raises(RuntimeFailure, match=r"not enough memory for 17 frames of 64x64"):
+            pipeline.decode(np.zeros((1, 16, 5, 8, 8), np.float32))
         # Whoever names a mode knows better.
         assert tmd_runtime.load(bundles["unipc"], threads=1, memory="low")(PROMPT).memory == "low"
     else:
